@@ -1,0 +1,1 @@
+"""Learning rules: a config, act and update; no process, clock or file."""

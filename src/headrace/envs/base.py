@@ -1,0 +1,51 @@
+"""What an environment family must say to be trained: a config, a spec, and copies that step together."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.records import EnvStep
+from headrace.specs import EnvSpec
+
+
+class BatchEnv(Protocol):
+    """N copies of one environment written in numpy, stepped by one call, with same-step autoreset."""
+
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self) -> EnvStep:
+        """Starts every copy; all rows have `reset`."""
+
+    def step(self, env_id: NDArray[np.int32], action: NDArray[np.int64]) -> EnvStep:
+        """Steps the named copies and returns their rows in the same order."""
+
+    def snapshot(self) -> dict[str, NDArray[np.generic]]:
+        """Returns the state of all copies and of their random numbers."""
+
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Puts back what `snapshot` gave."""
+
+
+class Family(Protocol):
+    """One line of `catalog.ENVIRONMENTS`. `name` is what the user typed; `config` is a `config_type`."""
+
+    config_type: type[Any]
+    pool: str
+    """Name in `catalog.POOLS` of the pool that steps what `make` returns."""
+
+    def spec(self, name: str, config: Any) -> EnvSpec:
+        """Returns the spec, without starting an environment where that can be avoided.
+
+        Raises:
+            ConfigError: no such environment, or what it needs is not installed.
+        """
+
+    def evaluation(self, config: Any) -> Any:
+        """Returns the settings under which an agent trained with `config` is judged."""
+
+    def make(self, name: str, config: Any, *, num_envs: int, batch_size: int, threads: int, seed: int) -> Any:
+        """Starts `num_envs` copies for the family's pool; `batch_size` of them are due at a time."""

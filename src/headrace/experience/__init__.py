@@ -1,0 +1,1 @@
+"""Server to learner: unrolls, and how they wait."""

@@ -1,0 +1,1 @@
+"""Networks: from stacked observations to action logits and values."""

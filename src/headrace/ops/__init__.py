@@ -1,0 +1,1 @@
+"""Maths: tensors in, tensors out; no config, clock, device or file."""

@@ -1,0 +1,1 @@
+"""Workers to server: whatever steps environments, behind one protocol."""

@@ -1,0 +1,1 @@
+"""Roles and topologies: who runs where."""

@@ -1,0 +1,1 @@
+"""The server: acts for every environment."""

@@ -1,0 +1,1 @@
+"""Metrics, the run directory, the terminal and videos."""
