@@ -52,20 +52,38 @@ class PolicyStep(NamedTuple):
     value: Tensor  # [N] float32 value estimate, unnormalised
 
 
-class Batch(NamedTuple):
-    """SERVER -> LEARNER: unrolls by arrival, time first. Row T is the first row of the next unroll."""
+class Unrolls(NamedTuple):
+    """SERVER -> LEARNER: unrolls as they were stored, by arrival, time first.
+
+    Row t holds what was known on arrival at t and what was done there. Row T is the first row of the next
+    unroll of the same environment.
+    """
 
     observation: Tensor  # [U, B, K, ...] stacked
     reward: Tensor  # [U, B] float32 raw reward of the step that led here
     reset: Tensor  # [U, B] bool
     terminated: Tensor  # [U, B] bool
     truncated: Tensor  # [U, B] bool
-    bootstrap: Tensor  # [U, B] float32 value of the final observation where truncated, else 0
+    bootstrap: Tensor  # [U, B] float32 value of the final observation; valid where truncated
     previous_action: Tensor  # [U, B] int64, -1 where reset
     action: Tensor  # [U, B] int64
     log_prob: Tensor  # [U, B] float32, behaviour policy
     version: Tensor  # [U, B] int64 update that made the weights that acted
     recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0
+
+
+class Batch(NamedTuple):
+    """LEARNER: unrolls by action. Index t of a [T, B] field belongs to the action taken at row t."""
+
+    inputs: PolicyInput  # [U, B, ...] by arrival: what the network sees
+    recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0
+    action: Tensor  # [T, B] int64
+    log_prob: Tensor  # [T, B] float32, behaviour policy
+    reward: Tensor  # [T, B] float32 raw reward that the action earned
+    terminated: Tensor  # [T, B] bool: the action ended the MDP (or a life)
+    truncated: Tensor  # [T, B] bool: the action met the clock
+    bootstrap: Tensor  # [T, B] float32 value of the final observation where truncated, else 0
+    version: Tensor  # [T, B] int64
 
 
 class Update(NamedTuple):

@@ -1,0 +1,201 @@
+"""IMPALA: an actor-critic whose targets are corrected for the lag of the policy that acted.
+
+Source: Espeholt et al. 2018, "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
+Architectures", arXiv:1802.01561, sections 3 and 4. Losses are means over T and B (the paper's are sums; the
+presets convert its settings). The adaptive entropy cost is that of SEED RL, Espeholt et al. 2020.
+
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, A = actions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.algorithms.base import ActionMode, ExperienceSpec, Model
+from headrace.algorithms.optimizers import (
+    OptimizerConfig,
+    clipped_step,
+    learning_rate_at,
+    make_optimizer,
+)
+from headrace.errors import ConfigError
+from headrace.ops import distributions, losses
+from headrace.ops.rewards import RewardTransform, transform_reward
+from headrace.ops.vtrace import vtrace_targets
+from headrace.records import Batch, PolicyInput, PolicyStep, Update
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImpalaConfig:
+    """The learning rule's settings."""
+
+    unroll_steps: int = 20
+    """T: agent steps per unroll."""
+    batch_unrolls: int = 32
+    """B: unrolls per update; an update learns from T x B samples."""
+    discount: float = 0.99
+    """gamma, per agent step."""
+    entropy_cost: float = 0.01
+    """Weight of the entropy bonus; with `target_entropy`, where the adaptive weight starts."""
+    target_entropy: float | None = None
+    """Mean entropy in nats that the adaptive weight steers to; None for a fixed weight."""
+    entropy_cost_adjustment_speed: float = 10.0
+    """How fast the adaptive weight moves: k in alpha = exp(k p)."""
+    value_cost: float = 0.5
+    """Weight of the value loss, which is half the mean squared error."""
+    reward_transform: RewardTransform = "clip"
+    """none, clip (to [-1, 1]) or soft_asymmetric (as in the DMLab-30 code of the IMPALA authors)."""
+    vtrace_lambda: float = 1.0
+    """Decay of the traces: 1 is the paper's, less trades variance for bias."""
+    vtrace_rho_max: float = 1.0
+    """Clip of the ratio in the temporal difference; sets the fixed point."""
+    vtrace_c_max: float = 1.0
+    """Clip of the ratio in the traces; sets the speed."""
+    vtrace_pg_rho_max: float = 1.0
+    """Clip of the ratio in the policy gradient."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How gradients become steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1 or not 0 <= self.vtrace_lambda <= 1:
+            raise ConfigError("discount and vtrace_lambda must be in [0, 1]")
+        if self.entropy_cost < 0 or (self.target_entropy is not None and self.entropy_cost == 0):
+            raise ConfigError("entropy_cost must be positive where target_entropy is set, else >= 0")
+
+
+class Impala:
+    """Acts by sampling the policy; learns by V-trace."""
+
+    config_type = ImpalaConfig
+
+    def __init__(
+        self, model: nn.Module, config: ImpalaConfig, *, precision: torch.dtype = torch.float32
+    ) -> None:
+        """Takes the network that learns.
+
+        Args:
+            model: `networks.models.PolicyValueNet`, or anything that is called alike.
+            config: The learning rule's settings.
+            precision: dtype of the torso's arithmetic in updates; weights stay float32.
+        """
+        self.model = model
+        self.experience = ExperienceSpec(
+            unroll_steps=config.unroll_steps, batch_unrolls=config.batch_unrolls
+        )
+        self._config = config
+        self._precision = precision
+        first = next(model.parameters())
+        self._device_type = first.device.type
+        params = list(model.parameters())
+        self._log_alpha: Tensor | None = None
+        if config.target_entropy is not None:
+            start = math.log(config.entropy_cost) / config.entropy_cost_adjustment_speed
+            self._log_alpha = nn.Parameter(torch.tensor(start, device=first.device))
+            params.append(self._log_alpha)
+        self._optimizer = make_optimizer(params, config.optimizer)
+
+    def act(
+        self,
+        model: Model,
+        inputs: PolicyInput,
+        recurrent: tuple[Tensor, ...],
+        *,
+        mode: ActionMode,
+        generator: torch.Generator | None = None,
+        epsilon: float = 0.0,
+    ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
+        """Samples, or takes the most likely action; "epsilon" is greedy but for a share of random actions."""
+        output, recurrent = model(inputs, recurrent)
+        logits = output.logits[0]
+        action = distributions.greedy(logits)
+        if mode == "sample":
+            action = distributions.sample(logits, generator=generator)
+        elif mode == "epsilon":
+            uniform = distributions.sample(torch.zeros_like(logits), generator=generator)
+            draw = torch.rand(action.shape, device=action.device, generator=generator)
+            action = torch.where(draw < epsilon, uniform, action)
+        log_prob = distributions.log_prob(logits, action)
+        return PolicyStep(action, log_prob, output.value[0]), recurrent
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a batch and its parts, detached."""
+        config = self._config
+        with torch.autocast(
+            self._device_type, self._precision, enabled=self._precision != torch.float32
+        ):
+            output, _ = self.model(batch.inputs, batch.recurrent)
+        logits_TBA, value_UB = output.logits[:-1], output.value
+        log_prob_TB = distributions.log_prob(logits_TBA, batch.action)
+        ended_TB = batch.terminated | batch.truncated
+        discount_TB = config.discount * (~ended_TB).float()
+        reward_TB = transform_reward(batch.reward, config.reward_transform)
+        # Past the clock the episode would have gone on: its value is what the server saw there.
+        reward_TB = reward_TB + config.discount * batch.bootstrap
+        targets = vtrace_targets(
+            log_prob_TB.detach() - batch.log_prob,
+            reward_TB,
+            discount_TB,
+            value_UB.detach(),
+            rho_max=config.vtrace_rho_max,
+            c_max=config.vtrace_c_max,
+            pg_rho_max=config.vtrace_pg_rho_max,
+            lambda_=config.vtrace_lambda,
+        )
+        policy_loss = losses.policy_gradient_loss(log_prob_TB, targets.advantage_TB)
+        value_loss = losses.value_loss(value_UB[:-1], targets.value_TB)
+        entropy = distributions.entropy(logits_TBA).mean()
+        entropy_loss, alpha = self._entropy_loss(entropy)
+        total = policy_loss + config.value_cost * value_loss + entropy_loss
+        return total, {
+            "loss/total": total.detach(),
+            "loss/policy": policy_loss.detach(),
+            "loss/value": value_loss.detach(),
+            "loss/entropy": entropy.detach(),
+            "entropy_cost": alpha,
+            "value_mean": value_UB.detach().mean(),
+            "importance_ratio_mean": (log_prob_TB.detach() - batch.log_prob).exp().mean(),
+        }
+
+    def update(self, batch: Batch, *, progress: float) -> Update:
+        """Takes one gradient step on a batch."""
+        config = self._config.optimizer
+        total, metrics = self.loss(batch)
+        learning_rate = learning_rate_at(config, progress)
+        norm = clipped_step(
+            self._optimizer, total, learning_rate=learning_rate, max_norm=config.max_gradient_norm
+        )
+        self._bound_alpha()
+        metrics["gradient_norm"] = norm
+        metrics["learning_rate"] = torch.tensor(learning_rate)
+        return Update(metrics, torch.isfinite(total.detach()) & torch.isfinite(norm))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the optimiser and the adaptive entropy cost."""
+        return {"optimizer": self._optimizer.state_dict(), "log_alpha": self._log_alpha}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._log_alpha is not None:
+            with torch.no_grad():
+                self._log_alpha.copy_(state["log_alpha"])
+
+    def _entropy_loss(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the loss whose gradient raises the entropy, and the weight that it has."""
+        config = self._config
+        if self._log_alpha is None or config.target_entropy is None:
+            return -config.entropy_cost * entropy, torch.tensor(config.entropy_cost)
+        alpha = losses.entropy_cost(self._log_alpha, config.entropy_cost_adjustment_speed)
+        adjust = losses.entropy_cost_loss(alpha, entropy, config.target_entropy)
+        return -alpha.detach() * entropy + adjust, alpha.detach()
+
+    def _bound_alpha(self) -> None:
+        if self._log_alpha is not None:
+            bound = 20.0 / self._config.entropy_cost_adjustment_speed
+            with torch.no_grad():
+                self._log_alpha.clamp_(-bound, bound)

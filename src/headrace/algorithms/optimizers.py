@@ -1,0 +1,163 @@
+"""Optimisers, their settings, and the step that all algorithms share: clip, check, step.
+
+Losses here are means. Published settings that were tuned for a loss summed over N samples are converted
+exactly: gradients are N times smaller, so Adam's and RMSProp's eps and the clip are divided by N; TensorFlow's
+RMSProp has eps inside the root, where it is divided by N squared, as is the mean square it starts with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from headrace.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """How gradients become steps."""
+
+    optimizer: Literal["adam", "rmsprop", "rmsprop_tf"] = "rmsprop_tf"
+    """adam; rmsprop as PyTorch has it (eps outside the root); rmsprop_tf as TensorFlow 1 had it (eps inside)."""
+    learning_rate: float = 6e-4
+    """Step size at the start of the run."""
+    learning_rate_schedule: Literal["linear", "constant"] = "linear"
+    """linear: to zero at the end of the run."""
+    optimizer_eps: float = 1e-5
+    """Added to the denominator; for losses that are means (see the module)."""
+    rmsprop_decay: float = 0.99
+    """Decay of RMSProp's mean square."""
+    momentum: float = 0.0
+    """RMSProp's momentum."""
+    initial_mean_square: float = 0.0
+    """What rmsprop_tf's mean square starts from."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the mean."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the mean square."""
+    max_gradient_norm: float = 40.0
+    """Clip of the global norm; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.optimizer_eps < 0 or self.max_gradient_norm < 0:
+            raise ConfigError("learning_rate, optimizer_eps and max_gradient_norm must not be negative")
+
+
+class RMSpropTF(Optimizer):
+    """RMSProp with eps inside the root and a mean square that starts where it is told, as in TensorFlow 1.
+
+    Source: `RMSPropOptimizer` of TensorFlow 1, which the IMPALA paper's code uses.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float | Tensor,
+        alpha: float,
+        eps: float,
+        momentum: float,
+        initial_mean_square: float,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "momentum": momentum,
+            "initial_mean_square": initial_mean_square,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step with the gradients that are there."""
+        if closure is not None:
+            raise ValueError("RMSpropTF takes no closure: compute the gradients before the step")
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return None
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [param.grad for param in params if param.grad is not None]
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["mean_square"] = torch.full_like(param, group["initial_mean_square"])
+                state["velocity"] = torch.zeros_like(param) if group["momentum"] else None
+        mean_square = [self.state[param]["mean_square"] for param in params]
+        torch._foreach_mul_(mean_square, group["alpha"])
+        torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["alpha"])
+        root = torch._foreach_add(mean_square, group["eps"])
+        torch._foreach_sqrt_(root)
+        steps = torch._foreach_div(grads, root)
+        torch._foreach_mul_(steps, group["lr"])
+        if group["momentum"]:
+            velocity = [self.state[param]["velocity"] for param in params]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, steps)
+            steps = velocity
+        torch._foreach_sub_(params, steps)
+
+
+def make_optimizer(params: Iterable[Tensor], config: OptimizerConfig) -> Optimizer:
+    """Returns the optimiser that `config` names."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(
+            params,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.optimizer_eps,
+            foreach=True,
+        )
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            params,
+            lr=config.learning_rate,
+            alpha=config.rmsprop_decay,
+            eps=config.optimizer_eps,
+            momentum=config.momentum,
+            foreach=True,
+        )
+    return RMSpropTF(
+        params,
+        lr=config.learning_rate,
+        alpha=config.rmsprop_decay,
+        eps=config.optimizer_eps,
+        momentum=config.momentum,
+        initial_mean_square=config.initial_mean_square,
+    )
+
+
+def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
+    """Returns the step size when the share `progress` in [0, 1] of the run is done."""
+    if config.learning_rate_schedule == "linear":
+        return config.learning_rate * max(0.0, 1.0 - progress)
+    return config.learning_rate
+
+
+def clipped_step(
+    optimizer: Optimizer, loss: Tensor, *, learning_rate: float, max_norm: float
+) -> Tensor:
+    """Differentiates `loss`, clips the global norm to `max_norm` (0: not), steps; returns the norm before."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    if max_norm > 0:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-12), max=1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return norm

@@ -1,0 +1,88 @@
+"""name -> "module:attribute": the one place to register. Nothing is imported before it is chosen."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from headrace.errors import ConfigError
+
+ALGORITHMS = {
+    "impala": "headrace.algorithms.impala:Impala",
+}
+NETWORKS = {
+    "impala_deep": "headrace.networks.models:impala_deep",
+    "impala_shallow": "headrace.networks.models:impala_shallow",
+    "mlp": "headrace.networks.models:mlp",
+    "nature": "headrace.networks.models:nature",
+}
+ENVIRONMENTS = {  # a name that ends in / stands for all names that begin with it
+    "ALE/": "headrace.envs.atari:ATARI",
+    "catch": "headrace.envs.catch:CATCH",
+    "recall": "headrace.envs.recall:RECALL",
+}
+POOLS = {
+    "inline": "headrace.pools.inline:InlinePool",
+    "native": "headrace.pools.native:NativePool",
+}
+
+
+def resolve(kind: str, table: Mapping[str, str], name: str, *, trust_code: bool = True) -> Any:
+    """Imports what `name` stands for: an entry of `table`, or a user's own "module:attribute".
+
+    Args:
+        kind: What it is, for the error message.
+        table: One of the tables above.
+        name: What the user typed.
+        trust_code: Whether a module outside the catalog may be imported. A run that somebody else made
+            names such modules too: loading it must not run their code unasked.
+
+    Raises:
+        ConfigError: no such name, or code that is not trusted.
+    """
+    target = table.get(name)
+    if target is None and ":" not in name:
+        raise ConfigError(f"no {kind} named {name!r}; {nearest(name, table)}")
+    if target is None and not trust_code:
+        raise ConfigError(
+            f"this run names the {kind} {name!r}, which is code outside headrace: "
+            "read it, then say --trust-code (trust_code=True) to import it"
+        )
+    return import_attribute(kind, target or name)
+
+
+def import_attribute(kind: str, target: str) -> Any:
+    """Imports "module:attribute"."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"cannot import the {kind} {target!r}: no module {error.name!r}") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"cannot import the {kind} {target!r}: {module_name} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def environment_family(env: str, *, trust_code: bool = True) -> Any:
+    """Returns the `envs.base.Family` of an environment's name."""
+    for name, target in ENVIRONMENTS.items():
+        if name.endswith("/") and env.startswith(name):
+            return import_attribute("environment", target)
+    names = [name + "<Game>-v5" if name.endswith("/") else name for name in ENVIRONMENTS]
+    if env not in ENVIRONMENTS and ":" not in env:
+        near = difflib.get_close_matches(env.lower(), [name.lower() for name in ENVIRONMENTS], 1)
+        atari = f"ALE/{env[:1].upper()}{env[1:]}-v5"
+        hint = f"did you mean {near[0]}?" if near else f"did you mean {atari}?"
+        raise ConfigError(
+            f"no environment named {env!r}; {hint} Known: {', '.join(names)} (list: `headrace envs`)"
+        )
+    return resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint: the nearest known names, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"

@@ -1,0 +1,305 @@
+"""The command line: parse, then call `run`. Mistakes of the user end in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import headrace
+from headrace import catalog, presets
+from headrace.config import FREE_ON_RESUME, RunConfig, from_dict, merged, read_toml, to_dict
+from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
+
+USAGE = """\
+usage: headrace COMMAND …
+
+  train ENV     train an agent, such as `headrace train ALE/Pong-v5`; --resume RUN goes on with one
+  eval RUN      play full episodes with a trained agent, and film one
+  envs          what can be trained here, and what is missing
+  presets       named settings, and where their numbers come from
+  bench NAME    measure this machine: end-to-end, pools, inference, learner
+
+`headrace COMMAND --help` explains a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; ends the process with 0, 1 (a run failed) or 2 (a mistake of the user)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] == "--version":
+        print(f"headrace {headrace.__version__}")
+        return
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            raise ConfigError(f"no command {arguments[0]!r}; {catalog.nearest(arguments[0], COMMANDS)}")
+        command(arguments[1:])
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except (HeadraceError, OSError) as error:
+        code = _fail_code(error)
+        if isinstance(error, DeadlineExceeded):
+            # The thread that hangs in native code would keep the interpreter from ending.
+            os._exit(code)
+        sys.exit(code)
+
+
+def _fail_code(error: Exception) -> int:
+    print(f"headrace: {error}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"headrace: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def train_command(argv: list[str]) -> None:
+    """Trains an agent."""
+    chosen, rest = _first_pass(argv)
+    if chosen.resume:
+        _resume(chosen, rest)
+        return
+    layers: dict[str, Any] = {}
+    file = read_toml(Path(chosen.config)) if chosen.config else {}
+    env = chosen.env or file.get("env")
+    wants_help = "-h" in rest or "--help" in rest
+    if not env and wants_help:
+        env = "ALE/Pong-v5"
+    name = chosen.preset or (presets.default_for(env) if env else None)
+    if name:
+        layers = merged(layers, presets.find(name).values)
+    layers = merged(layers, file)
+    layers = merged(layers, {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value})
+    base = from_dict(layers)
+    config = _parse_flags(base, rest, prog="headrace train ENV")
+    _train(config=config, trust_code=True)
+
+
+def _first_pass(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Reads what decides which other settings there are."""
+    env = argv[0] if argv and not argv[0].startswith("-") else None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--algorithm", "--preset", "--config", "--resume"):
+        parser.add_argument(flag)
+    parser.add_argument("--trust-code", action="store_true")
+    try:
+        chosen, rest = parser.parse_known_args(argv[1:] if env else argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}: see `headrace train --help`") from error
+    chosen.env = env
+    return chosen, rest
+
+
+TRAIN_HELP = """Trains an agent and leaves everything in a run directory.
+
+    headrace train ENV [--preset NAME] [--config FILE] [--algorithm NAME] [settings]
+    headrace train --resume RUN [--total-frames N …]
+
+Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the values below are
+those of the preset that ENV takes unasked. Ctrl-C saves and ends; a second one ends at once."""
+
+
+def _parse_flags(base: RunConfig, argv: list[str], *, prog: str) -> RunConfig:
+    """Lays flags over `base`; every setting is a flag, named as its field."""
+    config: RunConfig = tyro.cli(
+        tyro.conf.OmitArgPrefixes[RunConfig],
+        args=_whole_numbers(argv),
+        default=base,
+        prog=prog,
+        description=TRAIN_HELP,
+        config=(tyro.conf.FlagConversionOff,) if False else (),
+    )
+    return config
+
+
+def _whole_numbers(argv: list[str]) -> list[str]:
+    """Turns 1e7 and 10_000_000 into digits where frames are counted."""
+    out = list(argv)
+    for index, token in enumerate(out[:-1]):
+        if token == "--total-frames":
+            try:
+                out[index + 1] = str(int(float(out[index + 1].replace("_", ""))))
+            except (ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"--total-frames must be a number such as 2e7, not {out[index + 1]!r}"
+                ) from error
+    return out
+
+
+def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
+    from headrace.run import api  # noqa: PLC0415  # torch takes seconds that `--help` should not cost
+    from headrace.telemetry.record import RunDirectory  # noqa: PLC0415
+
+    named = [f"--{key}" for key in ("algorithm", "preset", "config") if getattr(chosen, key)]
+    if chosen.env or named:
+        raise ConfigError(
+            f"{chosen.env or named[0]} cannot go with --resume: a resumed run keeps its settings"
+        )
+    run = RunDirectory.open(Path(chosen.resume))
+    base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
+    config = _parse_flags(base, rest, prog="headrace train --resume RUN")
+    before, after = to_dict(base), to_dict(config)
+    changes = {key: after[key] for key in after if after[key] != before.get(key)}
+    api.resumed_config(run, changes, trust_code=chosen.trust_code)
+    _train(resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
+
+
+def _train(**arguments: Any) -> None:
+    from headrace.run import api  # noqa: PLC0415
+    from headrace.telemetry.terminal import open_display  # noqa: PLC0415
+
+    with ExitStack() as stack:
+        show: dict[str, Any] = {}
+
+        def start(config: RunConfig, path: Path) -> None:
+            show["display"] = stack.enter_context(open_display(config.total_frames, f"{config.env} · {config.algorithm} · {path}"))
+
+        result = api.train(
+            **arguments,
+            on_start=start,
+            on_row=lambda row: show["display"].update(row),
+            on_message=lambda text: show["display"].message(text),
+        )
+    done = "done" if result.finished else f"stopped; go on with `headrace train --resume {result.run}`"
+    print(f"{done}\nevaluate: headrace eval {result.run} --video agent.mp4\ncurves:   tensorboard --logdir {result.run}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Plays full episodes with a trained agent, on the same code that trained it."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    episodes: int = 20
+    """Full episodes to play."""
+    mode: Literal["greedy", "sample", "epsilon"] = "greedy"
+    """The likeliest action, a draw from the policy, or greedy but for a share of random actions."""
+    epsilon: float = 0.001
+    """That share, for --mode epsilon."""
+    seed: int | None = None
+    """Of the environments; None for one derived from the run's."""
+    video: str | None = None
+    """Film one more episode into this .mp4 file."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    trust_code: bool = False
+    """Import code that the run names from outside headrace. Read it first."""
+
+
+def eval_command(argv: list[str]) -> None:
+    """Evaluates an agent."""
+    arguments = tyro.cli(EvalArguments, args=argv, prog="headrace eval")
+    from headrace.run.evaluate import evaluate  # noqa: PLC0415
+    from headrace.run.film import film  # noqa: PLC0415
+    from headrace.run.policy import load  # noqa: PLC0415
+
+    if not 0 <= arguments.epsilon <= 1:
+        raise ConfigError(f"epsilon must be in [0, 1], not {arguments.epsilon}")
+    if arguments.video and not arguments.video.endswith(".mp4"):
+        raise ConfigError(f"--video must name an .mp4 file, not {arguments.video!r}")
+    policy = load(arguments.run, trust_code=arguments.trust_code, device=arguments.device)
+    result = evaluate(
+        policy,
+        episodes=arguments.episodes,
+        mode=arguments.mode,
+        epsilon=arguments.epsilon,
+        seed=arguments.seed,
+    )
+    summary = {
+        "run": arguments.run,
+        "env": policy.spec.name,
+        "agent_steps": policy.agent_steps,
+        "mode": arguments.mode,
+        **result.summary(),
+    }
+    if arguments.video:
+        summary["video"] = arguments.video
+        summary["video_return"] = film(
+            policy, Path(arguments.video), mode=arguments.mode, epsilon=arguments.epsilon
+        )
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    table = Table(title=f"{policy.spec.name}, {arguments.mode}, {policy.agent_steps:,} agent steps")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for key, value in summary.items():
+        if key not in ("run", "env", "agent_steps", "mode"):
+            table.add_row(key.replace("_", " "), _cell(value))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " – ".join(_cell(item) for item in value)
+    return f"{value:,.2f}" if isinstance(value, float) else str("–" if value is None else value)
+
+
+def envs_command(argv: list[str]) -> None:
+    """Lists environments."""
+    tyro.cli(_nothing, args=argv, prog="headrace envs", description="Lists what can be trained here.")
+    from headrace.envs import atari  # noqa: PLC0415
+
+    print("catch    a ball falls, a paddle catches it; best return 1")
+    print("recall   act on a cue seen steps ago, which needs a recurrent policy; best return 1")
+    try:
+        names = atari.games()
+    except ConfigError as missing:
+        print(f"ALE/…    not here: {missing}")
+        return
+    print(f"ALE/…    {len(names)} Atari games:")
+    Console().print("  ".join(names), highlight=False)
+
+
+def presets_command(argv: list[str]) -> None:
+    """Lists presets."""
+    tyro.cli(_nothing, args=argv, prog="headrace presets", description="Lists named settings.")
+    for name, preset in presets.PRESETS.items():
+        unasked = [start for start, default in presets.DEFAULT_PRESETS.items() if default == name]
+        suffix = f"  (unasked for {', '.join(unasked)})" if unasked else ""
+        print(f"{name}{suffix}\n  {preset.summary}\n  source: {preset.source}")
+        for line in _flat(preset.values):
+            print(f"    {line}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in values.items():
+        lines += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key} = {value}"]
+    return lines
+
+
+def _nothing() -> None:
+    """Takes no arguments."""
+
+
+def bench_command(argv: list[str]) -> None:
+    """Measures this machine."""
+    from headrace.bench import command  # noqa: PLC0415
+
+    command.run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "envs": envs_command,
+    "presets": presets_command,
+    "bench": bench_command,
+}

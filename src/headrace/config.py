@@ -1,0 +1,198 @@
+"""A run's settings: the parts' configs put together; TOML in and out.
+
+Order: defaults < preset < `--config` < flags. Each layer is a nested dict of what it sets; `merged` lays one
+over the other and `from_dict` checks the result, naming what is unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from headrace import catalog
+from headrace.errors import ConfigError
+from headrace.networks.models import NetworkConfig
+from headrace.server.settings import ServerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that one training run is made from."""
+
+    env: str
+    """Environment, such as ALE/Pong-v5, catch, or my_module:FAMILY."""
+    algorithm: str = "impala"
+    """Learning rule: a name in the catalog or my_module:MyAlgorithm."""
+    total_frames: int = 50_000_000
+    """Length of the run in env_frames (emulator frames: agent steps times action repeat)."""
+    seed: int = 1
+    """Of networks, environments and actions."""
+    out: str = ""
+    """Run directory; empty for runs/ENV-ALGORITHM-DATE."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the networks. auto is on for a GPU and off for a CPU, where it gains nothing."""
+    lockstep: bool = False
+    """One order of everything, bit-identical for one seed; for tests and debugging."""
+    compute_threads: int = 0
+    """Threads of each compute stage (server, learner); 0 fits it to the cores."""
+    env_threads: int = 0
+    """Threads of a native pool; 0 for one per core."""
+    log_interval_s: float = 2.0
+    """Seconds between rows of metrics.jsonl, TensorBoard and the terminal."""
+    checkpoint_interval_s: float = 300.0
+    """Seconds between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept; 0 for all."""
+    tensorboard: bool = True
+    """Write curves for TensorBoard."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How many environments, and how they are batched."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The policy."""
+    environment: Any = None
+    """Settings of the environment's family (its `config_type`); None for its defaults."""
+    learning: Any = None
+    """Settings of the algorithm (its `config_type`); None for its defaults."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_frames", "log_interval_s", "checkpoint_interval_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if min(self.compute_threads, self.env_threads, self.keep_checkpoints) < 0:
+            raise ConfigError("compute_threads, env_threads and keep_checkpoints must not be negative")
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        *("total_frames", "device", "precision", "compile", "compute_threads", "env_threads"),
+        *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
+    }
+)
+"""Settings that a resumed run may change; every other one is the run's."""
+
+
+def section_types(env: str, algorithm: str, *, trust_code: bool = True) -> dict[str, type[Any]]:
+    """Returns the config types of the two sections that depend on what was chosen."""
+    family = catalog.environment_family(env, trust_code=trust_code)
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm, trust_code=trust_code)
+    return {"environment": family.config_type, "learning": rule.config_type}
+
+
+def completed(config: RunConfig, *, trust_code: bool = True) -> RunConfig:
+    """Returns `config` with its environment and learning sections filled by their defaults.
+
+    Raises:
+        ConfigError: a section has the type of another environment or algorithm.
+    """
+    filled = {}
+    for name, kind in section_types(config.env, config.algorithm, trust_code=trust_code).items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name} must be a {kind.__name__}, not a {type(value).__name__}")
+        filled[name] = kind() if value is None else value
+    return dataclasses.replace(config, **filled)
+
+
+def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfig:
+    """Builds a complete config from nested values, as TOML gives them.
+
+    Raises:
+        ConfigError: names the key that is unknown, or whose value has the wrong type.
+    """
+    if "env" not in values:
+        raise ConfigError("no environment: name one, such as `headrace train ALE/Pong-v5`")
+    known = {"algorithm": RunConfig.__dataclass_fields__["algorithm"].default, **values}
+    sections = section_types(known["env"], known["algorithm"], trust_code=trust_code)
+    config = _build(RunConfig, values, "", sections)
+    return completed(typing.cast(RunConfig, config), trust_code=trust_code)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns nested plain values; settings that are None are left out, since TOML has no null."""
+    return typing.cast(dict[str, Any], _without_none(dataclasses.asdict(config)))
+
+
+def to_toml(config: RunConfig) -> str:
+    """Returns the text of config.toml."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads nested values from a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the values of `over` laid on top, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = merged(below, value) if both else value
+    return result
+
+
+def _build(
+    kind: type[Any], values: Mapping[str, Any], where: str, sections: Mapping[str, type[Any]]
+) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(f"no setting named {where}{key}; {catalog.nearest(key, names)}")
+        hint = sections.get(key, hints[key])
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}{key} must be a section of settings, not {value!r}")
+            arguments[key] = _build(typing.cast(type[Any], hint), value, f"{where}{key}.", {})
+        else:
+            arguments[key] = _checked(hint, value, f"{where}{key}")
+    return kind(**arguments)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """Returns `value` if it fits `hint`; an int does where a float is wanted."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise ConfigError(f"{where} must be one of {choices}, not {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return value if value is None else _checked(options[0], value, where)
+    if origin is tuple:
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be a {hint.__name__}, not {value!r}")
+    return value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,247 @@
+"""Stop 7: rows of one environment become an unroll of T + 1.
+
+One table on the learner's device. A slot is U = T + 1 rows and, before them, the K - 1 frames that the first
+row's stack needs:
+
+    frames   slot 0: [p p p | 0 1 2 … T]   slot 1: …   one frame of zeros at the very end
+    fields   slot 0:       [0 1 2 … T]     slot 1: …   action, log-probability, …
+
+Each environment writes into its own slot. When row T is written, the slot is full and row T is copied to be
+row 0 of the environment's next slot: unrolls overlap by one row. Frames are stored once; `gather` rebuilds the
+stacks in the one copy that a batch costs, taking the frame of zeros for what lies before an episode's start.
+
+What arrives on the host (reward, flags, version) is kept there and crosses with the batch; what the policy
+made never leaves the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headrace.experience.fifo import SlotQueue
+from headrace.records import EnvStep, PolicyStep, Unrolls
+from headrace.specs import EnvSpec
+
+HOST_FIELDS = {
+    "reward": np.float32,
+    "terminated": np.bool_,
+    "truncated": np.bool_,
+    "version": np.int64,
+}
+DEVICE_FIELDS = {
+    "action": torch.int64,
+    "log_prob": torch.float32,
+    "bootstrap": torch.float32,
+    "previous_action": torch.int64,
+}
+
+
+class UnrollTable:
+    """Unrolls under construction, and those that wait in `queue`. Written by one thread, the server's."""
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        *,
+        num_envs: int,
+        unroll_steps: int,
+        num_slots: int,
+        queue: SlotQueue,
+        recurrent: tuple[Tensor, ...],
+        device: torch.device,
+    ) -> None:
+        """Allocates everything at once.
+
+        Args:
+            spec: Shapes of one environment.
+            num_envs: Environments that write here.
+            unroll_steps: T.
+            num_slots: Slots in all, those under construction included.
+            queue: Where full slots go and free ones come from.
+            recurrent: An example of the policy's recurrent state, each [1, ...].
+            device: Where the learner reads.
+        """
+        self.queue = queue
+        self.rows = unroll_steps + 1
+        self.prefix = spec.frame_stack - 1
+        self.dropped_unrolls = 0
+        self._device = device
+        space = spec.observation_space
+        frame_rows = num_slots * (self.prefix + self.rows) + 1
+        dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
+        self._frames = torch.zeros(frame_rows, *space.shape, dtype=dtype, device=device)
+        self._zero_frame = frame_rows - 1
+        self._fields = {
+            name: torch.zeros(num_slots * self.rows, dtype=dtype, device=device)
+            for name, dtype in DEVICE_FIELDS.items()
+        }
+        self._host = {
+            name: np.zeros(num_slots * self.rows, dtype) for name, dtype in HOST_FIELDS.items()
+        }
+        # Covers the prefix too: a stack must not reach behind a reset that lies before row 0.
+        self._reset = np.zeros((num_slots, self.prefix + self.rows), np.bool_)
+        self._recurrent = tuple(
+            torch.zeros(num_slots, *part.shape[1:], dtype=part.dtype, device=device)
+            for part in recurrent
+        )
+        self._slot = np.asarray(queue.acquire(num_envs), np.int64)
+        self._row = np.zeros(num_envs, np.int64)
+        self._run_id = np.full(num_envs, -1, np.int64)
+
+    def append(
+        self,
+        step: EnvStep,
+        frames: Tensor,
+        done: PolicyStep,
+        *,
+        previous_action: Tensor,
+        recurrent: tuple[Tensor, ...],
+        version: int,
+        bootstrap: Tensor | None,
+    ) -> None:
+        """Writes one row for each environment of `step` and hands over the slots that are full.
+
+        Args:
+            step: What arrived.
+            frames: [N, ...] its observations on the device.
+            done: What the policy did.
+            previous_action: [N] what the policy was told, -1 where reset.
+            recurrent: Each [N, ...] state that was fed to this step.
+            version: Update that made the weights.
+            bootstrap: [N] values of final observations, valid where truncated; None if nothing was.
+        """
+        env = step.env_id
+        fresh = self._run_id[env] != step.run_id
+        if fresh.any():
+            self.dropped_unrolls += int((self._row[env[fresh]] > 0).sum())
+            self._row[env[fresh]] = 0
+            self._run_id[env[fresh]] = step.run_id[fresh]
+        slot, row = self._slot[env], self._row[env]
+        self._reset[slot, self.prefix + row] = step.reset
+        self._write_host(slot * self.rows + row, step, version)
+        at = self._upload(slot * self.rows + row)
+        self._frames.index_copy_(0, self._upload(self._frame_row(slot, row)), frames)
+        self._fields["action"].index_copy_(0, at, done.action)
+        self._fields["log_prob"].index_copy_(0, at, done.log_prob)
+        self._fields["previous_action"].index_copy_(0, at, previous_action)
+        if bootstrap is not None:
+            self._fields["bootstrap"].index_copy_(0, at, bootstrap)
+        starts = np.flatnonzero(row == 0)
+        self._store_recurrent(slot[starts], starts, recurrent)
+        self._row[env] = row + 1
+        full = np.flatnonzero(row == self.rows - 1)
+        if full.size:
+            self._hand_over(env[full], full, recurrent)
+
+    def gather(self, slots: list[int]) -> Unrolls:
+        """Copies the unrolls in `slots` into a batch, time first, stacks rebuilt."""
+        slot = np.asarray(slots, np.int64)
+        rows = np.arange(self.rows)[:, None]
+        flat = slot * self.rows + rows  # [U, B]
+        at = self._upload(flat.reshape(-1))
+        shape = flat.shape
+        stack = self._frames.index_select(0, self._upload(self._stack_rows(slot).reshape(-1)))
+        device = {name: field.index_select(0, at).view(shape) for name, field in self._fields.items()}
+        host = {name: self._upload(field[flat]) for name, field in self._host.items()}
+        slot_index = self._upload(slot)
+        return Unrolls(
+            observation=stack.view(*shape, self.prefix + 1, *stack.shape[1:]),
+            reset=self._upload(self._reset[slot, self.prefix + rows]),
+            recurrent=tuple(part.index_select(0, slot_index) for part in self._recurrent),
+            **device,
+            **host,
+        )
+
+    def unfinished(self) -> int:
+        """Number of unrolls under construction that have rows: what a run that stops here would lose."""
+        return int((self._row > 0).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything, for a bit-equal resume."""
+        return {
+            "frames": self._frames,
+            "fields": self._fields,
+            "host": self._host,
+            "reset": self._reset,
+            "recurrent": list(self._recurrent),
+            "slot": self._slot,
+            "row": self._row,
+            "run_id": self._run_id,
+            "queue": self.queue.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._frames.copy_(state["frames"])
+        for name, field in self._fields.items():
+            field.copy_(state["fields"][name])
+        for name, values in self._host.items():
+            values[:] = state["host"][name]
+        for part, stored in zip(self._recurrent, state["recurrent"], strict=True):
+            part.copy_(stored)
+        self._reset[:] = state["reset"]
+        self._slot[:], self._row[:], self._run_id[:] = state["slot"], state["row"], state["run_id"]
+        self.queue.restore(state["queue"])
+
+    def _write_host(self, at: NDArray[np.int64], step: EnvStep, version: int) -> None:
+        self._host["reward"][at] = step.reward
+        self._host["terminated"][at] = step.terminated
+        self._host["truncated"][at] = step.truncated
+        self._host["version"][at] = version
+
+    def _store_recurrent(
+        self, slot: NDArray[np.int64], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]
+    ) -> None:
+        if len(slot) and recurrent:
+            into, source = self._upload(slot), self._upload(which)
+            for part, state in zip(self._recurrent, recurrent, strict=True):
+                part.index_copy_(0, into, state.index_select(0, source))
+
+    def _hand_over(
+        self, env: NDArray[np.int32], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]
+    ) -> None:
+        """Row T of each full slot becomes row 0 of a free one; then the full slots change owner."""
+        old, last = self._slot[env], self.rows - 1
+        new = np.asarray(self.queue.acquire(len(old)), np.int64)
+        behind = np.arange(-self.prefix, 1)
+        source = self._upload((self._frame_row(old, last)[:, None] + behind).reshape(-1))
+        target = self._upload((self._frame_row(new, 0)[:, None] + behind).reshape(-1))
+        self._frames.index_copy_(0, target, self._frames.index_select(0, source))
+        self._reset[new, : self.prefix + 1] = self._reset[old, last:]
+        source, target = old * self.rows + last, new * self.rows
+        for values in self._host.values():
+            values[target] = values[source]
+        from_row, to_row = self._upload(source), self._upload(target)
+        for field in self._fields.values():
+            field.index_copy_(0, to_row, field.index_select(0, from_row))
+        self._store_recurrent(new, which, recurrent)
+        self._slot[env], self._row[env] = new, 1
+        self.queue.put(old.tolist())
+
+    def _frame_row(self, slot: NDArray[np.int64], row: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        return slot * (self.prefix + self.rows) + self.prefix + row
+
+    def _stack_rows(self, slot: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of `_frames` [U, B, K] that make the stacks, oldest first."""
+        depth = self.prefix + 1
+        newest = self._frame_row(slot, 0) + np.arange(self.rows)[:, None]  # [U, B]
+        index = newest[..., None] + np.arange(-self.prefix, 1)  # [U, B, K]
+        if self.prefix:
+            reset = self._reset[slot]  # [B, prefix + U]
+            # Frame j back is hidden if any of the j newer frames, itself excluded, began an episode.
+            hidden = np.zeros((self.rows, len(slot)), np.bool_)
+            for back in range(1, depth):
+                hidden = hidden | reset[:, depth - back : depth - back + self.rows].T
+                index[..., self.prefix - back][hidden] = self._zero_frame
+        return index
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor

@@ -1,0 +1,354 @@
+"""Checkpoints: safetensors plus JSON, never pickle, never half written.
+
+```
+checkpoints/agent_steps_000012345678/
+  weights.safetensors  training.safetensors ...   one file per group of tensors
+  meta.json            schema, counters, and size and SHA-256 of every file beside it
+```
+
+A checkpoint is written to a hidden folder beside its place, synced and renamed: a process that is
+killed, or a disk that is full, leaves the earlier ones as they were. One process writes at a time;
+the lock of the run directory sees to that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError
+
+SCHEMA = 1
+"""Raised by one whenever an older reader would misread the files."""
+
+_NAME = re.compile(r"agent_steps_(\d{12,})(\.replaced)?")
+_GROUP = re.compile(r"[A-Za-z0-9_]+")
+_OWN_KEYS = ("schema", "agent_steps", "files", "meta_sha256")
+
+Skeleton = dict[str, Any] | int | float | bool | str | None
+"""JSON that remembers the containers of a tree, with names in place of its tensors."""
+
+
+class DamagedCheckpoint(ConfigError):
+    """A file of a checkpoint is missing, short or changed; an older checkpoint may be whole."""
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint, read and verified."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]  # group -> name -> tensor, on the CPU
+    meta: dict[str, Any]  # what the caller of `save` gave, with schema, agent_steps and files
+
+
+def save(
+    directory: Path,
+    *,
+    agent_steps: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes one checkpoint whole or not at all, then deletes what is too old.
+
+    Args:
+        directory: folder of all checkpoints of the run; made if missing.
+        agent_steps: names the checkpoint; the same number again replaces it.
+        tensors: group -> name -> tensor on any device; each group becomes one file. Groups are made
+            of letters, digits and underscores; names are free.
+        meta: anything that JSON holds; may not use the keys that the checkpoint writes itself.
+        keep: newest checkpoints that stay, counted up to this one; 0 keeps all.
+
+    Raises:
+        OSError: the disk is full or may not be written; earlier checkpoints are intact.
+        ValueError: a group or a key of `meta` is not allowed.
+    """
+    _check_names(tensors, meta)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Before writing, so that what a killed process left does not fill the disk for its successor.
+    _remove_hidden(directory)
+    final = directory / f"agent_steps_{agent_steps:012d}"
+    temporary = directory / f".{final.name}"
+    try:
+        temporary.mkdir()
+        files = {}
+        for group, named in tensors.items():
+            data = safetensors.torch.save({name: _to_disk(t) for name, t in named.items()})
+            files[f"{group}.safetensors"] = _write_file(temporary / f"{group}.safetensors", data)
+        own = {"schema": SCHEMA, "agent_steps": agent_steps, "files": files}
+        _write_file(temporary / "meta.json", _encode_meta({**own, **meta}))
+        _sync_folder(temporary)
+        _put_in_place(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _prune(directory, agent_steps, keep)
+    return final
+
+
+def _check_names(tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    for group, named in tensors.items():
+        if not _GROUP.fullmatch(group):
+            raise ValueError(f"group {group!r} must be made of letters, digits and underscores")
+        if "__metadata__" in named:
+            raise ValueError(f"group {group!r}: the name '__metadata__' belongs to safetensors")
+    if taken := sorted(set(_OWN_KEYS) & set(meta)):
+        raise ValueError(f"meta may not use the keys of the checkpoint itself: {', '.join(taken)}")
+
+
+def _to_disk(tensor: Tensor) -> Tensor:
+    # A copy even on the CPU: safetensors refuses tensors that share memory, such as tied weights.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _write_file(path: Path, data: bytes) -> dict[str, str | int]:
+    """Writes and syncs one file; returns what `read` needs to verify it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)}
+
+
+def _encode_meta(content: Mapping[str, Any]) -> bytes:
+    # Through JSON first: the digest is of what a reader will see, where every key is a string.
+    seen = json.loads(json.dumps(content))
+    return json.dumps({**seen, "meta_sha256": _digest_of_meta(seen)}, indent=1).encode()
+
+
+def _digest_of_meta(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Renames; a folder cannot be renamed over a full one, so an older twin steps aside first.
+
+    A kill between the two renames leaves the twin under its other name, which readers know as well.
+    """
+    aside = final.with_name(f"{final.name}.replaced")
+    had_twin = final.exists()
+    if had_twin:
+        _remove(aside)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if had_twin:
+            aside.rename(final)
+        raise
+    _sync_folder(final.parent)
+
+
+def _prune(directory: Path, agent_steps: int, keep: int) -> None:
+    # Newer ones stay uncounted: after a resume from an older checkpoint they would otherwise fill
+    # the quota, and the one just written would go.
+    past = [path for steps, path in _newest_first(directory) if steps <= agent_steps]
+    whole = [path for path in past if not path.name.endswith(".replaced")]
+    too_old = whole[keep:] if keep else []
+    replaced = [path for path in past if path not in whole]
+    for path in [*replaced, *too_old]:
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Hides a checkpoint, then deletes it: a kill half-way leaves nothing damaged in sight."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.deleted")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _remove_hidden(directory: Path) -> None:
+    for path in directory.glob(".agent_steps_*"):
+        shutil.rmtree(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads one checkpoint; parses no tensor before its file's size and SHA-256 are right.
+
+    Raises:
+        DamagedCheckpoint: names the file and what is wrong with it.
+        ConfigError: the checkpoint was written in another schema.
+    """
+    meta = _read_meta(path / "meta.json")
+    tensors = {}
+    for name, expected in meta["files"].items():
+        data = _read_verified(path / name, expected)
+        try:
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {error}") from error
+    return Checkpoint(path, tensors, meta)
+
+
+def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Finds where to go on from.
+
+    Returns:
+        The newest whole checkpoint, None if there is none, and one sentence for each newer one that
+        is damaged and was skipped.
+
+    Raises:
+        ConfigError: the newest that can be read was written in another schema.
+    """
+    warnings: list[str] = []
+    for _, path in _newest_first(directory):
+        try:
+            return read(path), warnings
+        except DamagedCheckpoint as error:
+            warnings.append(f"skipped the damaged checkpoint {path.name}: {error}")
+    return None, warnings
+
+
+def _newest_first(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints as (agent_steps, path); one that was set aside follows its twin."""
+    if not directory.is_dir():
+        return []
+    found = [(match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)
+    return [(int(match[1]), path) for match, path in found]
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is not JSON: {error}") from error
+    if not isinstance(meta, dict) or "schema" not in meta:
+        raise DamagedCheckpoint(f"{path} names no schema")
+    if meta["schema"] != SCHEMA:
+        raise ConfigError(
+            f"{path} has schema {meta['schema']} but this headrace reads schema {SCHEMA}: "
+            "use the version of headrace that wrote the run, or start a new run with another --out"
+        )
+    if meta.get("meta_sha256") != _digest_of_meta(meta):
+        raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
+    return meta
+
+
+def _read_verified(path: Path, expected: Mapping[str, Any]) -> bytes:
+    data = _read_bytes(path)
+    if len(data) != expected["nbytes"]:
+        raise DamagedCheckpoint(f"{path} has {len(data)} bytes instead of {expected['nbytes']}")
+    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise DamagedCheckpoint(f"{path} does not match its SHA-256")
+    return data
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} is missing") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def flatten(tree: Any) -> tuple[dict[str, Tensor], Skeleton]:
+    """Takes a tree of state apart, such as an optimiser's `state_dict` or a generator's state.
+
+    Args:
+        tree: dicts (keys str or int), lists and tuples of tensors, numpy arrays and scalars, int,
+            float, bool, str and None.
+
+    Returns:
+        Tensors by path, and the JSON skeleton from which `unflatten` restores the tree. Arrays
+        become uint8 tensors of their bytes, because not every dtype of numpy is one of torch.
+
+    Raises:
+        TypeError: names the place of a value or a key of another type.
+    """
+    tensors: dict[str, Tensor] = {}
+    return tensors, _flatten(tree, "", tensors)
+
+
+def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Skeleton:
+    if isinstance(tree, Tensor):
+        return {"tensor": _put(tensors, path, tree.detach())}
+    if isinstance(tree, np.ndarray | np.generic):
+        return _flatten_array(tree, path, tensors)
+    if isinstance(tree, dict):
+        if wrong := [key for key in tree if type(key) not in (str, int)]:
+            raise TypeError(f"{path or '/'}: a key must be a str or an int, not {wrong[0]!r}")
+        items = [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in tree.items()]
+        return {"dict": items}
+    if type(tree) in (list, tuple):
+        values = [_flatten(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+        return {type(tree).__name__: values}
+    if tree is None or type(tree) in (int, float, bool, str):
+        return tree  # type: ignore[no-any-return]
+    raise TypeError(f"{path or '/'}: a checkpoint cannot hold a {type(tree).__name__}")
+
+
+def _flatten_array(
+    array: np.ndarray[Any, Any] | np.generic, path: str, tensors: dict[str, Tensor]
+) -> Skeleton:
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{path or '/'}: a checkpoint cannot hold an array of {array.dtype}")
+    raw = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else None
+    return {
+        "array": _put(tensors, path, torch.empty(0, dtype=torch.uint8) if raw is None else raw),
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "scalar": isinstance(array, np.generic),
+    }
+
+
+def _put(tensors: dict[str, Tensor], path: str, tensor: Tensor) -> str:
+    name = path or "/"
+    while name in tensors:  # the keys 0 and "0" have one path
+        name += "'"
+    tensors[name] = tensor
+    return name
+
+
+def unflatten(tensors: Mapping[str, Tensor], skeleton: Skeleton) -> Any:
+    """Restores the tree that `flatten` took apart; tensors stay where they are.
+
+    Raises:
+        ConfigError: a tensor that the skeleton names is missing, or the skeleton is none of ours.
+    """
+    if not isinstance(skeleton, dict):
+        return skeleton
+    try:
+        if "tensor" in skeleton:
+            return tensors[skeleton["tensor"]]
+        if "array" in skeleton:
+            return _unflatten_array(tensors[skeleton["array"]], skeleton)
+    except KeyError as error:
+        raise ConfigError(f"the checkpoint has no tensor named {error}") from error
+    if "dict" in skeleton:
+        return {key: unflatten(tensors, value) for key, value in skeleton["dict"]}
+    if "list" in skeleton:
+        return [unflatten(tensors, value) for value in skeleton["list"]]
+    if "tuple" in skeleton:
+        return tuple(unflatten(tensors, value) for value in skeleton["tuple"])
+    raise ConfigError(f"the checkpoint holds a container of unknown kind: {', '.join(skeleton)}")
+
+
+def _unflatten_array(raw: Tensor, skeleton: Mapping[str, Any]) -> Any:
+    flat = np.frombuffer(raw.numpy().tobytes(), dtype=skeleton["dtype"])
+    array = flat.reshape(skeleton["shape"]).copy()  # a view of bytes would be read-only
+    return array[()] if skeleton["scalar"] else array

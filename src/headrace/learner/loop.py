@@ -1,0 +1,90 @@
+"""The learner: takes unrolls, updates the weights, publishes them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from headrace.algorithms.base import Algorithm
+from headrace.errors import DeadlineExceeded, TrainingDiverged
+from headrace.experience.fifo import SlotQueue
+from headrace.experience.unrolls import UnrollTable
+from headrace.learner.batches import align
+from headrace.records import Update
+from headrace.telemetry.metrics import Waits
+from headrace.weights import Weights
+
+LAG_BINS = 64
+"""Bins of the policy-lag histogram: lags of 0, 1, … updates; the last takes all beyond."""
+
+
+class Learner:
+    """What one update needs, and what it leaves behind."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        unrolls: UnrollTable,
+        queue: SlotQueue,
+        weights: Weights,
+        *,
+        device: torch.device,
+        version: int = 0,
+        samples: int = 0,
+    ) -> None:
+        """Goes on from `version` updates and publishes the weights that the model has."""
+        self.algorithm = algorithm
+        self.version = version
+        self.samples = samples
+        self.lag_counts = torch.zeros(LAG_BINS, dtype=torch.int64, device=device)
+        self._unrolls = unrolls
+        self._queue = queue
+        self._weights = weights
+        # On a GPU the check is read one update later, when it has long been computed.
+        self._defer_check = device.type == "cuda"
+        self._unchecked: Tensor | None = None
+        weights.publish(algorithm.model, version)
+
+    def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
+        """Takes one update; None if too few unrolls were full within `timeout_s`.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient norm was not finite; those weights are not published.
+        """
+        experience = self.algorithm.experience
+        before_s = time.perf_counter()
+        try:
+            with self._queue.reading(experience.batch_unrolls, timeout_s=timeout_s) as slots:
+                waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+                batch = align(self._unrolls.gather(slots))
+        except DeadlineExceeded:
+            waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+            return None
+        update = self.algorithm.update(batch, progress=progress)
+        self._check(update.finite)
+        lag = (self.version - batch.version).clamp(0, LAG_BINS - 1).flatten()
+        self.lag_counts += torch.bincount(lag, minlength=LAG_BINS)
+        self.version += 1
+        self.samples += batch.action.numel()
+        self._weights.publish(self.algorithm.model, self.version)
+        return update
+
+    def ensure_finite(self) -> None:
+        """Reads the check that is still open, before weights are saved."""
+        if self._unchecked is not None:
+            finite, self._unchecked = self._unchecked, None
+            self._raise_unless(finite)
+
+    def _check(self, finite: Tensor) -> None:
+        ready, self._unchecked = (self._unchecked, finite) if self._defer_check else (finite, None)
+        if ready is not None:
+            self._raise_unless(ready)
+
+    def _raise_unless(self, finite: Tensor) -> None:
+        if not bool(finite):
+            raise TrainingDiverged(
+                f"the loss or its gradient was not finite at update {self.version}: "
+                "lower --learning-rate or --max-gradient-norm, or try --precision float32"
+            )

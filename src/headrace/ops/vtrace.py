@@ -1,0 +1,75 @@
+"""V-trace: off-policy corrected value targets and advantages.
+
+Source: Espeholt et al. 2018, "IMPALA" (arXiv:1802.01561), section 4.1; lambda is Remark 2.
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class VTraceTargets(NamedTuple):
+    """Constants of one unroll: no gradient flows through them."""
+
+    value_TB: Tensor  # [T, B] what the value head should predict
+    advantage_TB: Tensor  # [T, B] weight of the log-probability, already times the clipped ratio
+
+
+@torch.no_grad()
+def vtrace_targets(
+    log_ratio_TB: Tensor,
+    reward_TB: Tensor,
+    discount_TB: Tensor,
+    value_UB: Tensor,
+    *,
+    rho_max: float = 1.0,
+    c_max: float = 1.0,
+    pg_rho_max: float = 1.0,
+    lambda_: float = 1.0,
+) -> VTraceTargets:
+    """Corrects value targets and advantages for the lag of the behaviour policy.
+
+    Computes in float32, or in float64 where an input is float64.
+
+    Args:
+        log_ratio_TB: log-probability of the action, learner minus behaviour.
+        reward_TB: transformed reward; where the step was truncated, plus gamma times the bootstrap.
+        discount_TB: gamma, or 0 where the episode ended at this step, terminated or truncated.
+        value_UB: estimates of the learner, in the unit of the reward.
+        rho_max: clip of the ratio in the TD error; sets the fixed point.
+        c_max: clip of the ratio in the trace; sets the speed, not the fixed point.
+        pg_rho_max: clip of the ratio in the advantage.
+        lambda_: decay of the trace, 1 for the longest.
+    """
+    inputs = (log_ratio_TB, reward_TB, discount_TB, value_UB)
+    dtype = reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
+    log_ratio_TB, reward_TB, discount_TB, value_UB = (x.to(dtype) for x in inputs)
+
+    ratio_TB = log_ratio_TB.exp()
+    value_TB, next_value_TB = value_UB[:-1], value_UB[1:]
+    delta_TB = ratio_TB.clamp(max=rho_max) * (reward_TB + discount_TB * next_value_TB - value_TB)
+    decay_TB = discount_TB * ratio_TB.clamp(max=c_max) * lambda_
+
+    target_UB = value_UB.clone()
+    target_UB[:-1] += _discounted_sum(delta_TB, decay_TB)
+
+    # Advantage uses the corrected target of the next step, not its value: the paper's policy
+    # gradient (section 4.2). An end has discount 0, so no target of the next episode gets in.
+    td_target_TB = reward_TB + discount_TB * target_UB[1:]
+    advantage_TB = ratio_TB.clamp(max=pg_rho_max) * (td_target_TB - value_TB)
+    return VTraceTargets(target_UB[:-1], advantage_TB)
+
+
+def _discounted_sum(x_TB: Tensor, decay_TB: Tensor) -> Tensor:
+    """Solves y_t = x_t + decay_t y_{t+1} with y_T = 0, one fused operation a step."""
+    total_B = torch.zeros_like(x_TB[0])
+    backwards = []
+    for x_B, decay_B in zip(reversed(x_TB.unbind()), reversed(decay_TB.unbind()), strict=True):
+        total_B = torch.addcmul(x_B, decay_B, total_B)
+        backwards.append(total_B)
+    return torch.stack(backwards[::-1])

@@ -1,0 +1,131 @@
+"""Environments in the server's own thread: no other thread, no clock, the same order every time.
+
+An environment steps while its action is replied to, so before each `receive` all of them wait, with
+their newest rows in a table by environment. The line of those that wait says whose rows are next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.envs.base import BatchEnv
+from headrace.errors import ConfigError, PeerLost
+from headrace.pools.batcher import Batcher
+from headrace.pools.checks import check_action
+from headrace.records import EnvStep
+
+_PER_ROW = ("run_id", "observation", "reward", "reset", "terminated", "truncated")
+
+
+class InlinePool:
+    """A `BatchEnv` as a pool; `Restorable`."""
+
+    def __init__(
+        self,
+        env: BatchEnv,
+        *,
+        batch_size: int,
+        max_wait_s: float = 0.0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Starts the environments.
+
+        Args:
+            env: the copies.
+            batch_size: rows of every batch.
+            max_wait_s: as of every pool; without effect: at every `receive` a batch is full.
+            now_s: the clock of the line.
+        """
+        if not 1 <= batch_size <= env.num_envs:
+            raise ConfigError(
+                f"batch_size must be in [1, num_envs={env.num_envs}], not {batch_size}"
+            )
+        self.spec = env.spec
+        self.num_envs = env.num_envs
+        self.max_batch = batch_size
+        self._env: BatchEnv | None = env
+        self._lent = np.empty(0, dtype=np.int32)  # environments received and not replied to
+        first = env.reset()
+        self._table: dict[str, NDArray[Any]] = {
+            name: np.empty_like(getattr(first, name)) for name in _PER_ROW
+        }
+        self._table["final_observation"] = np.zeros_like(first.observation)
+        self._new_line = partial(Batcher, max_envs=batch_size, max_wait_s=max_wait_s, now_s=now_s)
+        self._waiting = self._line(first.env_id)
+        self._store(first)
+
+    def receive(self, timeout_s: float) -> EnvStep | None:
+        """Returns the rows that have waited longest; never waits, as all that can step has stepped.
+
+        Raises:
+            PeerLost: the pool was closed.
+            RuntimeError: the last batch was not replied to.
+        """
+        self._open_env()
+        if len(self._lent):
+            raise RuntimeError("receive came twice: reply to the last batch first")
+        self._lent = np.array(self._waiting.take(), dtype=np.int32)
+        rows = {name: column[self._lent] for name, column in self._table.items()}
+        step = EnvStep(env_id=self._lent.copy(), **rows)
+        ended = step.reset & (step.terminated | step.truncated)
+        return step if ended.any() else step._replace(final_observation=None)
+
+    def reply(self, action: NDArray[np.int64]) -> None:
+        """Steps the environments received last.
+
+        Raises:
+            PeerLost: the pool was closed.
+            RuntimeError: nothing was received since the last reply.
+            ValueError: wrong count or dtype, or an action outside the space; nothing was stepped.
+        """
+        env = self._open_env()
+        if not len(self._lent):
+            raise RuntimeError("reply came twice: receive a batch first")
+        check_action(action, len(self._lent), self.spec.num_actions)
+        self._store(env.step(self._lent, action))
+        self._waiting.add(self._lent.tolist())
+        self._lent = np.empty(0, dtype=np.int32)
+
+    def close(self) -> None:
+        """Lets the environments go."""
+        self._env = None
+
+    def snapshot(self) -> dict[str, NDArray[np.generic]]:
+        """Returns environments, newest rows and the line; lent rows stand first in it again."""
+        env = self._open_env()
+        state = {f"env/{name}": value for name, value in env.snapshot().items()}
+        state |= {f"row/{name}": column.copy() for name, column in self._table.items()}
+        state["waiting"] = np.concatenate([self._lent, np.array(self._waiting.ids(), np.int32)])
+        return state
+
+    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Puts back what `snapshot` gave. The next call is `receive`, also where rows were lent."""
+        env = self._open_env()
+        parts = {name: value for name, value in state.items() if name.startswith("env/")}
+        env.restore({name.removeprefix("env/"): value for name, value in parts.items()})
+        for name, column in self._table.items():
+            column[:] = state[f"row/{name}"]
+        self._waiting = self._line(state["waiting"])
+        self._lent = np.empty(0, dtype=np.int32)
+
+    def _line(self, env_id: NDArray[np.generic]) -> Batcher:
+        line = self._new_line()
+        line.add(env_id.tolist())
+        return line
+
+    def _store(self, step: EnvStep) -> None:
+        for name in _PER_ROW:
+            self._table[name][step.env_id] = getattr(step, name)
+        if step.final_observation is not None:
+            self._table["final_observation"][step.env_id] = step.final_observation
+
+    def _open_env(self) -> BatchEnv:
+        if self._env is None:
+            raise PeerLost("the pool is closed")
+        return self._env

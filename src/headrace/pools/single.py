@@ -1,0 +1,87 @@
+"""One environment of a pool as a Gymnasium environment, for videos and for other libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import ConfigError, DeadlineExceeded
+from headrace.pools.base import Pool
+from headrace.records import EnvStep
+
+
+class PoolEnv(gym.Env[NDArray[np.generic], np.int64]):
+    """A pool of one environment, whose episodes the pool starts itself.
+
+    At an end `step` returns the final observation, and the first of the next episode is held
+    until `reset`. After a lost life (terminated, but the emulator goes on) `reset` returns the present
+    observation.
+    """
+
+    def __init__(self, pool: Pool, *, timeout_s: float = 60.0) -> None:
+        """Takes over the pool.
+
+        Args:
+            pool: has one environment, and nothing was received from it yet.
+            timeout_s: how long one step may take.
+        """
+        if pool.num_envs != 1:
+            raise ConfigError(f"PoolEnv takes a pool of 1 environment, not of {pool.num_envs}")
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._held: NDArray[np.generic] | None = None  # what the next reset returns
+        self._started = False
+        self.observation_space = pool.spec.observation_space
+        self.action_space = pool.spec.action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.generic], dict[str, Any]]:
+        """Returns the first observation of the next episode.
+
+        Raises:
+            ValueError: a seed was given; it belongs to the pool.
+            RuntimeError: the episode has not ended; a pool cannot leave one.
+        """
+        if seed is not None:
+            raise ValueError("the seed is set where the pool is made")
+        if not self._started:
+            self._started = True
+            self._held = self._receive().observation[0].copy()
+        if self._held is None:
+            raise RuntimeError("the episode has not ended, and a pool cannot leave one")
+        observation, self._held = self._held, None
+        return observation, {}
+
+    def step(
+        self, action: np.int64 | int
+    ) -> tuple[NDArray[np.generic], float, bool, bool, dict[str, Any]]:
+        """Makes one step; the reward is raw.
+
+        Raises:
+            RuntimeError: no episode is under way.
+        """
+        if not self._started or self._held is not None:
+            raise RuntimeError("reset comes before the first step of an episode")
+        self._pool.reply(np.array([action], dtype=np.int64))
+        row = self._receive()
+        terminated, truncated = bool(row.terminated[0]), bool(row.truncated[0])
+        observation = row.observation[0].copy()
+        if terminated or truncated:
+            self._held = observation
+            if row.reset[0] and row.final_observation is not None:
+                observation = row.final_observation[0].copy()
+        return observation, float(row.reward[0]), terminated, truncated, {}
+
+    def close(self) -> None:
+        """Closes the pool."""
+        self._pool.close()
+
+    def _receive(self) -> EnvStep:
+        row = self._pool.receive(self._timeout_s)
+        if row is None:
+            raise DeadlineExceeded(f"the environment gave no step in {self._timeout_s} s")
+        return row

@@ -1,0 +1,263 @@
+"""Training on one machine, in one process.
+
+```
+main thread      learner: reads unrolls, updates, publishes weights; reports; saves
+server thread    server: acts for all environments, writes unrolls
+C++ threads      a native pool steps its environments
+```
+
+In lockstep the main thread does the server's part too, in turns, and nothing depends on timing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headrace.config import RunConfig
+from headrace.errors import DeadlineExceeded
+from headrace.learner.loop import Learner
+from headrace.pools.base import Pool
+from headrace.records import Update
+from headrace.run import saving
+from headrace.run.build import Parts, build
+from headrace.run.report import Reporter, Row
+from headrace.run.system import keep_memory
+from headrace.server.server import run_server
+from headrace.telemetry.metrics import EpisodeStats, Waits
+from headrace.telemetry.record import MetricsWriter, RunDirectory
+
+_POLL_S = 0.2  # how often a waiting learner looks after the server and the clock
+_SILENCE_S = 120.0  # longest that a native pool may take for one batch
+_JOIN_S = 10.0
+
+
+class TrainResult(NamedTuple):
+    """What a call of `train` leaves."""
+
+    run: Path  # the run directory
+    metrics: Row  # the last row of metrics.jsonl
+    finished: bool  # False if it was stopped before total_frames
+
+
+class Hooks(NamedTuple):
+    """Functions of the caller, called in the main thread."""
+
+    on_row: Callable[[Row], None]  # at every report
+    on_update: Callable[[int, Mapping[str, Tensor]], None]  # updates so far, metrics on the device
+    on_checkpoint: Callable[[Path], None]  # after every checkpoint
+    on_message: Callable[[str], None]  # things worth a line: a resume, a damaged checkpoint
+
+
+class Stop:
+    """Whether the run was asked to end: the first signal saves and ends it, the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, signum: int, _frame: object) -> None:
+        """Handles a signal."""
+        if self.requested:
+            os._exit(128 + signum)
+        self.requested = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turns Ctrl-C and SIGTERM into `Stop.requested`, for the length of the block and in the main thread."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_training(
+    config: RunConfig, run: RunDirectory, *, resume: bool, hooks: Hooks, trust_code: bool
+) -> TrainResult:
+    """Trains until total_frames or a signal; saves at intervals and at the end.
+
+    Raises:
+        ConfigError: something does not fit, or another process trains this run.
+        TrainingDiverged: a loss was not finite; the newest checkpoint is from before.
+        DeadlineExceeded: environments stopped giving steps.
+    """
+    keep_memory()
+    with ExitStack() as stack:
+        stack.enter_context(run.lock())
+        stop = stack.enter_context(stop_signals())
+        checkpoint = saving.find(run, hooks.on_message) if resume else None
+        before = saving.Before.read(checkpoint)
+        episodes = EpisodeStats(before.episodes, before.return_max)
+        eval_episodes, waits = EpisodeStats(), Waits()
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        parts = build(
+            config,
+            resume_count=before.resume_count,
+            on_episodes=lambda _, returns, lengths: episodes.add(returns, lengths),
+            on_eval_episodes=lambda _, returns, lengths: eval_episodes.add(returns, lengths),
+            trust_code=trust_code,
+        )
+        for seat in parts.seats:
+            stack.callback(seat.pool.close)
+        torch.set_num_threads(parts.compute.threads)
+        if checkpoint is not None:
+            saving.restore(parts, checkpoint, hooks.on_message)
+        learner = Learner(
+            parts.algorithm,
+            parts.unrolls,
+            parts.queue,
+            parts.weights,
+            device=parts.compute.device,
+            version=before.updates,
+            samples=before.samples,
+        )
+        reporter = Reporter(
+            parts,
+            learner,
+            waits,
+            episodes,
+            eval_episodes,
+            interval_s=config.log_interval_s,
+            agent_steps=before.agent_steps,
+            elapsed_s=before.elapsed_s,
+        )
+        writer = stack.enter_context(MetricsWriter(run, config.tensorboard))
+        session = Session(config, run, parts, learner, reporter, writer, waits, stop, hooks, before)
+        drive = train_in_lockstep if config.lockstep else train_overlapped
+        drive(session)
+        session.report()
+        session.save()
+        return TrainResult(run.path, session.last_row, finished=not stop.requested)
+
+
+class Session:
+    """One call of `train`: what its loops share."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        parts: Parts,
+        learner: Learner,
+        reporter: Reporter,
+        writer: MetricsWriter,
+        waits: Waits,
+        stop: Stop,
+        hooks: Hooks,
+        before: saving.Before,
+    ) -> None:
+        self.parts, self.learner, self.reporter, self.waits = parts, learner, reporter, waits
+        self.last_row: Row = {}
+        self._config, self._run, self._writer = config, run, writer
+        self._stop, self._hooks, self._before = stop, hooks, before
+        self._newest: Update | None = None
+        self._saved_s = time.monotonic()
+
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        return min(1.0, self.reporter.env_frames / self._config.total_frames)
+
+    def over(self) -> bool:
+        """Whether the run is complete, or was asked to end."""
+        return self._stop.requested or self.progress() >= 1.0
+
+    def learn(self, timeout_s: float) -> None:
+        """Takes one update if a batch is there within `timeout_s`; reports and saves when due."""
+        update = self.learner.learn(
+            progress=self.progress(), timeout_s=timeout_s, waits=self.waits
+        )
+        if update is not None:
+            self._newest = update
+            self._hooks.on_update(self.learner.version, update.metrics)
+        if self.reporter.due():
+            self.report()
+        if time.monotonic() - self._saved_s >= self._config.checkpoint_interval_s:
+            self._saved_s = time.monotonic()
+            try:
+                self.save()
+            except OSError as error:
+                self._hooks.on_message(
+                    f"could not save ({error.strerror}); training goes on, earlier checkpoints are whole"
+                )
+
+    def report(self) -> None:
+        """Writes a row of everything that was counted since the last one."""
+        self.last_row = self.reporter.row(self._newest)
+        self._writer.write(self.reporter.env_frames, self.last_row)
+        self._hooks.on_row(self.last_row)
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.learner.ensure_finite()
+        path = saving.save(
+            self._config, self._run, self.parts, self.learner, self.reporter, self._before
+        )
+        self._hooks.on_checkpoint(path)
+
+
+def train_in_lockstep(session: Session) -> None:
+    """One thread, in turns: all updates that there are unrolls for, then one batch of every pool."""
+    parts = session.parts
+    batch = parts.algorithm.experience.batch_unrolls
+    while not session.over():
+        if len(parts.queue) >= batch:
+            session.learn(timeout_s=0.0)
+            continue
+        for seat in parts.seats:
+            seat.serve(parts.weights.pull(), _POLL_S, session.waits)
+
+
+def train_overlapped(session: Session) -> None:
+    """The learner here, the server in a thread of its own, until the run is over or one of them fails."""
+    parts, ended = session.parts, threading.Event()
+    failed: Future[None] = Future()
+
+    def serve() -> None:
+        torch.set_num_threads(parts.compute.threads)
+        try:
+            run_server(parts.seats, parts.weights, parts.queue, ended, waits=session.waits)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            failed.set_exception(error)
+
+    server = threading.Thread(target=serve, name="server", daemon=True)
+    server.start()
+    try:
+        while not session.over():
+            session.learn(timeout_s=_POLL_S)
+            if failed.done():
+                failed.result()
+            for seat in parts.seats:
+                check_alive(seat.pool)
+    finally:
+        ended.set()
+        server.join(_JOIN_S)
+
+
+def check_alive(pool: Pool) -> None:
+    """Raises if a native pool has been silent for too long: its `receive` cannot time out by itself.
+
+    Raises:
+        DeadlineExceeded: names the pool.
+    """
+    since_s = getattr(pool, "waiting_since", None)
+    if since_s is not None and time.monotonic() - since_s > _SILENCE_S:
+        raise DeadlineExceeded(
+            f"{pool.spec.name}: no environment gave a step for {_SILENCE_S:.0f} s; the run ends, "
+            "go on from its last checkpoint with `headrace train --resume`"
+        )

@@ -1,0 +1,156 @@
+"""A trained policy, in a user's own loop.
+
+The state that the policy carries from step to step (frame stack, recurrent state, previous action) is a value
+that the caller keeps and hands back; `act` is the server's own code, so the policy plays here as it plays
+there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from headrace import catalog
+from headrace.algorithms.base import ActionMode, Algorithm
+from headrace.config import RunConfig, from_dict, read_toml
+from headrace.errors import ConfigError
+from headrace.learner import checkpoint
+from headrace.networks.models import lower_precision
+from headrace.pools.base import Pool
+from headrace.pools.single import PoolEnv
+from headrace.records import PolicyState
+from headrace.run import saving
+from headrace.run.build import (
+    derived_seed,
+    make_algorithm,
+    make_model,
+    make_pool,
+)
+from headrace.run.system import choose_device
+from headrace.server.acting import Actor, cleared, initial_state
+from headrace.specs import EnvSpec
+from headrace.telemetry.record import RunDirectory
+
+
+class Policy:
+    """An agent with the weights of one checkpoint. Made by `headrace.load`."""
+
+    def __init__(
+        self, config: RunConfig, algorithm: Algorithm, spec: EnvSpec, device: torch.device
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.agent_steps = 0
+        self._algorithm = algorithm
+        self.device = device
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(derived_seed(config.seed, 4))
+
+    def make_env(self, seed: int | None = None) -> gym.Env[Any, Any]:
+        """Returns one environment as the agent is judged in: life losses do not end its episodes."""
+        return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed))
+
+    def make_pool(self, *, num_envs: int, batch_size: int, seed: int | None = None) -> Pool:
+        """Returns a pool of such environments."""
+        if seed is None:
+            seed = derived_seed(self.config.seed, 5)
+        return make_pool(
+            self.config, num_envs=num_envs, batch_size=batch_size, seed=seed, evaluation=True
+        )
+
+    def actor(self, mode: ActionMode, epsilon: float) -> Actor:
+        """Returns what acts for a server's seat with this policy."""
+        model: Any = self._algorithm.model
+        return Actor(
+            algorithm=self._algorithm,
+            model=model,
+            mode=mode,
+            epsilon=epsilon,
+            generator=self._generator,
+        )
+
+    def initial_state(self, num_envs: int = 1) -> PolicyState:
+        """Returns the state before the first observation."""
+        model: Any = self._algorithm.model
+        return initial_state(self.spec, model, num_envs, self.device)
+
+    def act(
+        self,
+        observation: ArrayLike,
+        state: PolicyState,
+        *,
+        reward: ArrayLike = 0.0,
+        reset: ArrayLike = False,
+        mode: ActionMode = "greedy",
+        epsilon: float = 0.001,
+    ) -> tuple[NDArray[np.int64] | int, PolicyState]:
+        """Chooses actions for the newest observations.
+
+        Args:
+            observation: [N, ...] single frames as the environment gives them, or one without the leading N,
+                which is answered with an int.
+            state: What the last call, or `initial_state`, returned. It is not changed.
+            reward: [N] raw reward of the step that led here.
+            reset: [N] whether this is the first observation of an episode.
+            mode: greedy takes the likeliest action, sample draws from the policy, epsilon is greedy but for a
+                share of random ones.
+            epsilon: That share.
+
+        Returns:
+            The actions, and the state to hand to the next call.
+        """
+        shape = self.spec.observation_space.shape
+        frames = np.asarray(observation, self.spec.observation_space.dtype)
+        count = len(state.previous_action)
+        single = frames.shape == shape and count == 1
+        if single:
+            frames = frames[None]
+        if frames.shape != (count, *shape):
+            raise ValueError(f"observation must be {(count, *shape)}, as the state is; it is {frames.shape}")
+        began = torch.from_numpy(np.broadcast_to(np.asarray(reset, np.bool_), count).copy())
+        earned = torch.from_numpy(np.broadcast_to(np.asarray(reward, np.float32), count).copy())
+        began, earned = began.to(self.device), earned.to(self.device)
+        step, after = self.actor(mode, epsilon).act(
+            cleared(state, began), torch.from_numpy(frames.copy()).to(self.device), earned, began
+        )
+        actions = step.action.cpu().numpy()
+        return (int(actions[0]) if single else actions), after
+
+
+def load(
+    run: str | Path, *, trust_code: bool = False, device: str = "auto", precision: str = "float32"
+) -> Policy:
+    """Loads the newest whole checkpoint of a run directory.
+
+    Args:
+        run: The run directory.
+        trust_code: Whether to import code that the run names from outside headrace. Read it first.
+        device: auto, cpu, cuda or cuda:N.
+        precision: float32, or bfloat16 as a run may have acted in.
+
+    Raises:
+        ConfigError: there is no run or no whole checkpoint, or it names code that is not trusted.
+    """
+    directory = RunDirectory.open(Path(run))
+    config = from_dict(read_toml(directory.config_path), trust_code=trust_code)
+    saved, warnings = checkpoint.newest_whole(directory.checkpoints)
+    if saved is None:
+        raise ConfigError(f"{run} has no whole checkpoint yet; {' '.join(warnings)}".rstrip("; "))
+    where = choose_device(device)
+    spec = catalog.environment_family(config.env, trust_code=trust_code).spec(
+        config.env, config.environment
+    )
+    model = make_model(config, spec, where, trust_code=trust_code)
+    saving.load_weights(model, saved)
+    model.requires_grad_(False)
+    if precision == "bfloat16":
+        lower_precision(model, torch.bfloat16)
+    algorithm = make_algorithm(config, model, torch.float32, trust_code=trust_code)
+    policy = Policy(config, algorithm, spec, where)
+    policy.agent_steps = int(saved.meta["agent_steps"])
+    return policy

@@ -1,0 +1,136 @@
+"""Gathers what the stages count into one row, for metrics.jsonl, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from headrace.learner.loop import Learner
+from headrace.records import Update
+from headrace.run.build import Parts
+from headrace.telemetry.metrics import EpisodeStats, Rate, Waits
+
+Row = dict[str, float | int | str]
+
+# Where a stage waits for less than this share of the time, nothing holds the others up.
+_IDLE_SHARE = 0.15
+
+
+class Reporter:
+    """Reads the counters of a run, at most once per interval."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        learner: Learner,
+        waits: Waits,
+        episodes: EpisodeStats,
+        eval_episodes: EpisodeStats,
+        *,
+        interval_s: float,
+        agent_steps: int,
+        elapsed_s: float,
+    ) -> None:
+        """Goes on from `agent_steps` and `elapsed_s` of earlier sessions of the run."""
+        self._parts, self._learner, self._waits = parts, learner, waits
+        self._episodes, self._eval_episodes = episodes, eval_episodes
+        self._interval_s = interval_s
+        self._agent_steps_before, self._elapsed_before_s = agent_steps, elapsed_s
+        self._start_s = self._last_s = time.monotonic()
+        self._steps = Rate("agent_steps", self._start_s)
+        self._updates = Rate("updates", self._start_s)
+        self._updates_seen = learner.version
+
+    @property
+    def agent_steps(self) -> int:
+        """Agent steps of the whole run."""
+        return self._agent_steps_before + self._parts.training.agent_steps
+
+    @property
+    def env_frames(self) -> int:
+        """Emulator frames of the whole run."""
+        return self.agent_steps * self._parts.spec.action_repeat
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, earlier sessions included."""
+        return self._elapsed_before_s + time.monotonic() - self._start_s
+
+    def episode_counters(self) -> dict[str, float | int | None]:
+        """Returns what the episode statistics of a resumed run start from; None for no maximum yet."""
+        counts = self._episodes.read()
+        highest = counts["return_max"]
+        return {
+            "episodes": counts["episodes"],
+            "return_max": highest if math.isfinite(highest) else None,
+        }
+
+    def due(self) -> bool:
+        """Whether an interval has passed since the last row."""
+        return time.monotonic() - self._last_s >= self._interval_s
+
+    def row(self, update: Update | None) -> Row:
+        """Returns the row of the interval that ends now. Reads `update` from the device."""
+        now_s = time.monotonic()
+        interval_s = max(now_s - self._last_s, 1e-9)
+        self._last_s = now_s
+        parts, learner = self._parts, self._learner
+        self._steps.add(parts.training.agent_steps - self._steps.total)
+        self._updates.add(learner.version - self._updates_seen - self._updates.total)
+        steps_per_s = self._steps.read(now_s)[0]
+        median_s, slow_s = parts.training.turnaround_s.read()
+        row: Row = {
+            "env_frames": self.env_frames,
+            "agent_steps": self.agent_steps,
+            "updates": learner.version,
+            "samples": learner.samples,
+            "elapsed_s": self.elapsed_s,
+            "env_frames_per_s": steps_per_s * parts.spec.action_repeat,
+            "agent_steps_per_s": steps_per_s,
+            "updates_per_s": self._updates.read(now_s)[0],
+            **self._episodes.read(),
+            "server_turnaround_ms_p50": median_s * 1000,
+            "server_turnaround_ms_p99": slow_s * 1000,
+            "unrolls_waiting": len(parts.queue),
+            "precision": str(parts.compute.precision).removeprefix("torch."),
+        }
+        shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}
+        row |= shares
+        row["bottleneck"] = bottleneck(shares)
+        if parts.evaluation is not None:
+            row |= {f"eval_{name}": value for name, value in self._eval_episodes.read().items()}
+        row |= self._lag()
+        if update is not None:
+            row |= {name: float(value) for name, value in update.metrics.items()}
+        return row
+
+    def _lag(self) -> Row:
+        counts = self._learner.lag_counts.cpu()
+        self._learner.lag_counts.zero_()
+        total = int(counts.sum())
+        if not total:
+            return {}
+        bins = torch.arange(len(counts))
+        return {
+            "policy_lag_mean": float((counts * bins).sum() / total),
+            "policy_lag_p99": int((counts.cumsum(0) < 0.99 * total).sum()),
+            "policy_lag_max": int(counts.nonzero().max()),
+        }
+
+
+def bottleneck(shares: dict[str, float]) -> str:
+    """Names the stage that the others wait for, from the shares of time in `Waits`.
+
+    The server waits for environments, or for slots that the learner has not freed; the learner waits for
+    unrolls, which come late if environments or the server are slow.
+    """
+    for_environments = shares.get("wait/server_for_environments", 0.0)
+    for_slots = shares.get("wait/server_for_slots", 0.0)
+    for_unrolls = shares.get("wait/learner_for_unrolls", 0.0)
+    if max(for_environments, for_slots, for_unrolls) < _IDLE_SHARE:
+        return "none"
+    if for_slots >= for_unrolls:
+        return "learner"
+    return "environments" if for_environments >= _IDLE_SHARE else "server"

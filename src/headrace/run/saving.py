@@ -1,0 +1,162 @@
+"""What a checkpoint of a run holds, and how a run goes on from one.
+
+Always: weights, optimiser, counters, random state of the actions. In lockstep, with environments that can be
+saved, also every environment, the policy's state and all unrolls, so that the resumed run is bit-equal to
+one that never stopped. Otherwise new episodes start and unfinished unrolls are dropped, which is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+import headrace
+from headrace.config import RunConfig, to_dict
+from headrace.errors import ConfigError
+from headrace.learner import checkpoint
+from headrace.learner.checkpoint import Checkpoint, flatten, unflatten
+from headrace.learner.loop import Learner
+from headrace.pools.base import Restorable
+from headrace.run.build import Parts
+from headrace.run.report import Reporter
+from headrace.telemetry.record import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Before:
+    """Counters of a run when this session of it began."""
+
+    agent_steps: int = 0
+    updates: int = 0
+    samples: int = 0
+    elapsed_s: float = 0.0
+    episodes: int = 0
+    return_max: float = float("nan")
+    resume_count: int = 0
+    """Sessions before this one."""
+
+    @classmethod
+    def read(cls, saved: Checkpoint | None) -> Self:
+        """Returns the counters of a checkpoint, or of a new run."""
+        if saved is None:
+            return cls()
+        counters = dict(saved.meta["counters"])
+        if counters["return_max"] is None:
+            counters["return_max"] = float("nan")
+        return cls(**counters, resume_count=saved.meta["resume_count"] + 1)
+
+
+def find(run: RunDirectory, on_message: Callable[[str], None]) -> Checkpoint:
+    """Returns the newest whole checkpoint of a run; names each damaged one that it passes over.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    saved, warnings = checkpoint.newest_whole(run.checkpoints)
+    for warning in warnings:
+        on_message(warning)
+    if saved is None:
+        raise ConfigError(f"{run.path} has no whole checkpoint to go on from: start anew with another --out")
+    return saved
+
+
+def save(
+    config: RunConfig,
+    run: RunDirectory,
+    parts: Parts,
+    learner: Learner,
+    reporter: Reporter,
+    before: Before,
+) -> Path:
+    """Writes a checkpoint of the run as it stands."""
+    training, training_skeleton = flatten(parts.algorithm.state_dict())
+    tensors = {"weights": parts.algorithm.model.state_dict(), "training": training}
+    meta: dict[str, Any] = {
+        "headrace": headrace.__version__,
+        "config": to_dict(config),
+        "counters": {
+            "agent_steps": reporter.agent_steps,
+            "updates": learner.version,
+            "samples": learner.samples,
+            "elapsed_s": reporter.elapsed_s,
+            **reporter.episode_counters(),
+        },
+        "resume_count": before.resume_count,
+        "unfinished_unrolls": parts.unrolls.unfinished(),
+        "training": training_skeleton,
+        "system": None,
+    }
+    if is_bit_equal(config, parts):
+        tensors["system"], meta["system"] = flatten(_system_state(parts))
+    return checkpoint.save(
+        run.checkpoints,
+        agent_steps=reporter.agent_steps,
+        tensors=tensors,
+        meta=meta,
+        keep=config.keep_checkpoints,
+    )
+
+
+def is_bit_equal(config: RunConfig, parts: Parts) -> bool:
+    """Whether a checkpoint can hold everything that the run depends on."""
+    return config.lockstep and all(isinstance(seat.pool, Restorable) for seat in parts.seats)
+
+
+def restore(parts: Parts, saved: Checkpoint, on_message: Callable[[str], None]) -> None:
+    """Puts back what a checkpoint holds.
+
+    Raises:
+        ConfigError: its network is not the one that the settings build.
+    """
+    load_weights(parts.algorithm.model, saved)
+    parts.algorithm.load_state_dict(unflatten(saved.tensors["training"], saved.meta["training"]))
+    if saved.meta["system"] is not None:
+        _load_system_state(parts, unflatten(saved.tensors["system"], saved.meta["system"]))
+        on_message(f"resumed from {saved.path}")
+        return
+    on_message(
+        f"resumed from {saved.path}; the environments cannot be saved, so new episodes start "
+        f"({saved.meta['unfinished_unrolls']} unfinished unrolls dropped)"
+    )
+
+
+def load_weights(model: nn.Module, saved: Checkpoint) -> None:
+    """Copies a checkpoint's weights into `model`.
+
+    Raises:
+        ConfigError: names the first weight that does not fit.
+    """
+    weights, wanted = saved.tensors["weights"], model.state_dict()
+    for name in sorted(weights.keys() | wanted.keys()):
+        have = tuple(weights[name].shape) if name in weights else None
+        want = tuple(wanted[name].shape) if name in wanted else None
+        if have != want:
+            raise ConfigError(
+                f"{saved.path} holds another network: {name} is {have or 'missing'}, the settings want "
+                f"{want or 'none'}; use the run's own config.toml"
+            )
+    model.load_state_dict(weights)
+
+
+def _system_state(parts: Parts) -> dict[str, Any]:
+    return {
+        "seats": [seat.state_dict() for seat in parts.seats],
+        "pools": [
+            seat.pool.snapshot() for seat in parts.seats if isinstance(seat.pool, Restorable)
+        ],
+        "generator": parts.generator.get_state(),
+    }
+
+
+def _load_system_state(parts: Parts, state: dict[str, Any]) -> None:
+    for seat, saved, environments in zip(
+        parts.seats, state["seats"], state["pools"], strict=True
+    ):
+        seat.load_state_dict(saved)
+        if isinstance(seat.pool, Restorable):
+            seat.pool.restore(environments)
+    parts.generator.set_state(state["generator"].cpu())

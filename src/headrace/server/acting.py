@@ -1,0 +1,79 @@
+"""Stop 5: what happens to one batch of observations, the same for training, evaluation and a user's loop.
+
+`PolicyState` goes in and a new one comes out; who keeps it (a table, a user's variable) is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.algorithms.base import ActionMode, Algorithm, Model
+from headrace.records import PolicyInput, PolicyState, PolicyStep
+from headrace.specs import EnvSpec
+
+
+def initial_state(spec: EnvSpec, model: Model, count: int, device: torch.device) -> PolicyState:
+    """Returns the state at the start of an episode, for `count` environments."""
+    dtype = torch.from_numpy(spec.observation_space.low[:0]).dtype
+    return PolicyState(
+        stack=torch.zeros(count, *spec.stacked_shape, dtype=dtype, device=device),
+        recurrent=tuple(part.to(device) for part in model.initial_state(count)),
+        previous_action=torch.full((count,), -1, dtype=torch.int64, device=device),
+    )
+
+
+def cleared(state: PolicyState, reset: Tensor) -> PolicyState:
+    """Returns `state` as at the start of an episode where `reset` [N] is set."""
+    return PolicyState(
+        stack=_zeroed(state.stack, reset),
+        recurrent=tuple(_zeroed(part, reset) for part in state.recurrent),
+        previous_action=torch.where(reset, -1, state.previous_action),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actor:
+    """An algorithm's rule with one set of weights and one way to choose among actions."""
+
+    algorithm: Algorithm
+    model: Model
+    mode: ActionMode = "sample"
+    epsilon: float = 0.0
+    """Share of uniformly random actions in mode "epsilon"."""
+    generator: torch.Generator | None = None
+
+    @torch.no_grad()
+    def act(
+        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+    ) -> tuple[PolicyStep, PolicyState]:
+        """Sees one observation per environment, chooses actions, and returns the state for the next step.
+
+        Args:
+            state: `cleared` where `reset` is set.
+            observation: [N, ...] newest frames.
+            reward: [N] float32 raw reward of the step that led here.
+            reset: [N] bool.
+        """
+        stack = torch.cat([state.stack[:, 1:], observation.unsqueeze(1)], dim=1)
+        inputs = PolicyInput(
+            observation=stack.unsqueeze(0),
+            reward=torch.where(reset, 0.0, reward).unsqueeze(0),
+            previous_action=state.previous_action.unsqueeze(0),
+            reset=reset.unsqueeze(0),
+        )
+        step, recurrent = self.algorithm.act(
+            self.model,
+            inputs,
+            state.recurrent,
+            mode=self.mode,
+            generator=self.generator,
+            epsilon=self.epsilon,
+        )
+        return step, PolicyState(stack, recurrent, step.action)
+
+
+def _zeroed(part: Tensor, reset: Tensor) -> Tensor:
+    return part.masked_fill(reset.view(-1, *[1] * (part.dim() - 1)), 0)

@@ -1,0 +1,191 @@
+"""The server: one role that acts for every environment of every pool.
+
+```
+pool ──EnvStep──▶ seat: state table ▶ policy ▶ state table ──actions──▶ pool
+                          │
+                          └─ rows ▶ unroll table ▶ slot queue ▶ learner
+```
+
+A seat is one pool at the server: training, or evaluation, whose rows go nowhere. Evaluation acts for its
+pool with the same weights and the same code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headrace.experience.fifo import SlotQueue
+from headrace.experience.unrolls import UnrollTable
+from headrace.pools.base import Pool
+from headrace.records import EnvStep, PolicyState
+from headrace.server.acting import Actor, cleared
+from headrace.server.state_table import StateTable
+from headrace.telemetry.metrics import Quantiles, Waits
+from headrace.weights import Weights
+
+OnEpisodes = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]], None]
+
+_QUEUE_POLL_S = 0.2  # how often a waiting server looks whether it should stop
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """Sizes to which batches are padded: a quarter, a half and the whole of the largest."""
+    return tuple(sorted({max(1, max_batch // 4), max(1, max_batch // 2), max_batch}))
+
+
+class Seat:
+    """One pool at the server, and everything that is kept for its environments."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        actor: Actor,
+        example: PolicyState,
+        *,
+        unrolls: UnrollTable | None,
+        on_episodes: OnEpisodes,
+        device: torch.device,
+    ) -> None:
+        """Takes a pool.
+
+        Args:
+            pool: What steps the environments.
+            actor: What acts for them.
+            example: Policy state of one environment at the start of an episode.
+            unrolls: Where rows go; None for evaluation.
+            on_episodes: Told of episodes that ended: env ids, raw returns, lengths in agent steps.
+            device: Of the policy.
+        """
+        self.pool = pool
+        self.unrolls = unrolls
+        self.turnaround_s = Quantiles(4096)
+        self.agent_steps = 0
+        self._actor = actor
+        self._on_episodes = on_episodes
+        self._table = StateTable(example, pool.num_envs)
+        self._device = device
+        self._sizes = batch_sizes(pool.max_batch)
+        self._return = np.zeros(pool.num_envs, np.float64)
+        self._length = np.zeros(pool.num_envs, np.int64)
+
+    def serve(self, version: int, timeout_s: float, waits: Waits) -> int:
+        """Answers the environments that are due; returns how many, 0 if none was in `timeout_s`."""
+        before_s = time.perf_counter()
+        step = self.pool.receive(timeout_s)
+        start_s = time.perf_counter()
+        waits.add("server_for_environments", start_s - before_s)
+        if step is None:
+            return 0
+        self.pool.reply(self._answer(step, version))
+        self.turnaround_s.add(time.perf_counter() - start_s)
+        count = len(step.env_id)
+        self.agent_steps += count
+        self._log_episodes(step)
+        return count
+
+    def _answer(self, step: EnvStep, version: int) -> NDArray[np.int64]:
+        count = len(step.env_id)
+        size = next(size for size in self._sizes if size >= count)
+        ids = self._upload(_padded(step.env_id, size, self._table.spare_row).astype(np.int64))
+        frames = self._upload(_padded(step.observation, size))
+        reward = self._upload(_padded(step.reward, size))
+        reset = self._upload(_padded(step.reset, size))
+        state = self._table.gather(ids)
+        bootstrap = None
+        if self.unrolls is not None and step.truncated.any():
+            bootstrap = self._final_value(step, state, reward, size)
+        if step.reset.any():
+            state = cleared(state, reset)
+        done, after = self._actor.act(state, frames, reward, reset)
+        self._table.scatter(ids, after)
+        if self.unrolls is not None:
+            self.unrolls.append(
+                step,
+                frames[:count],
+                type(done)(*(field[:count] for field in done)),
+                previous_action=state.previous_action[:count],
+                recurrent=tuple(part[:count] for part in state.recurrent),
+                version=version,
+                bootstrap=bootstrap,
+            )
+        # The one wait for the device: actions must reach the host.
+        return done.action[:count].cpu().numpy()
+
+    def _final_value(
+        self, step: EnvStep, state: PolicyState, reward: Tensor, size: int
+    ) -> Tensor:
+        """Values of final observations, with the old episode's stack, recurrent state and action."""
+        if step.final_observation is None:
+            raise RuntimeError("a truncated step came without its final observation")
+        final = self._upload(_padded(step.final_observation, size))
+        done, _ = self._actor.act(state, final, reward, torch.zeros_like(reward, dtype=torch.bool))
+        return done.value[: len(step.env_id)]
+
+    def _log_episodes(self, step: EnvStep) -> None:
+        env = step.env_id
+        started = self._length[env] > 0  # the first observation of all ends nothing
+        self._return[env] += np.where(started, step.reward, 0.0)
+        ended = env[step.reset & started]
+        if ended.size:
+            self._on_episodes(ended, self._return[ended], self._length[ended])
+        first = env[step.reset]
+        self._return[first], self._length[first] = 0.0, 0
+        self._length[env] += 1
+
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a bit-equal resume needs, the pool apart."""
+        unrolls = {} if self.unrolls is None else self.unrolls.state_dict()
+        return {
+            "table": self._table.state_dict(),
+            "unrolls": unrolls,
+            "return": self._return,
+            "length": self._length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._table.load_state_dict(state["table"])
+        if self.unrolls is not None:
+            self.unrolls.load_state_dict(state["unrolls"])
+        self._return[:], self._length[:] = state["return"], state["length"]
+
+
+def run_server(
+    seats: Sequence[Seat],
+    weights: Weights,
+    queue: SlotQueue,
+    stop: threading.Event,
+    *,
+    waits: Waits,
+    timeout_s: float = 1.0,
+) -> None:
+    """Serves the seats in turn until `stop`; waits while the learner is behind by a full queue."""
+    while not stop.is_set():
+        for seat in seats:
+            seat.serve(weights.pull(), timeout_s, waits)
+        before_s = time.perf_counter()
+        while not queue.wait_for_space(_QUEUE_POLL_S) and not stop.is_set():
+            pass
+        waits.add("server_for_slots", time.perf_counter() - before_s)
+
+
+def _padded(array: NDArray[Any], size: int, fill: int = 0) -> NDArray[Any]:
+    if len(array) == size:
+        return array
+    padded = np.full((size, *array.shape[1:]), fill, array.dtype)
+    padded[: len(array)] = array
+    return padded

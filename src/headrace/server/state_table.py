@@ -1,0 +1,60 @@
+"""The policy's state of every environment of a pool, on the device of the policy, by environment id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.records import PolicyState
+
+
+class StateTable:
+    """One row per environment, and a last one that takes what padding writes."""
+
+    def __init__(self, example: PolicyState, num_envs: int) -> None:
+        """Allocates rows like `example`, whose first row is the state at the start of an episode."""
+        rows = num_envs + 1
+        self.spare_row = num_envs
+        self._state = PolicyState(
+            stack=_repeated(example.stack, rows),
+            recurrent=tuple(_repeated(part, rows) for part in example.recurrent),
+            previous_action=_repeated(example.previous_action, rows),
+        )
+
+    def gather(self, env_id: Tensor) -> PolicyState:
+        """Copies the rows of `env_id` [N]."""
+        state = self._state
+        return PolicyState(
+            stack=state.stack.index_select(0, env_id),
+            recurrent=tuple(part.index_select(0, env_id) for part in state.recurrent),
+            previous_action=state.previous_action.index_select(0, env_id),
+        )
+
+    def scatter(self, env_id: Tensor, state: PolicyState) -> None:
+        """Writes `state` into the rows of `env_id` [N]."""
+        self._state.stack.index_copy_(0, env_id, state.stack)
+        for part, new in zip(self._state.recurrent, state.recurrent, strict=True):
+            part.index_copy_(0, env_id, new)
+        self._state.previous_action.index_copy_(0, env_id, state.previous_action)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the rows, for a bit-equal resume."""
+        state = self._state
+        return {
+            "stack": state.stack,
+            "recurrent": list(state.recurrent),
+            "previous_action": state.previous_action,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._state.stack.copy_(saved["stack"])
+        for part, stored in zip(self._state.recurrent, saved["recurrent"], strict=True):
+            part.copy_(stored)
+        self._state.previous_action.copy_(saved["previous_action"])
+
+
+def _repeated(row: Tensor, count: int) -> Tensor:
+    return row[:1].repeat(count, *[1] * (row.dim() - 1))

@@ -1,0 +1,227 @@
+"""The run directory: what a run leaves on disk, and who may write there.
+
+```
+runs/NAME/  config.toml  metrics.jsonl  tensorboard/  checkpoints/  videos/  log.txt  lock
+```
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+from headrace.errors import ConfigError
+
+_PID_BYTES = 32
+_BLOCK_NBYTES = 1 << 16
+
+
+class RunDirectory:
+    """Names of everything in a run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Names only; use `create` for a new run and `open` for one that exists."""
+        self.path = path
+        self.config_path = path / "config.toml"
+        self.metrics_path = path / "metrics.jsonl"
+        self.log_path = path / "log.txt"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.videos = path / "videos"
+
+    @classmethod
+    def create(cls, path: Path, config_text: str) -> Self:
+        """Makes the folder of a new run with its config.toml.
+
+        Raises:
+            ConfigError: the folder has something in it already, or cannot be made.
+        """
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise ConfigError(
+                    f"{path} is not empty: go on with `headrace train --resume {path}`, "
+                    "or choose another folder with --out"
+                )
+            run.config_path.write_text(config_text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the run folder {path} ({error.strerror}): choose another with --out"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens the folder of a run that exists, to resume or evaluate it.
+
+        Raises:
+            ConfigError: there is no run.
+        """
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise ConfigError(f"{path} is not a run: it has no config.toml; check the path")
+        return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training this run, for as long as the block runs.
+
+        The system gives the lock back when the process dies, however it dies. A forked child shares
+        the lock until it ends; a spawned one does not.
+
+        Raises:
+            ConfigError: another process trains this run.
+        """
+        with (self.path / "lock").open("a+b") as file:
+            if not _try_lock(file):
+                file.seek(0)
+                holder = file.read(_PID_BYTES).decode("ascii", "replace").strip() or "unknown"
+                raise ConfigError(
+                    f"{self.path} is being trained by another process (pid {holder}): "
+                    "stop it, or choose another folder with --out"
+                )
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode("ascii"))
+            file.flush()
+            # The file stays: were it deleted, two processes could each lock a file of that name.
+            yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(file: IO[bytes]) -> bool:
+        # A locked byte cannot be read by others, so it lies behind the process id.
+        file.seek(_PID_BYTES)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(file: IO[bytes]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and, if wanted, to TensorBoard. One thread writes."""
+
+    def __init__(self, run: RunDirectory, tensorboard: bool = True) -> None:
+        """Opens both for appending; cuts off the line that a killed run left half written."""
+        _cut_half_line(run.metrics_path)
+        self._file = run.metrics_path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(run.tensorboard) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step_env_frames: int, row: Mapping[str, float | int | str]) -> None:
+        """Writes one row; numbers that are not finite become null and are kept from TensorBoard.
+
+        Args:
+            step_env_frames: env_frames of the whole run so far, the x axis of every curve.
+            row: values by name, such as loss/policy.
+        """
+        finite = {name: None if _is_wild(value) else value for name, value in row.items()}
+        line = json.dumps({"env_frames": step_env_frames, **finite}, allow_nan=False)
+        self._file.write(f"{line}\n")
+        self._file.flush()
+        if self._tensorboard is None:
+            return
+        for name, value in finite.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(name, value, global_step=step_env_frames)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _is_wild(value: float | int | str) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    # Imported here: it takes a second, and a run without curves need not have it.
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+    return SummaryWriter(log_dir=str(folder), flush_secs=30)
+
+
+def _cut_half_line(path: Path) -> None:
+    """Truncates a file after its last newline; reads backwards, since it may be long."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK_NBYTES)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl, in order; a last line still being written is left out.
+
+    Returns:
+        One dict per row, None for a number that was not finite; no rows if there is no file yet.
+
+    Raises:
+        ConfigError: names a line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ConfigError(f"{path}, line {number}, is not JSON: {error}") from error
+    return rows
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Appends what the logger `headrace` and its children say, from INFO up, to a file."""
+    logger = logging.getLogger("headrace")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+    )
+    level_before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level_before)
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,366 @@
+"""Checkpoints survive kills, full disks and damage; trees of state come back exactly."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from headrace.errors import ConfigError
+from headrace.learner import checkpoint
+from headrace.learner.checkpoint import DamagedCheckpoint, flatten, newest_whole, read, unflatten
+
+
+def write(directory: Path, agent_steps: int, keep: int = 0, size: int = 4) -> Path:
+    weights = {"torso/conv.weight": torch.full((size, 2), float(agent_steps))}
+    training = {"count": torch.tensor(agent_steps)}
+    return checkpoint.save(
+        directory,
+        agent_steps=agent_steps,
+        tensors={"weights": weights, "training": training},
+        meta={"episodes": agent_steps * 2},
+        keep=keep,
+    )
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_round_trip_keeps_names_dtypes_shapes_and_meta(tmp_path: Path) -> None:
+    shared = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "weights": {
+            "tied": shared,
+            "tied twice": shared,
+            "transposed": shared.t(),
+            "expanded": torch.ones(1).expand(5),
+            "half / é": torch.tensor([1.5], dtype=torch.bfloat16),
+        },
+        "training": {"scalar": torch.tensor(7), "none": torch.empty(0), "mask": torch.ones(2) > 0},
+        "empty": {},
+    }
+    meta = {"name": "é", "numbers": [1, 2.5, None], "states": {"3": 2**127}}
+    path = checkpoint.save(tmp_path / "c", agent_steps=12, tensors=tensors, meta=meta, keep=1)
+    assert path.name == "agent_steps_000000000012"
+    found = read(path)
+    assert found.path == path
+    assert {key: found.meta[key] for key in meta} == meta
+    assert (found.meta["agent_steps"], found.meta["schema"]) == (12, checkpoint.SCHEMA)
+    assert found.tensors.keys() == tensors.keys()
+    for group, named in tensors.items():
+        assert found.tensors[group].keys() == named.keys()
+        for name, tensor in named.items():
+            loaded = found.tensors[group][name]
+            assert loaded.dtype == tensor.dtype
+            torch.testing.assert_close(loaded, tensor, rtol=0, atol=0)
+
+
+def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "nowhere") == (None, [])
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for steps in (9, 100, 20, 30):
+        write(tmp_path, steps, keep=2)
+    # 100 is newer than what was written after it, so it neither goes nor counts.
+    assert [int(name[-12:]) for name in names(tmp_path)] == [20, 30, 100]
+
+
+def test_keep_zero_keeps_all(tmp_path: Path) -> None:
+    for steps in range(4):
+        write(tmp_path, steps)
+    assert len(names(tmp_path)) == 4
+
+
+def test_same_steps_again_replaces(tmp_path: Path) -> None:
+    write(tmp_path, 5, size=4)
+    path = write(tmp_path, 5, size=8)
+    assert names(tmp_path) == [path.name]
+    assert read(path).tensors["weights"]["torso/conv.weight"].shape == (8, 2)
+
+
+def test_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    path = write(tmp_path, 5)
+    path.rename(path.with_name(path.name + ".replaced"))
+    found, warnings = newest_whole(tmp_path)
+    assert found is not None
+    assert (found.meta["agent_steps"], warnings) == (5, [])
+    write(tmp_path, 5)
+    assert names(tmp_path) == ["agent_steps_000000000004", "agent_steps_000000000005"]
+
+
+def test_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path: Path) -> None:
+    stale = tmp_path / ".agent_steps_000000000009"
+    stale.mkdir()
+    (stale / "weights.safetensors").write_bytes(b"half")
+    assert newest_whole(tmp_path) == (None, [])
+    path = write(tmp_path, 1)
+    assert names(tmp_path) == [path.name]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": ("weights.safetensors", flip),
+    "truncated": ("training.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-3])),
+    "missing": ("weights.safetensors", Path.unlink),
+    "no meta": ("meta.json", Path.unlink),
+    "cut meta": ("meta.json", lambda path: path.write_bytes(path.read_bytes()[:50])),
+    "not UTF-8": ("meta.json", lambda path: path.write_bytes(b'{"\xff": 1}')),
+    "edited meta": (
+        "meta.json",
+        lambda path: path.write_text(path.read_text().replace('"episodes": 4', '"episodes": 5')),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
+    tmp_path: Path, name: str
+) -> None:
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    file, damage = DAMAGES[name]
+    damage(path / file)
+    with pytest.raises(DamagedCheckpoint, match=file):
+        read(path)
+    found, warnings = newest_whole(tmp_path)
+    assert found is not None
+    assert found.meta["agent_steps"] == 1
+    assert len(warnings) == 1
+    assert path.name in warnings[0]
+    assert file in warnings[0]
+
+
+def test_other_schema_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "SCHEMA", 41)
+    write(tmp_path, 2)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=f"schema 41 .* schema {checkpoint.SCHEMA}") as caught:
+        newest_whole(tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_names_that_would_clash_are_refused_before_writing(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"agent_steps": 1, "keep": 0}
+    tensor = {"x": torch.ones(1)}
+    with pytest.raises(ValueError, match="letters"):
+        checkpoint.save(tmp_path, tensors={"../up": tensor}, meta={}, **arguments)
+    with pytest.raises(ValueError, match="schema"):
+        checkpoint.save(tmp_path, tensors={"weights": tensor}, meta={"schema": 2}, **arguments)
+    assert names(tmp_path) == []
+
+
+@contextmanager
+def small_files_only(nbytes: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("agent_steps", [1, 2], ids=["replacing", "new"])
+def test_write_that_the_system_refuses_leaves_older_intact(
+    tmp_path: Path, agent_steps: int
+) -> None:
+    path = write(tmp_path, 1, keep=1)
+    with small_files_only(20_000), pytest.raises(OSError, match="large"):
+        write(tmp_path, agent_steps, keep=1, size=10_000)
+    assert names(tmp_path) == [path.name]
+    assert read(path).meta["agent_steps"] == 1
+
+
+@pytest.mark.parametrize("failing", ["weights.safetensors", "meta.json"])
+def test_full_disk_leaves_older_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = write(tmp_path, 1, keep=1)
+    write_file = checkpoint._write_file
+
+    def full(target: Path, data: bytes) -> dict[str, str | int]:
+        if target.name == failing:
+            target.write_bytes(data[:3])
+            raise OSError(28, "No space left on device")
+        return write_file(target, data)
+
+    monkeypatch.setattr(checkpoint, "_write_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [path.name]
+    assert read(path).meta["agent_steps"] == 1
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from headrace.learner.checkpoint import newest_whole, save
+
+directory, delays = Path(sys.argv[1]), [float(delay) for delay in sys.argv[2:]]
+torch.set_num_threads(1)
+
+def save_forever(first, acknowledge):
+    step = first
+    while True:
+        tensors = {"weights": {"x": torch.full((20_000,), float(step))}}
+        # Every step is saved twice: the second save replaces the first.
+        for _ in range(2):
+            save(directory, agent_steps=step, tensors=tensors, meta={}, keep=1)
+        os.write(acknowledge, step.to_bytes(8, "little"))
+        step += 1
+
+newest = 0
+for delay in delays:
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        save_forever(newest + 1, send)
+    os.close(send)
+    newest = int.from_bytes(os.read(receive, 8), "little")
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while told := os.read(receive, 8):
+        newest = int.from_bytes(told, "little")
+    os.close(receive)
+    found, warnings = newest_whole(directory)
+    assert warnings == [], warnings
+    step = found.meta["agent_steps"]
+    assert newest <= step <= newest + 1, (newest, step)
+    assert (found.tensors["weights"]["x"] == step).all()
+    newest = step
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> None:
+    delays = [str(random.Random(seed).uniform(0, 0.08)) for seed in range(20)]
+    finished = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), *delays],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def arrays(seed: int) -> np.ndarray[Any, Any]:
+    dtype = ["<u4", "|b1", "<f8", ">i2", "<c16"][seed % 5]
+    return np.random.default_rng(seed).integers(0, 2, size=(seed % 3, 2)).astype(dtype)
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=3),
+    st.integers(0, 30).map(arrays),
+    st.integers(0, 30).map(np.uint32),
+    st.floats(allow_nan=False).map(np.float64),
+    st.integers(0, 3).map(lambda n: torch.arange(n, dtype=torch.int32)),
+    st.floats(width=32, allow_nan=False).map(torch.tensor),
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.integers(-2, 2), st.sampled_from("012/'")), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    elif isinstance(expected, np.ndarray | np.generic):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_array_equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(TREES)
+def test_unflatten_undoes_flatten_through_json_and_safetensors(tree: Any) -> None:
+    tensors, skeleton = flatten(tree)
+    written = checkpoint.safetensors.torch.save(
+        {name: tensor.clone() for name, tensor in tensors.items()}
+    )
+    loaded = checkpoint.safetensors.torch.load(written)
+    assert_same(unflatten(loaded, json.loads(json.dumps(skeleton))), tree)
+
+
+def test_optimiser_and_random_states_go_on_bit_for_bit(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    numpy_generators = np.random.Generator(np.random.PCG64(3)), np.random.RandomState(3)
+    tree = {
+        "optimiser": optimiser.state_dict(),
+        "numpy": numpy_generators[0].bit_generator.state,
+        "legacy": numpy_generators[1].get_state(),
+        "python": random.Random(3).getstate(),
+        "torch": torch.get_rng_state(),
+    }
+    tensors, skeleton = flatten(tree)
+    path = checkpoint.save(
+        tmp_path, agent_steps=1, tensors={"training": tensors}, meta={"tree": skeleton}, keep=1
+    )
+    found = read(path)
+    restored = unflatten(found.tensors["training"], found.meta["tree"])
+    assert_same(restored, tree)
+    torch.optim.Adam(model.parameters()).load_state_dict(restored["optimiser"])
+    python = random.Random()
+    python.setstate(restored["python"])
+    assert python.random() == random.Random(3).random()
+
+
+@pytest.mark.parametrize(
+    ("tree", "place"),
+    [({"a": [object()]}, "/a/0"), ({"a": {1.5: 1}}, "/a"), (np.array(["x"]), "/")],
+)
+def test_flatten_names_the_place_of_what_it_cannot_hold(tree: Any, place: str) -> None:
+    with pytest.raises(TypeError, match=f"^{place}: "):
+        flatten(tree)
+
+
+def test_unflatten_names_a_missing_tensor() -> None:
+    _, skeleton = flatten({"a": torch.ones(1)})
+    with pytest.raises(ConfigError, match="/a"):
+        unflatten({}, skeleton)

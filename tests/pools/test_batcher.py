@@ -1,0 +1,68 @@
+"""The line of waiting environments: by size, by age, in order."""
+
+import pytest
+
+from headrace.pools.batcher import Batcher
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_nothing_waits(clock: Clock) -> None:
+    batcher = Batcher(max_envs=4, max_wait_s=0.0, now_s=clock)
+    assert batcher.due_in_s() is None
+    assert batcher.take() == []
+
+
+def test_a_full_batch_is_due_at_once(clock: Clock) -> None:
+    batcher = Batcher(max_envs=2, max_wait_s=100.0, now_s=clock)
+    batcher.add([7])
+    assert batcher.take() == []
+    batcher.add([3])
+    assert batcher.due_in_s() == 0.0
+    assert batcher.take() == [7, 3]
+    assert len(batcher) == 0
+
+
+def test_a_small_batch_is_due_by_the_age_of_its_oldest(clock: Clock) -> None:
+    batcher = Batcher(max_envs=4, max_wait_s=0.002, now_s=clock)
+    batcher.add([0])
+    clock.now_s = 0.0019
+    batcher.add([1])
+    assert batcher.take() == []
+    assert batcher.due_in_s() == pytest.approx(0.0001)
+    clock.now_s = 0.002
+    assert batcher.take() == [0, 1]
+
+
+def test_what_is_left_over_keeps_its_age(clock: Clock) -> None:
+    batcher = Batcher(max_envs=2, max_wait_s=1.0, now_s=clock)
+    batcher.add([0, 1, 2])
+    assert batcher.take() == [0, 1]
+    assert batcher.take() == []
+    clock.now_s = 0.5
+    batcher.add([3, 4])
+    assert batcher.take() == [2, 3]
+    clock.now_s = 1.25
+    assert batcher.due_in_s() == pytest.approx(0.25)
+
+
+def test_a_batch_is_never_larger_than_its_maximum(clock: Clock) -> None:
+    batcher = Batcher(max_envs=3, max_wait_s=0.0, now_s=clock)
+    batcher.add(range(8))
+    assert batcher.ids() == list(range(8))
+    assert [batcher.take() for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7], []]
+
+
+def test_a_batch_of_none_is_refused(clock: Clock) -> None:
+    with pytest.raises(ValueError, match="max_envs"):
+        Batcher(max_envs=0, max_wait_s=0.0, now_s=clock)

@@ -1,0 +1,131 @@
+"""What a user sees: plain lines, and the table at 80 columns."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from headrace.telemetry.terminal import Row, open_display, plain_line, render
+
+FULL: dict[str, float | int | str] = {
+    "env_frames": 4_213_000,
+    "agent_steps": 1_053_250,
+    "updates": 1646,
+    "env_frames_per_s": 12345.6,
+    "agent_steps_per_s": 3086.4,
+    "updates_per_s": 4.8,
+    "episodes": 123_456,
+    "return_mean": -1234.567,
+    "return_max": 98765.4,
+    "length_mean": 1711.2,
+    "loss/policy": -0.0000123,
+    "loss/value": 0.3121,
+    "loss/entropy": -1.21,
+    "gradient_norm": 40.123,
+    "learning_rate": 0.00048,
+    "policy_lag_mean": 1.5,
+    "policy_lag_max": 40,
+    "server_turnaround_ms_p50": 3.21,
+    "server_turnaround_ms_p99": 1119.82,
+    "wait/server_for_environments": 0.41,
+    "wait/server_for_slots": 0.02,
+    "wait/learner_for_unrolls": 1.0,
+    "bottleneck": "environments",
+    "eval_return_mean": 19.5,
+    "precision": "bfloat16",
+    "elapsed_s": 90_754,
+}
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def drawn(row: Row, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, record=True)
+    console.print(render("impala ALE/Pong-v5", row, 10_000_000, 468.7))
+    return console.export_text().splitlines()
+
+
+def test_table_shows_every_number_whole_at_80_columns() -> None:
+    lines = drawn(FULL)
+    text = "\n".join(lines)
+    assert all(len(line) == 80 for line in lines)
+    for part in (
+        *("ALE/Pong-v5", "42.1 %", "4.21 M of 10.0 M frames", "ETA 0:07:49", "12.3 k", "3.09 k"),
+        *("-1234.57", "98765.40", "19.50", "123 k", "1.71 k", "1.5 / 40.0", "3.2 / 1119.8"),
+        *("-1.23e-05", "0.3121", "-1.21", "40.12", "4.80e-04", "41.0 %", "2.0 %", "100.0 %"),
+        *("bottleneck environments", "bfloat16", "1 d 1:12:34"),
+    ):
+        assert part in text
+    assert "…" not in text
+
+
+def test_table_of_a_row_without_numbers_shows_dashes() -> None:
+    text = "\n".join(drawn({"env_frames": 0, "return_mean": float("nan")}))
+    assert "0.0 %" in text
+    assert "nan" not in text
+    assert text.count("\N{EN DASH}") > 15
+
+
+def test_table_stays_readable_on_a_wide_terminal() -> None:
+    assert max(len(line.rstrip()) for line in drawn(FULL, width=200)) == 100
+
+
+def test_plain_line_leaves_out_what_is_unknown() -> None:
+    line = plain_line({"env_frames": 500, "return_mean": float("nan")}, 1000, float("nan"))
+    assert line == "500/1.00 k frames (50.0 %)"
+    assert plain_line(FULL, 10_000_000, 468.7).isascii()
+
+
+def test_plain_lines_come_at_most_once_per_interval_and_the_last_always() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with open_display(1000, "catch", stream=stream, plain_interval_s=5, now_s=clock) as display:
+        for now_s, env_frames in ((0, 0), (4.9, 100), (5, 200), (6, 250), (7, 300)):
+            clock.now_s = now_s
+            display.update({"env_frames": env_frames})
+        display.message("checkpoint at 300")
+    lines = stream.getvalue().splitlines()
+    assert [line.split("/")[0] for line in lines] == [
+        "catch",
+        "0",
+        "200",
+        "checkpoint at 300",
+        "300",
+    ]
+
+
+def test_eta_follows_the_pace_since_the_first_row_also_after_a_resume() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with open_display(1000, "catch", stream=stream, plain_interval_s=0, now_s=clock) as display:
+        display.update({"env_frames": 400, "env_frames_per_s": 6})
+        clock.now_s = 10
+        display.update({"env_frames": 500, "env_frames_per_s": 1})
+    _, first, second = stream.getvalue().splitlines()
+    assert "eta 0:01:40" in first
+    assert "eta 0:00:50" in second
+
+
+def test_live_table_is_redrawn_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    clock, stream = Clock(), io.StringIO()
+    with open_display(1000, "catch", stream=stream, live=True, now_s=clock) as display:
+        for now_s in (0.0, 0.5, 0.9, 1.0):
+            clock.now_s = now_s
+            display.update({"env_frames": int(now_s * 100)})
+        before_message = stream.getvalue()
+        display.message("[not markup]")
+    assert before_message.count("headrace  catch") == 2
+    assert "[not markup]" in stream.getvalue()
+
+
+def test_stream_without_unicode_still_gets_its_lines() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    with open_display(10, "ünder", stream=stream) as display:
+        display.update({"env_frames": 5})
+    assert b"5/10 frames" in stream.buffer.getvalue()  # type: ignore[attr-defined]

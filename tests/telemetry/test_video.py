@@ -1,0 +1,75 @@
+"""Videos are real MP4 files, whole or not there."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from headrace.errors import ConfigError, HeadraceError
+from headrace.telemetry.video import VideoWriter
+
+
+def decode(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
+    """Returns frames [N, height, width, 3] and what ffmpeg says of the file.
+
+    Runs ffmpeg itself, because imageio's reader leaves pipes open and warnings are errors here.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo"]
+    done = subprocess.run([*command, "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    frames = np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, height, width, 3)
+    return frames, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((84, 84), (336, 336)),
+        ((210, 160, 3), (420, 320)),
+        ((10, 5), (340, 170)),
+        ((401, 333, 3), (402, 334)),
+    ],
+)
+def test_video_reads_back(tmp_path: Path, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    path = tmp_path / "videos" / "episode.mp4"
+    with VideoWriter(path, fps=30) as video:
+        for index in range(12):
+            video.write(np.full(shape, 20 * index, dtype=np.uint8))
+        assert not path.exists()
+    assert [entry.name for entry in path.parent.iterdir()] == ["episode.mp4"]
+    frames, said = decode(path, *size)
+    for part in ("h264", "yuv420p", f"{size[1]}x{size[0]}", "30 fps"):
+        assert part in said
+    assert len(frames) == 12
+    assert [int(frame.mean()) for frame in frames] == pytest.approx(range(0, 240, 20), abs=4)
+
+
+def test_name_must_end_in_mp4(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.mp4"):
+        VideoWriter(tmp_path / "episode.gif", fps=30)
+
+
+def test_frames_must_be_alike(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps=30) as video:
+        video.write(np.zeros((84, 84), dtype=np.uint8))
+        with pytest.raises(ValueError, match=r"\(84, 80\)"):
+            video.write(np.zeros((84, 80), dtype=np.uint8))
+        with pytest.raises(ValueError, match="float64"):
+            video.write(np.zeros((84, 84)))  # type: ignore[arg-type]
+
+
+def test_video_of_a_block_that_raises_is_discarded(tmp_path: Path) -> None:
+    frames = iter([np.zeros((84, 84), dtype=np.uint8), np.zeros((2, 2), dtype=np.uint8)])
+    video = VideoWriter(tmp_path / "a.mp4", fps=30)
+    with pytest.raises(ValueError, match="like the first"), video:
+        list(map(video.write, frames))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_video_without_frames_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HeadraceError, match="frame"), VideoWriter(tmp_path / "a.mp4", 30):
+        pass
+    assert list(tmp_path.iterdir()) == []
