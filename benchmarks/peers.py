@@ -169,13 +169,13 @@ def summarise(rates: dict[str, list[float]], against: str) -> dict[str, dict[str
 def print_table(rows: dict[str, dict[str, Any]], against: str) -> None:
     """Prints the rows, fastest first."""
     ratio = f"{against} / this (min-max)"
-    print(f"{'':22}{'passes':>7}{'agent steps/s (min-max)':>27}{'frames/s':>10}{ratio:>34}")
+    print(f"{'':22}{'passes':>7}{'agent steps/s (min-max)':>27}{'frames/s':>10}{ratio:>40}")
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["median"]):
         values = row["agent_steps_per_s"]
         rate = f"{row['median']:.0f} ({min(values):.0f}-{max(values):.0f})"
         paired = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}-{row['ratio_max']:.2f})"
         frames = row["median"] * ACTION_REPEAT
-        print(f"{name:22}{row['passes']:>7}{rate:>27}{frames:>10.0f}{paired:>34}")
+        print(f"{name:22}{row['passes']:>7}{rate:>27}{frames:>10.0f}{paired:>40}")
 
 
 def parse() -> argparse.Namespace:

@@ -27,13 +27,13 @@ LAYERS = (
     ("ops",),
     ("algorithms.base",),
     ("records", "specs"),
-    ("tree",),
+    ("tree", "rows"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 
 MATHS = {"ops", "networks", "algorithms"}
-MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "errors"}
+MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "rows", "errors"}
 
 MAX_LINES = 400
 LAZY = ("ale_py", "grpc", "ray", "tensorboard", "imageio")

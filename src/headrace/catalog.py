@@ -1,4 +1,4 @@
-"""name -> "module:attribute": the one place to register. Nothing is imported before it is chosen."""
+"""name -> "module:attribute": the one place to register. What is not chosen is not imported."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def resolve(kind: str, table: Mapping[str, str], name: str, *, trust_code: bool 
         kind: What it is, for the error message.
         table: One of the tables above.
         name: What the user typed.
-        trust_code: Whether a module outside the catalog may be imported. A run that somebody else made
-            names such modules too: loading it must not run their code unasked.
+        trust_code: Whether a module outside the catalog may be imported. A run that somebody else
+            made names such modules too: loading it must not run their code unasked.
 
     Raises:
         ConfigError: no such name, or code that is not trusted.
@@ -59,9 +59,13 @@ def import_attribute(kind: str, target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"cannot import the {kind} {target!r}: no module {error.name!r}") from error
+        raise ConfigError(
+            f"cannot import the {kind} {target!r}: no module {error.name!r}"
+        ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"cannot import the {kind} {target!r}: {module_name} has no {attribute!r}")
+        raise ConfigError(
+            f"cannot import the {kind} {target!r}: {module_name} has no {attribute!r}"
+        )
     return getattr(module, attribute)
 
 
@@ -76,7 +80,7 @@ def environment_family(env: str, *, trust_code: bool = True) -> Any:
         atari = f"ALE/{env[:1].upper()}{env[1:]}-v5"
         hint = f"did you mean {near[0]}?" if near else f"did you mean {atari}?"
         raise ConfigError(
-            f"no environment named {env!r}; {hint} Known: {', '.join(names)} (list: `headrace envs`)"
+            f"no environment named {env!r}; {hint} Known: {', '.join(names)}; see `headrace envs`"
         )
     return resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
 

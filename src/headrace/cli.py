@@ -1,4 +1,4 @@
-"""The command line: parse, then call `run`. Mistakes of the user end in one sentence and exit code 2."""
+"""The command line: parse, then call `run`. A user's mistake is one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import headrace
-from headrace import catalog, presets
-from headrace.config import FREE_ON_RESUME, RunConfig, from_dict, merged, read_toml, to_dict
+from headrace import __version__, catalog, presets
+from headrace.bench import command
+from headrace.config import RunConfig, from_dict, merged, read_toml, to_dict
+from headrace.envs import atari
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
+from headrace.run import api
+from headrace.run.evaluate import evaluate
+from headrace.run.film import film
+from headrace.run.local import Hooks
+from headrace.run.policy import load
+from headrace.telemetry.record import RunDirectory
+from headrace.telemetry.terminal import open_display
 
 USAGE = """\
 usage: headrace COMMAND …
@@ -40,12 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         return
     if arguments[0] == "--version":
-        print(f"headrace {headrace.__version__}")
+        print(f"headrace {__version__}")
         return
     command = COMMANDS.get(arguments[0])
     try:
         if command is None:
-            raise ConfigError(f"no command {arguments[0]!r}; {catalog.nearest(arguments[0], COMMANDS)}")
+            raise ConfigError(
+                f"no command {arguments[0]!r}; {catalog.nearest(arguments[0], COMMANDS)}"
+            )
         command(arguments[1:])
     except ConfigError as error:
         _fail(str(error), 2)
@@ -83,7 +92,10 @@ def train_command(argv: list[str]) -> None:
     if name:
         layers = merged(layers, presets.find(name).values)
     layers = merged(layers, file)
-    layers = merged(layers, {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value})
+    layers = merged(
+        layers,
+        {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value},
+    )
     base = from_dict(layers)
     config = _parse_flags(base, rest, prog="headrace train ENV")
     _train(config=config, trust_code=True)
@@ -109,7 +121,8 @@ TRAIN_HELP = """Trains an agent and leaves everything in a run directory.
     headrace train ENV [--preset NAME] [--config FILE] [--algorithm NAME] [settings]
     headrace train --resume RUN [--total-frames N …]
 
-Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the values below are
+Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the values
+below are
 those of the preset that ENV takes unasked. Ctrl-C saves and ends; a second one ends at once."""
 
 
@@ -121,7 +134,6 @@ def _parse_flags(base: RunConfig, argv: list[str], *, prog: str) -> RunConfig:
         default=base,
         prog=prog,
         description=TRAIN_HELP,
-        config=(tyro.conf.FlagConversionOff,) if False else (),
     )
     return config
 
@@ -141,8 +153,6 @@ def _whole_numbers(argv: list[str]) -> list[str]:
 
 
 def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
-    from headrace.run import api  # noqa: PLC0415  # torch takes seconds that `--help` should not cost
-    from headrace.telemetry.record import RunDirectory  # noqa: PLC0415
 
     named = [f"--{key}" for key in ("algorithm", "preset", "config") if getattr(chosen, key)]
     if chosen.env or named:
@@ -159,23 +169,22 @@ def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _train(**arguments: Any) -> None:
-    from headrace.run import api  # noqa: PLC0415
-    from headrace.telemetry.terminal import open_display  # noqa: PLC0415
 
-    with ExitStack() as stack:
-        show: dict[str, Any] = {}
-
-        def start(config: RunConfig, path: Path) -> None:
-            show["display"] = stack.enter_context(open_display(config.total_frames, f"{config.env} · {config.algorithm} · {path}"))
-
-        result = api.train(
-            **arguments,
-            on_start=start,
-            on_row=lambda row: show["display"].update(row),
-            on_message=lambda text: show["display"].message(text),
+    prepared = api.prepare(**arguments)
+    config, path = prepared.config, prepared.directory.path
+    title = f"{config.env} · {config.algorithm} · {path}"
+    with open_display(config.total_frames, title) as display:
+        hooks = Hooks(
+            on_row=display.update,
+            on_update=lambda *_: None,
+            on_checkpoint=lambda _: None,
+            on_message=display.message,
         )
-    done = "done" if result.finished else f"stopped; go on with `headrace train --resume {result.run}`"
-    print(f"{done}\nevaluate: headrace eval {result.run} --video agent.mp4\ncurves:   tensorboard --logdir {result.run}")
+        result = api.start(prepared, hooks)
+    end = "done" if result.finished else "stopped and saved"
+    print(f"{end}; go on with: headrace train --resume {result.run}")
+    print(f"evaluate and film: headrace eval {result.run} --video agent.mp4")
+    print(f"curves: tensorboard --logdir {result.run}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,9 +214,6 @@ class EvalArguments:
 def eval_command(argv: list[str]) -> None:
     """Evaluates an agent."""
     arguments = tyro.cli(EvalArguments, args=argv, prog="headrace eval")
-    from headrace.run.evaluate import evaluate  # noqa: PLC0415
-    from headrace.run.film import film  # noqa: PLC0415
-    from headrace.run.policy import load  # noqa: PLC0415
 
     if not 0 <= arguments.epsilon <= 1:
         raise ConfigError(f"epsilon must be in [0, 1], not {arguments.epsilon}")
@@ -247,14 +253,17 @@ def eval_command(argv: list[str]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
-        return " – ".join(_cell(item) for item in value)
-    return f"{value:,.2f}" if isinstance(value, float) else str("–" if value is None else value)
+        return " to ".join(_cell(item) for item in value)
+    return (
+        f"{value:,.2f}" if isinstance(value, float) else str("unknown" if value is None else value)
+    )
 
 
 def envs_command(argv: list[str]) -> None:
     """Lists environments."""
-    tyro.cli(_nothing, args=argv, prog="headrace envs", description="Lists what can be trained here.")
-    from headrace.envs import atari  # noqa: PLC0415
+    tyro.cli(
+        _nothing, args=argv, prog="headrace envs", description="Lists what can be trained here."
+    )
 
     print("catch    a ball falls, a paddle catches it; best return 1")
     print("recall   act on a cue seen steps ago, which needs a recurrent policy; best return 1")
@@ -281,7 +290,11 @@ def presets_command(argv: list[str]) -> None:
 def _flat(values: dict[str, Any], prefix: str = "") -> list[str]:
     lines: list[str] = []
     for key, value in values.items():
-        lines += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key} = {value}"]
+        lines += (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else [f"{prefix}{key} = {value}"]
+        )
     return lines
 
 
@@ -291,8 +304,6 @@ def _nothing() -> None:
 
 def bench_command(argv: list[str]) -> None:
     """Measures this machine."""
-    from headrace.bench import command  # noqa: PLC0415
-
     command.run(argv)
 
 

@@ -1,7 +1,7 @@
 """A run's settings: the parts' configs put together; TOML in and out.
 
-Order: defaults < preset < `--config` < flags. Each layer is a nested dict of what it sets; `merged` lays one
-over the other and `from_dict` checks the result, naming what is unknown.
+Order: defaults < preset < `--config` < flags. Each layer is a nested dict of what it sets; `merged`
+lays one over the other and `from_dict` checks the result, naming what is unknown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the networks. auto is on for a GPU and off for a CPU, where it gains nothing."""
+    """torch.compile for the networks. auto: on for a GPU, off for a CPU, where it gains nothing."""
     lockstep: bool = False
     """One order of everything, bit-identical for one seed; for tests and debugging."""
     compute_threads: int = 0
@@ -71,7 +71,9 @@ class RunConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         if min(self.compute_threads, self.env_threads, self.keep_checkpoints) < 0:
-            raise ConfigError("compute_threads, env_threads and keep_checkpoints must not be negative")
+            raise ConfigError(
+                "compute_threads, env_threads and keep_checkpoints must not be negative"
+            )
 
 
 FREE_ON_RESUME = frozenset(
@@ -148,8 +150,10 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merged(below, value) if both else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
     return result
 
 

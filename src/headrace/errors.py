@@ -1,4 +1,4 @@
-"""The one tree of errors. What a user can mend is a `ConfigError`; the command line prints it and exits 2."""
+"""The one tree of errors. What a user can mend is a `ConfigError`: one sentence, exit code 2."""
 
 
 class HeadraceError(Exception):

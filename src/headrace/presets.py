@@ -74,7 +74,7 @@ PRESETS = {
         {**_IMPALA_ATARI, "environment": _ATARI},
     ),
     "atari-sticky": Preset(
-        "The same under the modern protocol: sticky actions, whole games, all 18 actions, no no-ops.",
+        "The same, modern protocol: sticky actions, whole games, all 18 actions, no no-ops.",
         "Machado et al. 2018, arXiv:1709.06009, sections 4 and 5; learning as in preset atari",
         {**_IMPALA_ATARI, "environment": _ATARI_STICKY},
     ),
@@ -139,7 +139,7 @@ PRESETS = {
 }
 
 DEFAULT_PRESETS = {"ALE/": "atari-desktop", "catch": "catch", "recall": "recall"}
-"""What `headrace train ENV` takes where no --preset is given, by the beginning of the environment's name."""
+"""What `headrace train ENV` takes where no --preset is given, by how the name begins."""
 
 
 def find(name: str) -> Preset:
@@ -155,6 +155,4 @@ def find(name: str) -> Preset:
 
 def default_for(env: str) -> str | None:
     """Returns the name of the preset that an environment is trained with unasked."""
-    return next(
-        (name for start, name in DEFAULT_PRESETS.items() if env.startswith(start)), None
-    )
+    return next((name for start, name in DEFAULT_PRESETS.items() if env.startswith(start)), None)

@@ -1,8 +1,8 @@
 """What crosses a boundary: one NamedTuple per boundary, a shape and a meaning per field.
 
 Shape suffixes, here and in `ops`, `networks` and `algorithms`: T = steps of an unroll, by action;
-U = T + 1 rows, by arrival (the last row only bootstraps); B = unrolls; N = environments in one batch;
-K = stacked frames; A = actions. Systems code names arrays without suffixes.
+U = T + 1 rows, by arrival (the last row only bootstraps); B = unrolls; N = environments in one
+batch; K = stacked frames; A = actions. Systems code names arrays without suffixes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ class EnvStep(NamedTuple):
 
     env_id: NDArray[np.int32]  # [N] global slot, stable for the life of the run
     run_id: NDArray[np.int64]  # [N] changes when the environment was started anew (a worker died)
-    observation: NDArray[np.generic]  # [N, ...] a single frame; after an end, the first of the next episode
+    observation: NDArray[
+        np.generic
+    ]  # [N, ...] a single frame; after an end, the first of the next episode
     reward: NDArray[np.float32]  # [N] reward of the step just made, raw
     reset: NDArray[np.bool_]  # [N] this observation is the first of an episode
-    terminated: NDArray[np.bool_]  # [N] the step before ended the MDP (or a life): bootstrap from zero
-    truncated: NDArray[np.bool_]  # [N] the step before met the clock: bootstrap from the final observation
-    final_observation: NDArray[np.generic] | None  # [N, ...] valid where terminated or truncated with reset
+    terminated: NDArray[
+        np.bool_
+    ]  # [N] the step before ended the MDP (or a life): bootstrap from zero
+    truncated: NDArray[
+        np.bool_
+    ]  # [N] the step before met the clock: bootstrap from the final observation
+    final_observation: (
+        NDArray[np.generic] | None
+    )  # [N, ...] valid where terminated or truncated with reset
 
 
 class PolicyState(NamedTuple):
@@ -55,8 +63,8 @@ class PolicyStep(NamedTuple):
 class Unrolls(NamedTuple):
     """SERVER -> LEARNER: unrolls as they were stored, by arrival, time first.
 
-    Row t holds what was known on arrival at t and what was done there. Row T is the first row of the next
-    unroll of the same environment.
+    Row t holds what was known on arrival at t and what was done there. Row T is the first row of
+    the next unroll of the same environment.
     """
 
     observation: Tensor  # [U, B, K, ...] stacked
@@ -73,7 +81,7 @@ class Unrolls(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """LEARNER: unrolls by action. Index t of a [T, B] field belongs to the action taken at row t."""
+    """LEARNER: unrolls by action. Index t of a [T, B] field belongs to the action at row t."""
 
     inputs: PolicyInput  # [U, B, ...] by arrival: what the network sees
     recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0

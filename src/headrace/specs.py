@@ -26,7 +26,9 @@ class EnvSpec:
 
     def __post_init__(self) -> None:
         if self.action_space.start != 0:
-            raise ConfigError(f"{self.name}: actions must start at 0, not {self.action_space.start}")
+            raise ConfigError(
+                f"{self.name}: actions must start at 0, not {self.action_space.start}"
+            )
         if self.frame_stack < 1 or self.action_repeat < 1:
             raise ConfigError(f"{self.name}: frame_stack and action_repeat must be at least 1")
 

@@ -1,7 +1,7 @@
 """The seam between a learning rule and the system that feeds it.
 
-An algorithm is a config, `act` and `update`: no process, clock or file. The system asks `experience` how
-to cut the stream of steps and never asks which algorithm it is.
+An algorithm is a config, `act` and `update`: no process, clock or file. The system asks
+`experience` how to cut the stream of steps and never asks which algorithm it is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Algorithm(Protocol):
         generator: torch.Generator | None = None,
         epsilon: float = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
-        """Acts for one batch [1, N] with the given weights (the server's copy, not the learner's)."""
+        """Acts for one batch [1, N] with the given weights: the server's, not the learner's."""
 
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Takes one gradient step. `progress` is the share of the run that is done, in [0, 1]."""

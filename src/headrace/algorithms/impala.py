@@ -1,10 +1,12 @@
 """IMPALA: an actor-critic whose targets are corrected for the lag of the policy that acted.
 
-Source: Espeholt et al. 2018, "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
-Architectures", arXiv:1802.01561, sections 3 and 4. Losses are means over T and B (the paper's are sums; the
-presets convert its settings). The adaptive entropy cost is that of SEED RL, Espeholt et al. 2020.
+Source: Espeholt et al. 2018, "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
+Actor-Learner Architectures", arXiv:1802.01561, sections 3 and 4. Losses are means over T and B (the
+paper's are sums; the presets convert its settings). The adaptive entropy cost is that of SEED RL,
+Espeholt et al. 2020.
 
-Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, A = actions.
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, A =
+actions.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class ImpalaConfig:
     value_cost: float = 0.5
     """Weight of the value loss, which is half the mean squared error."""
     reward_transform: RewardTransform = "clip"
-    """none, clip (to [-1, 1]) or soft_asymmetric (as in the DMLab-30 code of the IMPALA authors)."""
+    """none, clip (to [-1, 1]) or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
     vtrace_lambda: float = 1.0
     """Decay of the traces: 1 is the paper's, less trades variance for bias."""
     vtrace_rho_max: float = 1.0
@@ -65,7 +67,9 @@ class ImpalaConfig:
         if not 0 <= self.discount <= 1 or not 0 <= self.vtrace_lambda <= 1:
             raise ConfigError("discount and vtrace_lambda must be in [0, 1]")
         if self.entropy_cost < 0 or (self.target_entropy is not None and self.entropy_cost == 0):
-            raise ConfigError("entropy_cost must be positive where target_entropy is set, else >= 0")
+            raise ConfigError(
+                "entropy_cost must be positive where target_entropy is set, else >= 0"
+            )
 
 
 class Impala:
@@ -109,7 +113,7 @@ class Impala:
         generator: torch.Generator | None = None,
         epsilon: float = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
-        """Samples, or takes the most likely action; "epsilon" is greedy but for a share of random actions."""
+        """Samples, or takes the likeliest action ("epsilon": but for a share of random ones)."""
         output, recurrent = model(inputs, recurrent)
         logits = output.logits[0]
         action = distributions.greedy(logits)

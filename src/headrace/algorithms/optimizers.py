@@ -1,8 +1,10 @@
 """Optimisers, their settings, and the step that all algorithms share: clip, check, step.
 
-Losses here are means. Published settings that were tuned for a loss summed over N samples are converted
-exactly: gradients are N times smaller, so Adam's and RMSProp's eps and the clip are divided by N; TensorFlow's
-RMSProp has eps inside the root, where it is divided by N squared, as is the mean square it starts with.
+Losses here are means. Published settings that were tuned for a loss summed over N samples are
+converted
+exactly: gradients are N times smaller, so Adam's and RMSProp's eps and the clip are divided by N;
+TensorFlow's RMSProp has eps inside the root, where it is divided by N squared, as is the mean
+square it starts with.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class OptimizerConfig:
     """How gradients become steps."""
 
     optimizer: Literal["adam", "rmsprop", "rmsprop_tf"] = "rmsprop_tf"
-    """adam; rmsprop as PyTorch has it (eps outside the root); rmsprop_tf as TensorFlow 1 had it (eps inside)."""
+    """adam; rmsprop, PyTorch's (eps outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
     """Step size at the start of the run."""
     learning_rate_schedule: Literal["linear", "constant"] = "linear"
@@ -45,11 +47,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0 or self.optimizer_eps < 0 or self.max_gradient_norm < 0:
-            raise ConfigError("learning_rate, optimizer_eps and max_gradient_norm must not be negative")
+            raise ConfigError(
+                "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
+            )
 
 
 class RMSpropTF(Optimizer):
-    """RMSProp with eps inside the root and a mean square that starts where it is told, as in TensorFlow 1.
+    """RMSProp of TensorFlow 1: eps inside the root, and a mean square that starts where it is told.
 
     Source: `RMSPropOptimizer` of TensorFlow 1, which the IMPALA paper's code uses.
     """
@@ -100,7 +104,7 @@ class RMSpropTF(Optimizer):
         torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["alpha"])
         root = torch._foreach_add(mean_square, group["eps"])
         torch._foreach_sqrt_(root)
-        steps = torch._foreach_div(grads, root)
+        steps: tuple[Tensor, ...] | list[Tensor] = torch._foreach_div(grads, root)
         torch._foreach_mul_(steps, group["lr"])
         if group["momentum"]:
             velocity = [self.state[param]["velocity"] for param in params]
@@ -118,7 +122,7 @@ def make_optimizer(params: Iterable[Tensor], config: OptimizerConfig) -> Optimiz
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.optimizer_eps,
-            foreach=True,
+            fused=True,
         )
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(
@@ -149,7 +153,7 @@ def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
 def clipped_step(
     optimizer: Optimizer, loss: Tensor, *, learning_rate: float, max_norm: float
 ) -> Tensor:
-    """Differentiates `loss`, clips the global norm to `max_norm` (0: not), steps; returns the norm before."""
+    """Differentiates, clips the global norm (0: not), steps; returns the norm before."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -2,9 +2,10 @@
 
 What ale-py 0.12.1 does, by experiment: with batch_size < num_envs `reset` returns the first
 `batch_size` emulators that are ready, in any order, and `recv` the others later, mixed with steps;
-so an emulator's first row is recognised here and not by the call that gave it. With same-step autoreset
-a row that ended shows the next episode; `final_obs` is there only if some row of the batch ended, and
-holds the last frame only where the emulator was reset. Lives never read 0, and a lost life is
+so an emulator's first row is recognised here and not by the call that gave it. A start takes as
+long as many steps (0.1 s an emulator): the last ones join late. With same-step autoreset a row that
+ended shows the next episode; `final_obs` is there only if some row of the batch ended, and holds
+the last frame only where the emulator was reset. Lives never read 0, and a lost life is
 `terminated` like a game over. Truncation counts frames after the no-ops.
 """
 

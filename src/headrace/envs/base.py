@@ -1,4 +1,4 @@
-"""What an environment family must say to be trained: a config, a spec, and copies that step together."""
+"""What an environment family must say: a config, a spec, and copies that step together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headrace.specs import EnvSpec
 
 
 class BatchEnv(Protocol):
-    """N copies of one environment written in numpy, stepped by one call, with same-step autoreset."""
+    """N copies of one environment in numpy, stepped by one call, with same-step autoreset."""
 
     spec: EnvSpec
     num_envs: int
@@ -31,7 +31,7 @@ class BatchEnv(Protocol):
 
 
 class Family(Protocol):
-    """One line of `catalog.ENVIRONMENTS`. `name` is what the user typed; `config` is a `config_type`."""
+    """One line of `catalog.ENVIRONMENTS`. `name` is what the user typed."""
 
     config_type: type[Any]
     pool: str
@@ -47,5 +47,7 @@ class Family(Protocol):
     def evaluation(self, config: Any) -> Any:
         """Returns the settings under which an agent trained with `config` is judged."""
 
-    def make(self, name: str, config: Any, *, num_envs: int, batch_size: int, threads: int, seed: int) -> Any:
-        """Starts `num_envs` copies for the family's pool; `batch_size` of them are due at a time."""
+    def make(
+        self, name: str, config: Any, *, num_envs: int, batch_size: int, threads: int, seed: int
+    ) -> Any:
+        """Starts `num_envs` copies for the family's pool, `batch_size` due at a time."""

@@ -1,7 +1,8 @@
 """Slots between server and learner: free ones, and full ones that wait their turn, oldest first.
 
-Only slot numbers pass through here; the rows stay where they are (`experience.unrolls`). The bound on full
-slots is what bounds the policy lag: the server waits in `wait_for_space`, and its waiting is measured.
+Only slot numbers pass through here; the rows stay where they are (`experience.unrolls`). The bound
+on full slots is what bounds the policy lag: the server waits in `wait_for_space`, and its waiting
+is measured.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class SlotQueue:
             return len(self._full)
 
     def acquire(self, count: int) -> list[int]:
-        """Takes free slots to write. Never waits: `wait_for_space` before a batch is what keeps some free."""
+        """Takes free slots to write. Never waits: `wait_for_space` keeps some free."""
         with self._slots:
             if len(self._free) < count:
-                raise RuntimeError(f"{count} slots wanted, {len(self._free)} free: num_slots is too small")
+                raise RuntimeError(
+                    f"{count} slots wanted, {len(self._free)} free: num_slots is too small"
+                )
             return [self._free.popleft() for _ in range(count)]
 
     def put(self, slots: Sequence[int]) -> None:
@@ -47,16 +50,19 @@ class SlotQueue:
 
     @contextmanager
     def reading(self, count: int, *, timeout_s: float) -> Iterator[list[int]]:
-        """Lends the oldest `count` full slots, which are free again when the block ends; copy inside it.
+        """Lends the oldest `count` full slots, free again when the block ends; copy inside it.
 
-        If the block raises, they go back to the front, full. Too few after `timeout_s`: none is taken.
+        If the block raises, they go back to the front, full. Too few after `timeout_s`: none is
+        taken.
 
         Raises:
             DeadlineExceeded: fewer than `count` slots were full after `timeout_s`.
         """
         with self._slots:
             if not self._slots.wait_for(lambda: len(self._full) >= count, timeout_s):
-                raise DeadlineExceeded(f"{len(self._full)} of {count} unrolls after {timeout_s:g} s")
+                raise DeadlineExceeded(
+                    f"{len(self._full)} of {count} unrolls after {timeout_s:g} s"
+                )
             lent = [self._full.popleft() for _ in range(count)]
         try:
             yield lent

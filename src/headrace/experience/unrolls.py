@@ -1,17 +1,18 @@
 """Stop 7: rows of one environment become an unroll of T + 1.
 
-One table on the learner's device. A slot is U = T + 1 rows and, before them, the K - 1 frames that the first
-row's stack needs:
+One table on the learner's device. A slot is U = T + 1 rows and, before them, the K - 1 frames that
+the first row's stack needs:
 
     frames   slot 0: [p p p | 0 1 2 … T]   slot 1: …   one frame of zeros at the very end
     fields   slot 0:       [0 1 2 … T]     slot 1: …   action, log-probability, …
 
-Each environment writes into its own slot. When row T is written, the slot is full and row T is copied to be
-row 0 of the environment's next slot: unrolls overlap by one row. Frames are stored once; `gather` rebuilds the
-stacks in the one copy that a batch costs, taking the frame of zeros for what lies before an episode's start.
+Each environment writes into its own slot. When row T is written, the slot is full and row T is
+copied to be row 0 of the environment's next slot: unrolls overlap by one row. Frames are stored
+once; `gather` rebuilds the stacks in the one copy that a batch costs, taking the frame of zeros for
+what lies before an episode's start.
 
-What arrives on the host (reward, flags, version) is kept there and crosses with the batch; what the policy
-made never leaves the device.
+What arrives on the host (reward, flags, version) is kept there and crosses with the batch; what the
+policy made never leaves the device.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from headrace.experience.fifo import SlotQueue
 from headrace.records import EnvStep, PolicyStep, Unrolls
+from headrace.rows import upload, write_rows
 from headrace.specs import EnvSpec
 
 HOST_FIELDS = {
@@ -42,7 +44,7 @@ DEVICE_FIELDS = {
 
 
 class UnrollTable:
-    """Unrolls under construction, and those that wait in `queue`. Written by one thread, the server's."""
+    """Unrolls under construction, and those that wait in `queue`. The server's thread writes."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class UnrollTable:
             name: torch.zeros(num_slots * self.rows, dtype=dtype, device=device)
             for name, dtype in DEVICE_FIELDS.items()
         }
-        self._host = {
+        self._host: dict[str, NDArray[Any]] = {
             name: np.zeros(num_slots * self.rows, dtype) for name, dtype in HOST_FIELDS.items()
         }
         # Covers the prefix too: a stack must not reach behind a reset that lies before row 0.
@@ -125,12 +127,12 @@ class UnrollTable:
         self._reset[slot, self.prefix + row] = step.reset
         self._write_host(slot * self.rows + row, step, version)
         at = self._upload(slot * self.rows + row)
-        self._frames.index_copy_(0, self._upload(self._frame_row(slot, row)), frames)
-        self._fields["action"].index_copy_(0, at, done.action)
-        self._fields["log_prob"].index_copy_(0, at, done.log_prob)
-        self._fields["previous_action"].index_copy_(0, at, previous_action)
+        write_rows(self._frames, self._upload(self._frame_row(slot, row)), frames)
+        write_rows(self._fields["action"], at, done.action)
+        write_rows(self._fields["log_prob"], at, done.log_prob)
+        write_rows(self._fields["previous_action"], at, previous_action)
         if bootstrap is not None:
-            self._fields["bootstrap"].index_copy_(0, at, bootstrap)
+            write_rows(self._fields["bootstrap"], at, bootstrap)
         starts = np.flatnonzero(row == 0)
         self._store_recurrent(slot[starts], starts, recurrent)
         self._row[env] = row + 1
@@ -146,7 +148,9 @@ class UnrollTable:
         at = self._upload(flat.reshape(-1))
         shape = flat.shape
         stack = self._frames.index_select(0, self._upload(self._stack_rows(slot).reshape(-1)))
-        device = {name: field.index_select(0, at).view(shape) for name, field in self._fields.items()}
+        device = {
+            name: field.index_select(0, at).view(shape) for name, field in self._fields.items()
+        }
         host = {name: self._upload(field[flat]) for name, field in self._host.items()}
         slot_index = self._upload(slot)
         return Unrolls(
@@ -158,7 +162,7 @@ class UnrollTable:
         )
 
     def unfinished(self) -> int:
-        """Number of unrolls under construction that have rows: what a run that stops here would lose."""
+        """Number of unrolls under construction that have rows: what a run that stops here loses."""
         return int((self._row > 0).sum())
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class UnrollTable:
         if len(slot) and recurrent:
             into, source = self._upload(slot), self._upload(which)
             for part, state in zip(self._recurrent, recurrent, strict=True):
-                part.index_copy_(0, into, state.index_select(0, source))
+                write_rows(part, into, state.index_select(0, source))
 
     def _hand_over(
         self, env: NDArray[np.int32], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]
@@ -211,19 +215,21 @@ class UnrollTable:
         behind = np.arange(-self.prefix, 1)
         source = self._upload((self._frame_row(old, last)[:, None] + behind).reshape(-1))
         target = self._upload((self._frame_row(new, 0)[:, None] + behind).reshape(-1))
-        self._frames.index_copy_(0, target, self._frames.index_select(0, source))
+        write_rows(self._frames, target, self._frames.index_select(0, source))
         self._reset[new, : self.prefix + 1] = self._reset[old, last:]
-        source, target = old * self.rows + last, new * self.rows
+        from_rows, to_rows = old * self.rows + last, new * self.rows
         for values in self._host.values():
-            values[target] = values[source]
-        from_row, to_row = self._upload(source), self._upload(target)
+            values[to_rows] = values[from_rows]
+        from_row, to_row = self._upload(from_rows), self._upload(to_rows)
         for field in self._fields.values():
-            field.index_copy_(0, to_row, field.index_select(0, from_row))
+            write_rows(field, to_row, field.index_select(0, from_row))
         self._store_recurrent(new, which, recurrent)
         self._slot[env], self._row[env] = new, 1
         self.queue.put(old.tolist())
 
-    def _frame_row(self, slot: NDArray[np.int64], row: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    def _frame_row(
+        self, slot: NDArray[np.int64], row: NDArray[np.int64] | int
+    ) -> NDArray[np.int64]:
         return slot * (self.prefix + self.rows) + self.prefix + row
 
     def _stack_rows(self, slot: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -233,7 +239,8 @@ class UnrollTable:
         index = newest[..., None] + np.arange(-self.prefix, 1)  # [U, B, K]
         if self.prefix:
             reset = self._reset[slot]  # [B, prefix + U]
-            # Frame j back is hidden if any of the j newer frames, itself excluded, began an episode.
+            # Frame j back is hidden if any of the j newer frames, itself excluded, began an
+            # episode.
             hidden = np.zeros((self.rows, len(slot)), np.bool_)
             for back in range(1, depth):
                 hidden = hidden | reset[:, depth - back : depth - back + self.rows].T
@@ -241,7 +248,4 @@ class UnrollTable:
         return index
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return upload(array, self._device)

@@ -1,4 +1,4 @@
-"""Stop 9: storage is by arrival, maths is by action. This is the one place that shifts between them.
+"""Stop 9: storage is by arrival, maths is by action. The one place that shifts between them.
 
 ```
 stored row      0          1          2     …      T
@@ -17,7 +17,7 @@ from headrace.records import Batch, PolicyInput, Unrolls
 
 
 def align(unrolls: Unrolls) -> Batch:
-    """Returns the unrolls by action: index t holds action t and the reward and end that it led to."""
+    """Returns the unrolls by action: index t holds action t, and the reward and end it led to."""
     truncated = unrolls.truncated[1:]
     return Batch(
         inputs=PolicyInput(

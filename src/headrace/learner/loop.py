@@ -51,7 +51,8 @@ class Learner:
         """Takes one update; None if too few unrolls were full within `timeout_s`.
 
         Raises:
-            TrainingDiverged: a loss or a gradient norm was not finite; those weights are not published.
+            TrainingDiverged: a loss or a gradient norm was not finite; those weights are not
+                published.
         """
         experience = self.algorithm.experience
         before_s = time.perf_counter()

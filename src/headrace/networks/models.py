@@ -34,7 +34,7 @@ class NetworkConfig:
     """Which network to build."""
 
     network: str = "auto"
-    """Name in the catalog, or "my_module:function"; auto is nature for images and mlp for the rest."""
+    """Name in the catalog, or "my_module:function"; auto: nature for images, mlp for the rest."""
     lstm_size: int = 0
     """Width of the LSTM after the torso; 0 for none."""
 

@@ -5,9 +5,6 @@ Shape suffixes: T = unroll steps, B = unrolls, A = actions.
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from headrace.ops import distributions
@@ -32,15 +29,11 @@ def entropy_cost(parameter: Tensor, speed: float) -> Tensor:
     """Weight of the entropy that is learned, alpha = exp(speed * parameter), as in SEED RL.
 
     Args:
-        parameter: learned scalar; `entropy_cost_parameter` gives its start.
+        parameter: learned scalar, log(initial cost) / speed at the start. Bound it after each step
+            of the optimiser: a clamp in here would have no gradient beyond its edge.
         speed: how fast alpha follows for a given learning rate; SEED RL: 10 for V-trace, 1 for SAC.
     """
     return (speed * parameter).exp()
-
-
-def entropy_cost_parameter(initial_cost: float, speed: float) -> float:
-    """Start of the learned scalar at which `entropy_cost` gives `initial_cost`."""
-    return math.log(initial_cost) / speed
 
 
 def entropy_cost_loss(cost: Tensor, entropy: Tensor, target_entropy: float) -> Tensor:
@@ -49,12 +42,3 @@ def entropy_cost_loss(cost: Tensor, entropy: Tensor, target_entropy: float) -> T
     Minimised in the scalar only: the entropy is a constant here.
     """
     return cost * (entropy.detach() - target_entropy)
-
-
-@torch.no_grad()
-def clamp_entropy_parameter_(parameter: Tensor, speed: float) -> None:
-    """Keeps alpha within exp(-20) and exp(20), in place, after each step of the optimiser.
-
-    A clamp inside `entropy_cost` would have no gradient beyond its edge and never come back.
-    """
-    parameter.clamp_(-20.0 / speed, 20.0 / speed)

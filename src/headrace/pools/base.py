@@ -12,7 +12,7 @@ from headrace.specs import EnvSpec
 
 
 class Pool(Protocol):
-    """Everything that steps environments, seen from the server. `receive` and `reply` alternate strictly."""
+    """Everything that steps environments, seen from the server; `receive`, `reply`, in turns."""
 
     spec: EnvSpec
     num_envs: int
@@ -20,7 +20,7 @@ class Pool(Protocol):
     """Most rows that one `receive` gives."""
 
     def receive(self, timeout_s: float) -> EnvStep | None:
-        """Returns the steps of all environments that are due, by size or by age; None after `timeout_s`.
+        """Returns the steps of all that are due, by size or by age; None after `timeout_s`.
 
         The arrays are the caller's until its `reply`; it copies what it keeps.
 
@@ -32,7 +32,8 @@ class Pool(Protocol):
         """Answers exactly the rows last received, in their order.
 
         Raises:
-            ValueError: an action is outside the space, or the count is not that of the last `receive`.
+            ValueError: an action is outside the space, or the count is not that of the last
+                `receive`.
         """
 
     def close(self) -> None:

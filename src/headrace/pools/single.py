@@ -17,8 +17,8 @@ class PoolEnv(gym.Env[NDArray[np.generic], np.int64]):
     """A pool of one environment, whose episodes the pool starts itself.
 
     At an end `step` returns the final observation, and the first of the next episode is held
-    until `reset`. After a lost life (terminated, but the emulator goes on) `reset` returns the present
-    observation.
+    until `reset`. After a lost life (terminated, but the emulator goes on) `reset` returns the
+    present observation.
     """
 
     def __init__(self, pool: Pool, *, timeout_s: float = 60.0) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from headrace.config import (
     to_toml,
 )
 from headrace.errors import ConfigError
+from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
 from headrace.telemetry.record import RunDirectory, log_to
@@ -35,7 +36,8 @@ def preset(name: str, env: str, **overrides: Any) -> RunConfig:
     Args:
         name: See `headrace presets`.
         env: Environment, such as ALE/Pong-v5.
-        overrides: Settings as in config.toml; a section is a dict, such as `server={"num_envs": 16}`.
+        overrides: Settings as in config.toml; a section is a dict, such as `server={"num_envs":
+            16}`.
 
     Raises:
         ConfigError: no such preset or setting.
@@ -50,6 +52,57 @@ def default_run_directory(config: RunConfig) -> Path:
     return Path("runs") / f"{env.lower()}-{config.algorithm.replace(':', '-')}-{date}"
 
 
+class Prepared(NamedTuple):
+    """A run that is ready to start: complete settings, and the folder that holds them."""
+
+    config: RunConfig
+    directory: RunDirectory
+    resume: bool
+    trust_code: bool
+
+
+def prepare(
+    config: RunConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    trust_code: bool = True,
+) -> Prepared:
+    """Checks the settings and makes the run directory, or opens that of a run to go on with.
+
+    Raises:
+        ConfigError: something is wrong with the settings or the folder.
+    """
+    if resume is not None and config is None:
+        run = RunDirectory.open(Path(resume))
+        full = resumed_config(run, changes or {}, trust_code=trust_code)
+        return Prepared(full, run, True, trust_code)
+    if config is None or resume is not None:
+        raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
+    full = completed(config, trust_code=trust_code)
+    path = Path(full.out) if full.out else default_run_directory(full)
+    full = dataclasses.replace(full, out=str(path))
+    check(full, trust_code=trust_code)
+    return Prepared(full, RunDirectory.create(path, to_toml(full)), False, trust_code)
+
+
+def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
+    """Trains a prepared run; messages are logged as well."""
+
+    def tell(text: str) -> None:
+        logger.info(text)
+        hooks.on_message(text)
+
+    with log_to(prepared.directory.log_path):
+        return run_training(
+            prepared.config,
+            prepared.directory,
+            resume=prepared.resume,
+            hooks=hooks._replace(on_message=tell),
+            trust_code=prepared.trust_code,
+        )
+
+
 def train(
     config: RunConfig | None = None,
     *,
@@ -58,8 +111,6 @@ def train(
     on_update: Callable[[int, Mapping[str, Tensor]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
-    on_message: Callable[[str], None] | None = None,
-    on_start: Callable[[RunConfig, Path], None] | None = None,
     trust_code: bool = True,
 ) -> TrainResult:
     """Trains a new run, or goes on with one.
@@ -67,12 +118,10 @@ def train(
     Args:
         config: A new run's settings.
         resume: Run directory to go on with, instead of `config`.
-        changes: On resume: settings that replace the run's; only those in `config.FREE_ON_RESUME` may.
+        changes: On resume: settings that replace the run's; only `config.FREE_ON_RESUME` may.
         on_update: Called after every update with the number of updates and metrics on the device.
         on_checkpoint: Called after every checkpoint with its folder.
         on_row: Called at every report with the row that metrics.jsonl gets.
-        on_message: Called with things worth a line; they are logged in any case.
-        on_start: Called once with the complete settings and the run directory, before anything starts.
         trust_code: Whether to import code that the settings name from outside headrace.
 
     Returns:
@@ -82,40 +131,17 @@ def train(
         ConfigError: something was wrong before anything started.
         TrainingDiverged: a loss or a gradient was not finite.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
-    if resume is not None:
-        run = RunDirectory.open(Path(resume))
-        full = resumed_config(run, changes or {}, trust_code=trust_code)
-    else:
-        assert config is not None  # checked above; mypy cannot see it
-        full = completed(config, trust_code=trust_code)
-        path = Path(full.out) if full.out else default_run_directory(full)
-        full = dataclasses.replace(full, out=str(path))
-        run = RunDirectory.create(path, to_toml(full))
-
-    def tell(text: str) -> None:
-        logger.info(text)
-        if on_message is not None:
-            on_message(text)
-
+    prepared = prepare(config, resume=resume, changes=changes, trust_code=trust_code)
     hooks = Hooks(
         on_row=on_row or (lambda _: None),
         on_update=on_update or (lambda *_: None),
         on_checkpoint=on_checkpoint or (lambda _: None),
-        on_message=tell,
+        on_message=lambda _: None,
     )
-    if on_start is not None:
-        on_start(full, run.path)
-    with log_to(run.log_path):
-        return run_training(
-            full, run, resume=resume is not None, hooks=hooks, trust_code=trust_code
-        )
+    return start(prepared, hooks)
 
 
-def resumed_config(
-    run: RunDirectory, changes: Mapping[str, Any], *, trust_code: bool
-) -> RunConfig:
+def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code: bool) -> RunConfig:
     """Returns the run's own settings with `changes`.
 
     Raises:

@@ -57,7 +57,8 @@ class Parts(NamedTuple):
 def choose_compute(config: RunConfig) -> Compute:
     """Resolves device, precision, threads and compilation for this machine."""
     device = choose_device(config.device)
-    # Server and learner overlap with one thread each until there are cores that environments leave idle.
+    # Server and learner overlap with one thread each until there are cores that environments leave
+    # idle.
     threads = config.compute_threads or (1 if config.lockstep else max(1, usable_cores() // 4))
     return Compute(
         device=device,
@@ -81,7 +82,7 @@ def make_pool(
     evaluation: bool = False,
     trust_code: bool = True,
 ) -> Pool:
-    """Starts a pool of the config's environment; `evaluation` gives the settings under which agents are judged."""
+    """Starts a pool of the config's environment; `evaluation`: as agents are judged."""
     family = catalog.environment_family(config.env, trust_code=trust_code)
     settings = family.evaluation(config.environment) if evaluation else config.environment
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
@@ -117,11 +118,39 @@ def make_algorithm(
     config: RunConfig, model: nn.Module, precision: torch.dtype, *, trust_code: bool = True
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
-    rule = catalog.resolve(
-        "algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code
-    )
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
     algorithm: Algorithm = rule(model, config.learning, precision=precision)
     return algorithm
+
+
+def check(config: RunConfig, *, trust_code: bool = True) -> None:
+    """Finds what can be wrong before a run directory is made or an environment started.
+
+    Raises:
+        ConfigError: settings that do not fit each other or this machine.
+    """
+    compute = choose_compute(config)
+    family = catalog.environment_family(config.env, trust_code=trust_code)
+    spec: EnvSpec = family.spec(config.env, config.environment)
+    model = make_model(config, spec, compute.device, trust_code=trust_code)
+    algorithm = make_algorithm(config, model, compute.precision, trust_code=trust_code)
+    queue_capacity(config, algorithm)
+
+
+def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
+    """Returns how many full unrolls may wait for the learner.
+
+    Raises:
+        ConfigError: fewer than one batch.
+    """
+    wanted = algorithm.experience.batch_unrolls
+    capacity = config.server.queue_unrolls or wanted
+    if capacity < wanted:
+        raise ConfigError(
+            f"queue_unrolls={capacity} can never hold a batch of batch_unrolls={wanted}: "
+            "raise --queue-unrolls or lower --batch-unrolls"
+        )
+    return capacity
 
 
 def build(
@@ -186,7 +215,16 @@ def build(
         )
     weights = Weights(server_model)
     return Parts(
-        spec, compute, algorithm, server_model, weights, queue, unrolls, training, evaluation, generator
+        spec,
+        compute,
+        algorithm,
+        server_model,
+        weights,
+        queue,
+        unrolls,
+        training,
+        evaluation,
+        generator,
     )
 
 
@@ -198,14 +236,9 @@ def make_unrolls(
     max_batch: int,
     device: torch.device,
 ) -> tuple[SlotQueue, UnrollTable]:
-    """Allocates slots for what is under construction, waiting, being read, and filled by one batch."""
+    """Allocates slots for what is under construction, waiting, read, and filled by one batch."""
     experience = algorithm.experience
-    capacity = config.server.queue_unrolls or experience.batch_unrolls
-    if capacity < experience.batch_unrolls:
-        raise ConfigError(
-            f"queue_unrolls={capacity} can never hold a batch of batch_unrolls="
-            f"{experience.batch_unrolls}: raise --queue-unrolls or lower --batch-unrolls"
-        )
+    capacity = queue_capacity(config, algorithm)
     num_envs = config.server.num_envs
     num_slots = num_envs + capacity + max_batch + experience.batch_unrolls
     queue = SlotQueue(num_slots, capacity=capacity)

@@ -24,7 +24,9 @@ class Evaluation(NamedTuple):
 
     returns: NDArray[np.float64]  # [episodes]
     lengths: NDArray[np.int64]  # [episodes] in agent steps
-    human_normalised: float | None  # 0 is random play, 1 a human's; None where no human score is known
+    human_normalised: (
+        float | None
+    )  # 0 is random play, 1 a human's; None where no human score is known
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers that `headrace eval --json` prints."""
@@ -51,7 +53,7 @@ def evaluate(
     epsilon: float = 0.001,
     seed: int | None = None,
 ) -> Evaluation:
-    """Plays `episodes` full episodes, the same number in each environment, so that short ones do not count more.
+    """Plays full episodes, equally many in each environment, so that short ones count no more.
 
     Raises:
         ConfigError: no episodes were asked for.
@@ -64,9 +66,7 @@ def evaluate(
     returns: list[float] = []
     lengths: list[int] = []
 
-    def keep(
-        env: NDArray[np.int32], ended: NDArray[np.float64], steps: NDArray[np.int64]
-    ) -> None:
+    def keep(env: NDArray[np.int32], ended: NDArray[np.float64], steps: NDArray[np.int64]) -> None:
         for index, value, length in zip(env, ended, steps, strict=True):
             if quota[index] > 0:
                 quota[index] -= 1

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Hooks(NamedTuple):
 
 
 class Stop:
-    """Whether the run was asked to end: the first signal saves and ends it, the second ends it at once."""
+    """Whether the run was asked to end. The first signal saves and ends; a second ends at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -74,7 +75,7 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into `Stop.requested`, for the length of the block and in the main thread."""
+    """Turns Ctrl-C and SIGTERM into `Stop.requested` for the block, if in the main thread."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -138,7 +139,18 @@ def run_training(
             elapsed_s=before.elapsed_s,
         )
         writer = stack.enter_context(MetricsWriter(run, config.tensorboard))
-        session = Session(config, run, parts, learner, reporter, writer, waits, stop, hooks, before)
+        session = Session(
+            config=config,
+            run=run,
+            parts=parts,
+            learner=learner,
+            reporter=reporter,
+            writer=writer,
+            waits=waits,
+            stop=stop,
+            hooks=hooks,
+            before=before,
+        )
         drive = train_in_lockstep if config.lockstep else train_overlapped
         drive(session)
         session.report()
@@ -146,73 +158,66 @@ def run_training(
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
 
 
+@dataclass(kw_only=True, slots=True)
 class Session:
     """One call of `train`: what its loops share."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run: RunDirectory,
-        parts: Parts,
-        learner: Learner,
-        reporter: Reporter,
-        writer: MetricsWriter,
-        waits: Waits,
-        stop: Stop,
-        hooks: Hooks,
-        before: saving.Before,
-    ) -> None:
-        self.parts, self.learner, self.reporter, self.waits = parts, learner, reporter, waits
-        self.last_row: Row = {}
-        self._config, self._run, self._writer = config, run, writer
-        self._stop, self._hooks, self._before = stop, hooks, before
-        self._newest: Update | None = None
-        self._saved_s = time.monotonic()
+    config: RunConfig
+    run: RunDirectory
+    parts: Parts
+    learner: Learner
+    reporter: Reporter
+    writer: MetricsWriter
+    waits: Waits
+    stop: Stop
+    hooks: Hooks
+    before: saving.Before
+    last_row: Row = field(default_factory=dict)
+    _newest: Update | None = None
+    _saved_s: float = field(default_factory=time.monotonic)
 
     def progress(self) -> float:
         """Share of the run that is done."""
-        return min(1.0, self.reporter.env_frames / self._config.total_frames)
+        return min(1.0, self.reporter.env_frames / self.config.total_frames)
 
     def over(self) -> bool:
         """Whether the run is complete, or was asked to end."""
-        return self._stop.requested or self.progress() >= 1.0
+        return self.stop.requested or self.progress() >= 1.0
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`; reports and saves when due."""
-        update = self.learner.learn(
-            progress=self.progress(), timeout_s=timeout_s, waits=self.waits
-        )
+        update = self.learner.learn(progress=self.progress(), timeout_s=timeout_s, waits=self.waits)
         if update is not None:
             self._newest = update
-            self._hooks.on_update(self.learner.version, update.metrics)
+            self.hooks.on_update(self.learner.version, update.metrics)
         if self.reporter.due():
             self.report()
-        if time.monotonic() - self._saved_s >= self._config.checkpoint_interval_s:
+        if time.monotonic() - self._saved_s >= self.config.checkpoint_interval_s:
             self._saved_s = time.monotonic()
             try:
                 self.save()
             except OSError as error:
-                self._hooks.on_message(
-                    f"could not save ({error.strerror}); training goes on, earlier checkpoints are whole"
+                self.hooks.on_message(
+                    f"could not save ({error.strerror}); training goes on, older checkpoints stand"
                 )
 
     def report(self) -> None:
         """Writes a row of everything that was counted since the last one."""
         self.last_row = self.reporter.row(self._newest)
-        self._writer.write(self.reporter.env_frames, self.last_row)
-        self._hooks.on_row(self.last_row)
+        self.writer.write(self.reporter.env_frames, self.last_row)
+        self.hooks.on_row(self.last_row)
 
     def save(self) -> None:
         """Writes a checkpoint."""
         self.learner.ensure_finite()
         path = saving.save(
-            self._config, self._run, self.parts, self.learner, self.reporter, self._before
+            self.config, self.run, self.parts, self.learner, self.reporter, self.before
         )
-        self._hooks.on_checkpoint(path)
+        self.hooks.on_checkpoint(path)
 
 
 def train_in_lockstep(session: Session) -> None:
-    """One thread, in turns: all updates that there are unrolls for, then one batch of every pool."""
+    """In turns: all updates that there are unrolls for, then one batch of every pool."""
     parts = session.parts
     batch = parts.algorithm.experience.batch_unrolls
     while not session.over():
@@ -224,7 +229,7 @@ def train_in_lockstep(session: Session) -> None:
 
 
 def train_overlapped(session: Session) -> None:
-    """The learner here, the server in a thread of its own, until the run is over or one of them fails."""
+    """The learner here, the server in its own thread, until the run is over or one fails."""
     parts, ended = session.parts, threading.Event()
     failed: Future[None] = Future()
 
@@ -250,7 +255,7 @@ def train_overlapped(session: Session) -> None:
 
 
 def check_alive(pool: Pool) -> None:
-    """Raises if a native pool has been silent for too long: its `receive` cannot time out by itself.
+    """Raises if a native pool was silent for too long: its `receive` cannot time out itself.
 
     Raises:
         DeadlineExceeded: names the pool.

@@ -1,8 +1,8 @@
 """A trained policy, in a user's own loop.
 
-The state that the policy carries from step to step (frame stack, recurrent state, previous action) is a value
-that the caller keeps and hands back; `act` is the server's own code, so the policy plays here as it plays
-there.
+The state that the policy carries from step to step (frame stack, recurrent state, previous action)
+is a value that the caller keeps and hands back; `act` is the server's own code, so the policy plays
+here as it plays there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Policy:
         self._generator.manual_seed(derived_seed(config.seed, 4))
 
     def make_env(self, seed: int | None = None) -> gym.Env[Any, Any]:
-        """Returns one environment as the agent is judged in: life losses do not end its episodes."""
+        """Returns one environment as agents are judged in: a lost life ends no episode."""
         return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed))
 
     def make_pool(self, *, num_envs: int, batch_size: int, seed: int | None = None) -> Pool:
@@ -92,13 +92,13 @@ class Policy:
         """Chooses actions for the newest observations.
 
         Args:
-            observation: [N, ...] single frames as the environment gives them, or one without the leading N,
-                which is answered with an int.
+            observation: [N, ...] single frames as the environment gives them, or one without the
+                leading N, which is answered with an int.
             state: What the last call, or `initial_state`, returned. It is not changed.
             reward: [N] raw reward of the step that led here.
             reset: [N] whether this is the first observation of an episode.
-            mode: greedy takes the likeliest action, sample draws from the policy, epsilon is greedy but for a
-                share of random ones.
+            mode: greedy takes the likeliest action, sample draws from the policy, epsilon is greedy
+                but for a share of random ones.
             epsilon: That share.
 
         Returns:
@@ -111,7 +111,9 @@ class Policy:
         if single:
             frames = frames[None]
         if frames.shape != (count, *shape):
-            raise ValueError(f"observation must be {(count, *shape)}, as the state is; it is {frames.shape}")
+            raise ValueError(
+                f"observation must be {(count, *shape)}, as the state is; it is {frames.shape}"
+            )
         began = torch.from_numpy(np.broadcast_to(np.asarray(reset, np.bool_), count).copy())
         earned = torch.from_numpy(np.broadcast_to(np.asarray(reward, np.float32), count).copy())
         began, earned = began.to(self.device), earned.to(self.device)

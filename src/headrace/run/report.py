@@ -59,7 +59,7 @@ class Reporter:
         return self._elapsed_before_s + time.monotonic() - self._start_s
 
     def episode_counters(self) -> dict[str, float | int | None]:
-        """Returns what the episode statistics of a resumed run start from; None for no maximum yet."""
+        """Returns what the statistics of a resumed run start from; None for no maximum yet."""
         counts = self._episodes.read()
         highest = counts["return_max"]
         return {
@@ -123,8 +123,8 @@ class Reporter:
 def bottleneck(shares: dict[str, float]) -> str:
     """Names the stage that the others wait for, from the shares of time in `Waits`.
 
-    The server waits for environments, or for slots that the learner has not freed; the learner waits for
-    unrolls, which come late if environments or the server are slow.
+    The server waits for environments, or for slots that the learner has not freed; the learner
+    waits for unrolls, which come late if environments or the server are slow.
     """
     for_environments = shares.get("wait/server_for_environments", 0.0)
     for_slots = shares.get("wait/server_for_slots", 0.0)

@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run goes on from one.
 
-Always: weights, optimiser, counters, random state of the actions. In lockstep, with environments that can be
-saved, also every environment, the policy's state and all unrolls, so that the resumed run is bit-equal to
-one that never stopped. Otherwise new episodes start and unfinished unrolls are dropped, which is said.
+Always: weights, optimiser, counters, random state of the actions. In lockstep, with environments
+that can be saved, also every environment, the policy's state and all unrolls, so that the resumed
+run is bit-equal to one that never stopped. Otherwise new episodes start and unfinished unrolls are
+dropped, which is said.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Self
 
 from torch import nn
 
-import headrace
+from headrace import __version__
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
@@ -60,7 +61,9 @@ def find(run: RunDirectory, on_message: Callable[[str], None]) -> Checkpoint:
     for warning in warnings:
         on_message(warning)
     if saved is None:
-        raise ConfigError(f"{run.path} has no whole checkpoint to go on from: start anew with another --out")
+        raise ConfigError(
+            f"{run.path} has no whole checkpoint to go on from: start anew with another --out"
+        )
     return saved
 
 
@@ -76,7 +79,7 @@ def save(
     training, training_skeleton = flatten(parts.algorithm.state_dict())
     tensors = {"weights": parts.algorithm.model.state_dict(), "training": training}
     meta: dict[str, Any] = {
-        "headrace": headrace.__version__,
+        "headrace": __version__,
         "config": to_dict(config),
         "counters": {
             "agent_steps": reporter.agent_steps,
@@ -136,8 +139,8 @@ def load_weights(model: nn.Module, saved: Checkpoint) -> None:
         want = tuple(wanted[name].shape) if name in wanted else None
         if have != want:
             raise ConfigError(
-                f"{saved.path} holds another network: {name} is {have or 'missing'}, the settings want "
-                f"{want or 'none'}; use the run's own config.toml"
+                f"{saved.path} holds another network: {name} is {have or 'missing'}, the settings "
+                f"want {want or 'none'}; use the run's own config.toml"
             )
     model.load_state_dict(weights)
 
@@ -153,9 +156,7 @@ def _system_state(parts: Parts) -> dict[str, Any]:
 
 
 def _load_system_state(parts: Parts, state: dict[str, Any]) -> None:
-    for seat, saved, environments in zip(
-        parts.seats, state["seats"], state["pools"], strict=True
-    ):
+    for seat, saved, environments in zip(parts.seats, state["seats"], state["pools"], strict=True):
         seat.load_state_dict(saved)
         if isinstance(seat.pool, Restorable):
             seat.pool.restore(environments)

@@ -37,14 +37,20 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs; say --device auto")
+        raise ConfigError(
+            f"no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs; say --device auto"
+        )
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Returns the torso's dtype: what is asked for, or bfloat16 where the hardware multiplies it natively."""
+    """Returns the torso's dtype; auto is bfloat16 where the hardware multiplies it natively."""
     if name == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bfloat16()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else _cpu_has_bfloat16()
+        )
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

@@ -1,6 +1,7 @@
-"""Stop 5: what happens to one batch of observations, the same for training, evaluation and a user's loop.
+"""Stop 5: acting for a batch, the same for training, evaluation and a user's own loop.
 
-`PolicyState` goes in and a new one comes out; who keeps it (a table, a user's variable) is not known here.
+`PolicyState` goes in and a new one comes out; who keeps it (a table, a user's variable) is not
+known here.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Actor:
     def act(
         self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
     ) -> tuple[PolicyStep, PolicyState]:
-        """Sees one observation per environment, chooses actions, and returns the state for the next step.
+        """Sees one observation per environment, acts, and returns the state for the next step.
 
         Args:
             state: `cleared` where `reset` is set.

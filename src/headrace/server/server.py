@@ -6,8 +6,8 @@ pool ──EnvStep──▶ seat: state table ▶ policy ▶ state table ──a
                           └─ rows ▶ unroll table ▶ slot queue ▶ learner
 ```
 
-A seat is one pool at the server: training, or evaluation, whose rows go nowhere. Evaluation acts for its
-pool with the same weights and the same code.
+A seat is one pool at the server: training, or evaluation, whose rows go nowhere. Evaluation acts
+for its pool with the same weights and the same code.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.pools.base import Pool
 from headrace.records import EnvStep, PolicyState
+from headrace.rows import upload
 from headrace.server.acting import Actor, cleared
 from headrace.server.state_table import StateTable
 from headrace.telemetry.metrics import Quantiles, Waits
@@ -119,10 +120,8 @@ class Seat:
         # The one wait for the device: actions must reach the host.
         return done.action[:count].cpu().numpy()
 
-    def _final_value(
-        self, step: EnvStep, state: PolicyState, reward: Tensor, size: int
-    ) -> Tensor:
-        """Values of final observations, with the old episode's stack, recurrent state and action."""
+    def _final_value(self, step: EnvStep, state: PolicyState, reward: Tensor, size: int) -> Tensor:
+        """Values of final observations, with the old episode's stack, state and action."""
         if step.final_observation is None:
             raise RuntimeError("a truncated step came without its final observation")
         final = self._upload(_padded(step.final_observation, size))
@@ -141,10 +140,7 @@ class Seat:
         self._length[env] += 1
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return upload(array, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a bit-equal resume needs, the pool apart."""

@@ -14,9 +14,9 @@ class ServerConfig:
     num_envs: int = 64
     """Environments that train."""
     inference_batch: int = 0
-    """Environments answered at once; 0 for half of num_envs, so that one half steps while one is answered."""
+    """Environments answered at once; 0 for half of num_envs, so that the other half steps."""
     queue_unrolls: int = 0
-    """Full unrolls that may wait for the learner before the server waits; 0 for one learner batch."""
+    """Full unrolls that may wait before the server waits; 0 for one learner batch."""
     eval_envs: int = 0
     """Environments that play greedily beside training, in a pool of their own, and never train."""
 
@@ -25,8 +25,8 @@ class ServerConfig:
             raise ConfigError(f"num_envs must be at least 1, not {self.num_envs}")
         if not 0 <= self.inference_batch <= self.num_envs:
             raise ConfigError(
-                f"inference_batch={self.inference_batch} can never fill from num_envs={self.num_envs} "
-                "environments: lower it, or raise --num-envs"
+                f"inference_batch={self.inference_batch} can never fill from "
+                f"num_envs={self.num_envs} environments: lower it, or raise --num-envs"
             )
         if self.queue_unrolls < 0 or self.eval_envs < 0:
             raise ConfigError("queue_unrolls and eval_envs must not be negative")

@@ -1,20 +1,20 @@
-"""The policy's state of every environment of a pool, on the device of the policy, by environment id."""
+"""The policy's state of every environment of a pool, on the policy's device, by id."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from headrace.records import PolicyState
+from headrace.rows import write_rows
 
 
 class StateTable:
     """One row per environment, and a last one that takes what padding writes."""
 
     def __init__(self, example: PolicyState, num_envs: int) -> None:
-        """Allocates rows like `example`, whose first row is the state at the start of an episode."""
+        """Allocates rows like the first of `example`: the state at the start of an episode."""
         rows = num_envs + 1
         self.spare_row = num_envs
         self._state = PolicyState(
@@ -34,10 +34,10 @@ class StateTable:
 
     def scatter(self, env_id: Tensor, state: PolicyState) -> None:
         """Writes `state` into the rows of `env_id` [N]."""
-        self._state.stack.index_copy_(0, env_id, state.stack)
+        write_rows(self._state.stack, env_id, state.stack)
         for part, new in zip(self._state.recurrent, state.recurrent, strict=True):
-            part.index_copy_(0, env_id, new)
-        self._state.previous_action.index_copy_(0, env_id, state.previous_action)
+            write_rows(part, env_id, new)
+        write_rows(self._state.previous_action, env_id, state.previous_action)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rows, for a bit-equal resume."""

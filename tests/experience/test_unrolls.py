@@ -1,0 +1,280 @@
+"""Unrolls against a plain model of the whole stream: every step carries its own number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import gymnasium as gym
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from headrace.experience.fifo import SlotQueue
+from headrace.experience.unrolls import UnrollTable
+from headrace.learner.batches import align
+from headrace.records import EnvStep, PolicyStep, Unrolls
+from headrace.specs import EnvSpec
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    """What one row must hold, worked out from its own number alone."""
+
+    number: int
+    run_id: int
+    reset: bool
+    terminated: bool
+    truncated: bool
+    stack: list[list[int]]
+
+
+@dataclass
+class Stream:
+    """Environments whose every field says which environment and which step it is, and the model."""
+
+    num_envs: int
+    frame_stack: int
+    unroll_steps: int
+    clock: int = 0
+    dropped: int = 0
+    run_id: dict[int, int] = field(default_factory=dict)
+    frames: dict[int, list[int]] = field(default_factory=dict)
+    under_way: dict[int, list[Row]] = field(default_factory=dict)
+    full: list[list[Row]] = field(default_factory=list)
+
+    def arrive(
+        self, env_ids: list[int], resets: set[int] = frozenset(), restarted: set[int] = frozenset()
+    ) -> list[Row]:
+        """Makes the next row of each environment, and follows it in the model."""
+        self.clock += 1
+        return [self._row(env, env in resets, env in restarted) for env in env_ids]
+
+    def _row(self, env: int, ends: bool, restarted: bool) -> Row:
+        number = 1 + env + self.num_envs * self.clock
+        is_new = restarted or env not in self.run_id
+        if is_new:
+            self.run_id[env] = self.run_id.get(env, 0) + 1
+            self.dropped += bool(self.under_way.get(env))
+            self.under_way[env] = []
+        if is_new or ends:
+            self.frames[env] = []
+        frames = self.frames[env]
+        frames.append(number)
+        newest = frames[-self.frame_stack :]
+        stack = [[0, 0]] * (self.frame_stack - len(newest)) + [[n, -n] for n in newest]
+        # A restart is a reset alone; an end is a truncation at odd numbers.
+        row = Row(
+            number=number,
+            run_id=self.run_id[env],
+            reset=is_new or ends,
+            terminated=ends and not is_new and number % 2 == 0,
+            truncated=ends and not is_new and number % 2 == 1,
+            stack=stack,
+        )
+        rows = self.under_way[env]
+        rows.append(row)
+        if len(rows) == self.unroll_steps + 1:
+            self.full.append(rows)
+            self.under_way[env] = [row]
+        return row
+
+
+def make_table(stream: Stream, *, num_slots: int = 200) -> UnrollTable:
+    spec = EnvSpec(
+        name="numbers",
+        observation_space=gym.spaces.Box(-1e6, 1e6, (2,), np.float32),
+        action_space=gym.spaces.Discrete(3),
+        frame_stack=stream.frame_stack,
+    )
+    return UnrollTable(
+        spec,
+        num_envs=stream.num_envs,
+        unroll_steps=stream.unroll_steps,
+        num_slots=num_slots,
+        queue=SlotQueue(num_slots, capacity=num_slots),
+        recurrent=(torch.zeros(1, 3), torch.zeros(1, 2, 2)),
+        device=CPU,
+    )
+
+
+def recurrent_of(number: Tensor) -> tuple[Tensor, Tensor]:
+    """Recurrent state that was fed to the rows of these numbers."""
+    x = number.float()
+    return x[:, None] + torch.tensor([0.0, 0.25, 0.5]), -x[:, None, None].expand(-1, 2, 2) * 2
+
+
+def append(table: UnrollTable, env_ids: list[int], rows: list[Row]) -> None:
+    number = np.array([row.number for row in rows])
+    tensor = torch.from_numpy(number)
+    frames = np.stack([number, -number], axis=1).astype(np.float32)
+    flags = {
+        name: np.array([getattr(row, name) for row in rows])
+        for name in ("reset", "terminated", "truncated")
+    }
+    step = EnvStep(
+        env_id=np.array(env_ids, np.int32),
+        run_id=np.array([row.run_id for row in rows], np.int64),
+        observation=frames,
+        reward=(number * 10).astype(np.float32),
+        final_observation=None,
+        **flags,
+    )
+    table.append(
+        step,
+        torch.from_numpy(frames),
+        PolicyStep(tensor * 3, tensor.float() * 5, tensor.float() * 7),
+        previous_action=torch.where(torch.from_numpy(flags["reset"]), -1, tensor * 11),
+        recurrent=recurrent_of(tensor),
+        version=int(number[0]),
+        bootstrap=tensor.float() * 13 if flags["truncated"].any() else None,
+    )
+    # Whoever gave these arrays may write in them now.
+    frames[:], step.reward[:], flags["reset"][:] = -7, -7, True
+
+
+def assert_unroll(unrolls: Unrolls, column: int, rows: list[Row], env: int, num_envs: int) -> None:
+    numbers = torch.tensor([row.number for row in rows])
+    assert all((row.number - 1) % num_envs == env for row in rows)
+    assert len({row.run_id for row in rows}) == 1
+    assert torch.equal(
+        unrolls.observation[:, column], torch.tensor([row.stack for row in rows]).float()
+    )
+    for name in ("reset", "terminated", "truncated"):
+        wanted = torch.tensor([getattr(row, name) for row in rows])
+        assert torch.equal(getattr(unrolls, name)[:, column], wanted), name
+    reset, truncated = unrolls.reset[:, column], unrolls.truncated[:, column]
+    assert torch.equal(unrolls.reward[:, column], numbers.float() * 10)
+    assert torch.equal(unrolls.action[:, column], numbers * 3)
+    assert torch.equal(unrolls.log_prob[:, column], numbers.float() * 5)
+    assert torch.equal(unrolls.previous_action[:, column], torch.where(reset, -1, numbers * 11))
+    assert torch.equal(unrolls.bootstrap[:, column][truncated], (numbers.float() * 13)[truncated])
+    for part, fed in zip(unrolls.recurrent, recurrent_of(numbers[:1]), strict=True):
+        assert torch.equal(part[column], fed[0])
+
+
+def assert_equals_model(table: UnrollTable, stream: Stream) -> None:
+    full = table.queue.state()["full"]
+    assert len(full) == len(stream.full)
+    if full:
+        unrolls = table.gather(full)
+        for column, rows in enumerate(stream.full):
+            env = (rows[0].number - 1) % stream.num_envs
+            assert_unroll(unrolls, column, rows, env, stream.num_envs)
+    assert table.dropped_unrolls == stream.dropped
+    assert table.unfinished() == sum(bool(rows) for rows in stream.under_way.values())
+
+
+@pytest.mark.parametrize("frame_stack", [1, 4])
+@pytest.mark.parametrize("unroll_steps", [1, 2, 5])
+def test_unrolls_overlap_by_one_row_and_stacks_are_what_the_server_saw(
+    frame_stack: int, unroll_steps: int
+) -> None:
+    stream = Stream(num_envs=2, frame_stack=frame_stack, unroll_steps=unroll_steps)
+    table = make_table(stream)
+    # Episodes end inside an unroll, at a row 0, and in the frames before one.
+    for time in range(8 * unroll_steps + 1):
+        append(table, [0, 1], stream.arrive([0, 1], resets={0} if time % 7 == 5 else {1}))
+        assert_equals_model(table, stream)
+    of_env_0 = [rows for rows in stream.full if (rows[0].number - 1) % 2 == 0]
+    assert len(of_env_0) == 8
+    for earlier, later in zip(of_env_0, of_env_0[1:], strict=False):
+        assert earlier[-1].number == later[0].number
+
+
+def test_an_action_meets_the_reward_and_the_end_that_came_after_it() -> None:
+    stream = Stream(num_envs=1, frame_stack=1, unroll_steps=6)
+    table = make_table(stream)
+    for time in range(7):
+        append(table, [0], stream.arrive([0], resets={0} if time in (2, 5) else set()))
+    number = torch.tensor([row.number for row in stream.full[0]])
+    assert number.tolist() == [2, 3, 4, 5, 6, 7, 8]
+    batch = align(table.gather(table.queue.state()["full"]))
+    assert batch.action[:, 0].tolist() == (number[:-1] * 3).tolist()
+    assert batch.log_prob[:, 0].tolist() == (number[:-1] * 5).tolist()
+    assert batch.version[:, 0].tolist() == number[:-1].tolist()
+    # The raw reward of a step that ended an episode is that of its action.
+    assert batch.reward[:, 0].tolist() == (number[1:] * 10).tolist()
+    assert batch.terminated[:, 0].tolist() == [False, True, False, False, False, False]
+    assert batch.truncated[:, 0].tolist() == [False, False, False, False, True, False]
+    assert batch.bootstrap[:, 0].tolist() == [0, 0, 0, 0, 7 * 13, 0]
+    # The network does not see the reward of the episode before.
+    assert batch.inputs.reward[:, 0].tolist() == [0, 30, 0, 50, 60, 0, 80]
+    assert batch.inputs.previous_action[:, 0].tolist() == [-1, 33, -1, 55, 66, -1, 88]
+    assert batch.inputs.observation.shape == (7, 1, 1, 2)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[Stream, list[tuple[list[int], set[int], set[int]]]]:
+    num_envs = draw(st.integers(1, 4))
+    stream = Stream(
+        num_envs=num_envs,
+        frame_stack=draw(st.sampled_from([1, 2, 4])),
+        unroll_steps=draw(st.integers(1, 5)),
+    )
+    envs = st.integers(0, num_envs - 1)
+    batches = draw(
+        st.lists(
+            st.tuples(
+                st.lists(envs, min_size=1, max_size=num_envs, unique=True),
+                st.sets(envs, max_size=2),
+                st.one_of(st.just(set()), st.sets(envs, max_size=1)),
+            ),
+            min_size=1,
+            max_size=40,
+        )
+    )
+    return stream, batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams())
+def test_any_stream_equals_the_model(
+    drawn: tuple[Stream, list[tuple[list[int], set[int], set[int]]]],
+) -> None:
+    stream, batches = drawn
+    table = make_table(stream)
+    for env_ids, resets, restarted in batches:
+        append(table, env_ids, stream.arrive(env_ids, resets, restarted))
+    assert_equals_model(table, stream)
+
+
+def test_slots_are_written_again_and_again() -> None:
+    stream = Stream(num_envs=3, frame_stack=4, unroll_steps=3)
+    table = make_table(stream, num_slots=8)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        append(table, [2, 0, 1], stream.arrive([2, 0, 1], resets=set(rng.integers(0, 9, 2))))
+        assert_equals_model(table, stream)
+        if stream.full:
+            with table.queue.reading(len(stream.full), timeout_s=0.0):
+                stream.full.clear()
+    assert table.dropped_unrolls == 0
+
+
+def test_a_restart_drops_the_unfinished_unroll_of_one_environment() -> None:
+    stream = Stream(num_envs=2, frame_stack=4, unroll_steps=4)
+    table = make_table(stream)
+    for time in range(12):
+        append(table, [0, 1], stream.arrive([0, 1], restarted={1} if time == 6 else set()))
+    assert table.dropped_unrolls == 1
+    assert_equals_model(table, stream)
+
+
+def test_a_saved_table_goes_on_where_it_was() -> None:
+    stream = Stream(num_envs=2, frame_stack=4, unroll_steps=3)
+    table = make_table(stream)
+    for time in range(8):
+        append(table, [0, 1], stream.arrive([0, 1], resets={1} if time == 6 else set()))
+    twin = make_table(stream)
+    for _ in range(3):
+        append(twin, [1, 0], Stream(2, 4, 3, clock=900).arrive([1, 0]))
+    twin.load_state_dict(table.state_dict())
+    assert_equals_model(twin, stream)
+    for time in range(8):
+        append(twin, [0, 1], stream.arrive([0, 1], resets={0} if time == 1 else set()))
+    assert_equals_model(twin, stream)
