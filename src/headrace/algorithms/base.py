@@ -65,6 +65,9 @@ class Algorithm(Protocol):
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Takes one gradient step. `progress` is the share of the run that is done, in [0, 1]."""
 
+    def warm_up(self, batch: Batch) -> None:
+        """Runs what `update` compiles and chooses kernels for, without learning from `batch`."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights that a resumed run needs."""
 

@@ -178,6 +178,12 @@ class Impala:
         metrics["learning_rate"] = torch.tensor(learning_rate)
         return Update(metrics, torch.isfinite(total.detach()) & torch.isfinite(norm))
 
+    def warm_up(self, batch: Batch) -> None:
+        """Runs the loss and its gradient once, and forgets them."""
+        total, _ = self.loss(batch)
+        torch.autograd.backward(total)
+        self._optimizer.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the optimiser and the adaptive entropy cost."""
         return {"optimizer": self._optimizer.state_dict(), "log_alpha": self._log_alpha}

@@ -94,6 +94,9 @@ class UnrollTable:
         self._slot = np.asarray(queue.acquire(num_envs), np.int64)
         self._row = np.zeros(num_envs, np.int64)
         self._run_id = np.full(num_envs, -1, np.int64)
+        # On a GPU writer and reader have a stream each; the later one waits there, not here.
+        self._written: dict[int, torch.cuda.Event] = {}
+        self._read: dict[int, torch.cuda.Event] = {}
 
     def append(
         self,
@@ -142,6 +145,7 @@ class UnrollTable:
 
     def gather(self, slots: list[int]) -> Unrolls:
         """Copies the unrolls in `slots` into a batch, time first, stacks rebuilt."""
+        _wait(self._written, slots)
         slot = np.asarray(slots, np.int64)
         rows = np.arange(self.rows)[:, None]
         flat = slot * self.rows + rows  # [U, B]
@@ -153,13 +157,15 @@ class UnrollTable:
         }
         host = {name: self._upload(field[flat]) for name, field in self._host.items()}
         slot_index = self._upload(slot)
-        return Unrolls(
+        unrolls = Unrolls(
             observation=stack.view(*shape, self.prefix + 1, *stack.shape[1:]),
             reset=self._upload(self._reset[slot, self.prefix + rows]),
             recurrent=tuple(part.index_select(0, slot_index) for part in self._recurrent),
             **device,
             **host,
         )
+        self._mark(self._read, slots)
+        return unrolls
 
     def unfinished(self) -> int:
         """Number of unrolls under construction that have rows: what a run that stops here loses."""
@@ -211,7 +217,9 @@ class UnrollTable:
     ) -> None:
         """Row T of each full slot becomes row 0 of a free one; then the full slots change owner."""
         old, last = self._slot[env], self.rows - 1
-        new = np.asarray(self.queue.acquire(len(old)), np.int64)
+        free = self.queue.acquire(len(old))
+        _wait(self._read, free)
+        new = np.asarray(free, np.int64)
         behind = np.arange(-self.prefix, 1)
         source = self._upload((self._frame_row(old, last)[:, None] + behind).reshape(-1))
         target = self._upload((self._frame_row(new, 0)[:, None] + behind).reshape(-1))
@@ -225,6 +233,7 @@ class UnrollTable:
             write_rows(field, to_row, field.index_select(0, from_row))
         self._store_recurrent(new, which, recurrent)
         self._slot[env], self._row[env] = new, 1
+        self._mark(self._written, old.tolist())
         self.queue.put(old.tolist())
 
     def _frame_row(
@@ -247,5 +256,17 @@ class UnrollTable:
                 index[..., self.prefix - back][hidden] = self._zero_frame
         return index
 
+    def _mark(self, events: dict[int, torch.cuda.Event], slots: list[int]) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            events.update(dict.fromkeys(slots, event))
+
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(array, self._device)
+
+
+def _wait(events: dict[int, torch.cuda.Event], slots: list[int]) -> None:
+    """Lets this thread's stream wait until the other has done with `slots`."""
+    for event in {events.pop(slot) for slot in slots if slot in events}:
+        event.wait()

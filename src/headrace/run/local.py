@@ -34,6 +34,7 @@ from headrace.run import saving
 from headrace.run.build import Parts, build
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory
+from headrace.run.warmup import own_stream, warm_up
 from headrace.server.server import run_server
 from headrace.telemetry.metrics import EpisodeStats, Waits
 from headrace.telemetry.record import MetricsWriter, RunDirectory
@@ -119,6 +120,9 @@ def run_training(
         torch.set_num_threads(parts.compute.threads)
         if checkpoint is not None:
             saving.restore(parts, checkpoint, hooks.on_message)
+        if parts.compute.device.type == "cuda" or parts.compute.compiled:
+            hooks.on_message("compiling and capturing; the first run takes a minute or more")
+            warm_up(parts)
         learner = Learner(
             parts.algorithm,
             parts.unrolls,
@@ -236,7 +240,8 @@ def train_overlapped(session: Session) -> None:
     def serve() -> None:
         torch.set_num_threads(parts.compute.threads)
         try:
-            run_server(parts.seats, parts.weights, parts.queue, ended, waits=session.waits)
+            with own_stream(parts.compute.device):
+                run_server(parts.seats, parts.weights, parts.queue, ended, waits=session.waits)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
             failed.set_exception(error)
 

@@ -7,6 +7,7 @@ known here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ def cleared(state: PolicyState, reset: Tensor) -> PolicyState:
         recurrent=tuple(_zeroed(part, reset) for part in state.recurrent),
         previous_action=torch.where(reset, -1, state.previous_action),
     )
+
+
+class Acting(Protocol):
+    """What a seat needs of an actor."""
+
+    def act(
+        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+    ) -> tuple[PolicyStep, PolicyState]:
+        """See `Actor.act`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

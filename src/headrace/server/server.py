@@ -27,7 +27,7 @@ from headrace.experience.unrolls import UnrollTable
 from headrace.pools.base import Pool
 from headrace.records import EnvStep, PolicyState
 from headrace.rows import upload
-from headrace.server.acting import Actor, cleared
+from headrace.server.acting import Acting, cleared
 from headrace.server.state_table import StateTable
 from headrace.telemetry.metrics import Quantiles, Waits
 from headrace.weights import Weights
@@ -48,7 +48,7 @@ class Seat:
     def __init__(
         self,
         pool: Pool,
-        actor: Actor,
+        actor: Acting,
         example: PolicyState,
         *,
         unrolls: UnrollTable | None,
@@ -69,11 +69,11 @@ class Seat:
         self.unrolls = unrolls
         self.turnaround_s = Quantiles(4096)
         self.agent_steps = 0
-        self._actor = actor
+        self.actor: Acting = actor
         self._on_episodes = on_episodes
         self._table = StateTable(example, pool.num_envs)
         self._device = device
-        self._sizes = batch_sizes(pool.max_batch)
+        self.sizes = batch_sizes(pool.max_batch)
         self._return = np.zeros(pool.num_envs, np.float64)
         self._length = np.zeros(pool.num_envs, np.int64)
 
@@ -85,16 +85,18 @@ class Seat:
         waits.add("server_for_environments", start_s - before_s)
         if step is None:
             return 0
-        self.pool.reply(self._answer(step, version))
-        self.turnaround_s.add(time.perf_counter() - start_s)
-        count = len(step.env_id)
-        self.agent_steps += count
+        action = self._answer(step, version)
+        # Before the reply, which gives the arrays of `step` back to the pool.
         self._log_episodes(step)
+        count = len(step.env_id)
+        self.pool.reply(action)
+        self.turnaround_s.add(time.perf_counter() - start_s)
+        self.agent_steps += count
         return count
 
     def _answer(self, step: EnvStep, version: int) -> NDArray[np.int64]:
         count = len(step.env_id)
-        size = next(size for size in self._sizes if size >= count)
+        size = next(size for size in self.sizes if size >= count)
         ids = self._upload(_padded(step.env_id, size, self._table.spare_row).astype(np.int64))
         frames = self._upload(_padded(step.observation, size))
         reward = self._upload(_padded(step.reward, size))
@@ -105,7 +107,7 @@ class Seat:
             bootstrap = self._final_value(step, state, reward, size)
         if step.reset.any():
             state = cleared(state, reset)
-        done, after = self._actor.act(state, frames, reward, reset)
+        done, after = self.actor.act(state, frames, reward, reset)
         self._table.scatter(ids, after)
         if self.unrolls is not None:
             self.unrolls.append(
@@ -125,7 +127,7 @@ class Seat:
         if step.final_observation is None:
             raise RuntimeError("a truncated step came without its final observation")
         final = self._upload(_padded(step.final_observation, size))
-        done, _ = self._actor.act(state, final, reward, torch.zeros_like(reward, dtype=torch.bool))
+        done, _ = self.actor.act(state, final, reward, torch.zeros_like(reward, dtype=torch.bool))
         return done.value[: len(step.env_id)]
 
     def _log_episodes(self, step: EnvStep) -> None:

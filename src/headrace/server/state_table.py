@@ -15,13 +15,8 @@ class StateTable:
 
     def __init__(self, example: PolicyState, num_envs: int) -> None:
         """Allocates rows like the first of `example`: the state at the start of an episode."""
-        rows = num_envs + 1
         self.spare_row = num_envs
-        self._state = PolicyState(
-            stack=_repeated(example.stack, rows),
-            recurrent=tuple(_repeated(part, rows) for part in example.recurrent),
-            previous_action=_repeated(example.previous_action, rows),
-        )
+        self._state = repeated(example, num_envs + 1)
 
     def gather(self, env_id: Tensor) -> PolicyState:
         """Copies the rows of `env_id` [N]."""
@@ -54,6 +49,15 @@ class StateTable:
         for part, stored in zip(self._state.recurrent, saved["recurrent"], strict=True):
             part.copy_(stored)
         self._state.previous_action.copy_(saved["previous_action"])
+
+
+def repeated(example: PolicyState, count: int) -> PolicyState:
+    """Returns `count` rows like the first of `example`."""
+    return PolicyState(
+        stack=_repeated(example.stack, count),
+        recurrent=tuple(_repeated(part, count) for part in example.recurrent),
+        previous_action=_repeated(example.previous_action, count),
+    )
 
 
 def _repeated(row: Tensor, count: int) -> Tensor:

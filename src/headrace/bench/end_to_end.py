@@ -1,0 +1,302 @@
+"""Trains for real and measures it, then each stage alone: how much of the machine does a run reach?
+
+Nothing is written and nothing evaluated; all else is the run's own code (`run.local`). The ceilings
+follow in the same process, after the run, since they would take its time:
+
+```
+core-time     cores / (1/environment + 1/inference + s/learner)     each alone on one thread
+accelerator   min(environment, 1 / (1/inference + s/learner))       environment on all cores
+```
+s is samples through the gradient per agent step; the learner's rate alone is in samples/s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from headrace.bench import stages
+from headrace.bench.settings import (
+    SMOKE_POLICY,
+    OutputArguments,
+    PolicyArguments,
+    cell,
+    check_positive,
+    run_config,
+)
+from headrace.config import RunConfig
+from headrace.learner.loop import Learner
+from headrace.run.build import Parts, build, make_pool, network_name
+from headrace.run.local import train_overlapped
+from headrace.run.report import Reporter, Row
+from headrace.run.system import keep_memory, usable_cores
+from headrace.telemetry.metrics import EpisodeStats, Waits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Trains for real without writing anything, and prints its speed beside the ceilings.
+
+    The ceilings are measured after it in the same process, each stage alone. Settings that are not
+    flags are those of the environment's preset.
+    """
+
+    policy: PolicyArguments = field(default_factory=PolicyArguments)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the torso's arithmetic."""
+    num_envs: int = 64
+    """Environments."""
+    inference_batch: int = 0
+    """Environments answered at once; 0 for half of them."""
+    unroll_steps: int = 20
+    """Agent steps per unroll."""
+    batch_unrolls: int = 32
+    """Unrolls per update."""
+    env_threads: int = 0
+    """Threads that step a native pool; 0 for one per core."""
+    warmup_s: float = 10.0
+    """Seconds from the first update until measuring begins."""
+    seconds: float = 30.0
+    """Seconds that are measured."""
+    ceiling_s: float = 4.0
+    """Seconds that each ceiling is measured."""
+    output: OutputArguments = field(default_factory=OutputArguments)
+
+    def __post_init__(self) -> None:
+        check_positive(seconds=self.seconds, ceiling_s=self.ceiling_s)
+
+
+SMOKE = Arguments(
+    policy=SMOKE_POLICY,
+    output=OutputArguments(smoke=True),
+    num_envs=16,
+    batch_unrolls=8,
+    warmup_s=0.2,
+    seconds=1.0,
+    ceiling_s=0.2,
+)
+
+
+def run(argv: list[str]) -> None:
+    """Measures what `argv` asks for and prints it."""
+    arguments = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Arguments],
+        args=argv,
+        default=SMOKE if "--smoke" in argv else Arguments(),
+        prog="headrace bench end-to-end",
+    )
+    result = measure(arguments)
+    if arguments.output.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+
+
+class Ceiling(NamedTuple):
+    """What the machine could do if no stage ever waited; all in agent steps/s."""
+
+    model: Literal["core-time", "accelerator"]
+    environment: float
+    inference: float
+    learner: float  # its samples/s, divided by samples per agent step
+    combined: float
+
+
+def ceiling_of(
+    environment: float,
+    inference: float,
+    learner: float,
+    *,
+    samples_per_agent_step: float,
+    cores: int | None,
+) -> Ceiling:
+    """Puts together what the stages do alone.
+
+    Args:
+        environment: agent steps/s; on one thread, or on all cores where `cores` is None.
+        inference: agent steps/s.
+        learner: samples/s.
+        samples_per_agent_step: samples through the gradient per agent step.
+        cores: that all stages share; None where inference and learner share an accelerator.
+    """
+    compute_s = 1 / inference + samples_per_agent_step / learner  # of one agent step
+    steps = learner / samples_per_agent_step
+    if cores is None:
+        combined = min(environment, 1 / compute_s)
+        return Ceiling("accelerator", environment, inference, steps, combined)
+    return Ceiling(
+        "core-time", environment, inference, steps, cores / (1 / environment + compute_s)
+    )
+
+
+class Window:
+    """What `run.local` drives in place of a session: warms up, measures, and is over."""
+
+    def __init__(
+        self, parts: Parts, learner: Learner, waits: Waits, *, warmup_s: float, seconds: float
+    ) -> None:
+        self.parts, self.waits = parts, waits
+        self._learner, self._warmup_s, self._seconds = learner, warmup_s, seconds
+        self._reporter = Reporter(
+            parts,
+            learner,
+            waits,
+            EpisodeStats(),
+            EpisodeStats(),
+            interval_s=seconds,
+            agent_steps=0,
+            elapsed_s=0.0,
+        )
+        self._since_s: float | None = None  # the first update, then the end of the warm-up
+        self._rows: list[Row] = []  # when measuring began, and when it ended
+
+    def over(self) -> bool:
+        """Whether both ends of the window are there."""
+        return len(self._rows) == 2
+
+    def learn(self, timeout_s: float) -> None:
+        """Takes one update if a batch is there; the window begins and ends with an update."""
+        update = self._learner.learn(progress=0.0, timeout_s=timeout_s, waits=self.waits)
+        if update is None:
+            return
+        now_s = time.monotonic()
+        if self._since_s is None:
+            self._since_s = now_s
+        elif now_s - self._since_s >= (self._seconds if self._rows else self._warmup_s):
+            self._since_s = now_s
+            self._rows.append(self._reporter.row(update))
+
+    def row(self) -> Row:
+        """Returns what was counted within the window."""
+        return self._rows[1]
+
+    def samples_per_agent_step(self) -> float:
+        """Samples through the gradient per agent step, within the window."""
+        first, last = self._rows
+        samples = float(last["samples"]) - float(first["samples"])
+        return samples / (float(last["agent_steps"]) - float(first["agent_steps"]))
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """Trains, measures the ceilings, and returns what is printed."""
+    config = run_config(
+        arguments.policy,
+        server={"num_envs": arguments.num_envs, "inference_batch": arguments.inference_batch},
+        learning={
+            "unroll_steps": arguments.unroll_steps,
+            "batch_unrolls": arguments.batch_unrolls,
+        },
+        precision=arguments.precision,
+        env_threads=arguments.env_threads,
+    )
+    keep_memory()
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        parts = build(
+            config,
+            resume_count=0,
+            on_episodes=lambda *_: None,
+            on_eval_episodes=lambda *_: None,
+        )
+        stack.callback(parts.training.pool.close)
+        torch.set_num_threads(parts.compute.threads)
+        window = train(parts, warmup_s=arguments.warmup_s, seconds=arguments.seconds)
+        parts.training.pool.close()  # its threads would take the ceilings' time
+        torch.set_num_threads(1)
+        ceiling = measure_ceiling(
+            config,
+            parts,
+            samples_per_agent_step=window.samples_per_agent_step(),
+            seconds=arguments.ceiling_s,
+        )
+    return result_of(config, parts, window, ceiling)
+
+
+def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
+    """Trains in the run's own threads until the window is measured."""
+    waits = Waits()
+    learner = Learner(
+        parts.algorithm, parts.unrolls, parts.queue, parts.weights, device=parts.compute.device
+    )
+    window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
+    # It asks a session for `parts`, `waits`, `over` and `learn` only.
+    train_overlapped(cast(Any, window))
+    learner.ensure_finite()
+    return window
+
+
+def measure_ceiling(
+    config: RunConfig, parts: Parts, *, samples_per_agent_step: float, seconds: float
+) -> Ceiling:
+    """Measures each stage alone, with the weights and the batch sizes of the run."""
+    on_gpu = parts.compute.device.type == "cuda"
+    num_envs = config.server.num_envs
+    alone = dataclasses.replace(config, env_threads=usable_cores() if on_gpu else 1)
+    batch = parts.training.pool.max_batch
+    pool = make_pool(alone, num_envs=num_envs, batch_size=batch, seed=config.seed)
+    try:
+        environment = stages.environment_alone(pool, seconds).per_s
+    finally:
+        pool.close()
+    return ceiling_of(
+        environment,
+        stages.inference_alone(config, parts, seconds, num_envs=num_envs).per_s,
+        stages.learner_alone(config, parts, seconds, num_envs=num_envs).per_s,
+        samples_per_agent_step=samples_per_agent_step,
+        cores=None if on_gpu else usable_cores(),
+    )
+
+
+def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling) -> dict[str, Any]:
+    """Returns what is printed; rates are per second of wall clock."""
+    row, compute = window.row(), parts.compute
+    env_threads = min(config.env_threads or usable_cores(), config.server.num_envs)
+    return {
+        "env": config.env,
+        "network": network_name(config, parts.spec),
+        "precision": row["precision"],
+        "device": str(compute.device),
+        "cores": usable_cores(),
+        "threads": {"compute": compute.threads, "environment": env_threads},
+        "env_frames_per_s": row["env_frames_per_s"],
+        "agent_steps_per_s": row["agent_steps_per_s"],
+        "samples_per_agent_step": window.samples_per_agent_step(),
+        "updates_per_s": row["updates_per_s"],
+        "policy_lag_mean": row["policy_lag_mean"],
+        "wait": {name: row[name] for name in row if name.startswith("wait/")},
+        "bottleneck": row["bottleneck"],
+        "ceiling": ceiling._asdict(),
+        "share_of_ceiling": float(row["agent_steps_per_s"]) / ceiling.combined,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints a result for people."""
+    ceiling, threads = result["ceiling"], result["threads"]
+    table = Table(
+        title=f"{result['env']}, {result['network']}, {result['precision']} on {result['device']}",
+        caption=f"{result['cores']} cores; threads: {threads['compute']} a compute stage, "
+        f"{threads['environment']} for environments",
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name in ("env_frames", "agent_steps", "updates"):
+        table.add_row(f"{name}/s".replace("_", " "), cell(result[f"{name}_per_s"]))
+    table.add_row("samples per agent step", cell(result["samples_per_agent_step"]))
+    table.add_row("policy lag, updates", cell(result["policy_lag_mean"]))
+    for name, share in result["wait"].items():
+        table.add_row(name.removeprefix("wait/").replace("_", " waits "), f"{share:.0%}")
+    table.add_row("stage that limits", result["bottleneck"], end_section=True)
+    for name in ("environment", "inference", "learner", "combined"):
+        table.add_row(f"ceiling, {name}: agent steps/s", cell(ceiling[name]))
+    table.add_row(f"share of ceiling ({ceiling['model']})", f"{result['share_of_ceiling']:.0%}")
+    Console().print(table)

@@ -1,0 +1,99 @@
+"""What several benchmarks ask the user, and how it becomes a `RunConfig`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from headrace import presets
+from headrace.config import RunConfig, from_dict, merged
+from headrace.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyArguments:
+    """What acts and learns, and where."""
+
+    env: str = "ALE/Pong-v5"
+    """Environment; its preset gives all settings that are not flags here."""
+    network: str = "nature"
+    """Name in the catalog, or auto."""
+    lstm_size: int = 0
+    """Width of the LSTM after the torso; 0 for none."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the networks; auto is on for a GPU."""
+    compute_threads: int = 0
+    """Threads of each compute stage; 0 fits it to the cores, as training does."""
+
+
+SMOKE_POLICY = PolicyArguments(env="catch", network="auto")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputArguments:
+    """How much, and in which form."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    smoke: bool = False
+    """Run everything for a moment, on catch unless --env is given; the numbers mean nothing."""
+
+
+def run_config(
+    policy: PolicyArguments,
+    *,
+    server: Mapping[str, Any],
+    learning: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> RunConfig:
+    """Returns the settings of the environment's preset with the benchmark's own on top."""
+    name = presets.default_for(policy.env)
+    own = {
+        "env": policy.env,
+        "device": policy.device,
+        "compile": policy.compile,
+        "compute_threads": policy.compute_threads,
+        "network": {"network": policy.network, "lstm_size": policy.lstm_size},
+        "server": {"inference_batch": 0, "eval_envs": 0, **server},
+        "learning": learning or {},
+        **settings,
+    }
+    return from_dict(merged(presets.find(name).values if name else {}, own))
+
+
+def check_positive(**values: float) -> None:
+    """Refuses what must be above zero.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Prints measurements that have the same keys, as a table or as {"rows": [...]}."""
+    if as_json:
+        print(json.dumps({"rows": list(rows)}))
+        return
+    table = Table(title=title)
+    for name in rows[0] if rows else ():
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*map(cell, row.values()))
+    Console().print(table)
+
+
+def cell(value: Any) -> str:
+    """Returns a value as tables show it: large numbers whole, small ones with three digits."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

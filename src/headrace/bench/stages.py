@@ -1,0 +1,236 @@
+"""The stages of a run, each by itself: what one does when nothing else makes it wait.
+
+```
+environment   pool ◀─ random actions        no policy
+inference     free pool ─▶ seat ─▶ unrolls  as the server does it, without environments
+learner       the same unrolls ─▶ update ─▶ weights, again and again
+```
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headrace.config import RunConfig
+from headrace.errors import DeadlineExceeded
+from headrace.learner.loop import Learner
+from headrace.pools.base import Pool
+from headrace.records import EnvStep
+from headrace.run.build import Parts, make_unrolls
+from headrace.server.acting import Actor, initial_state
+from headrace.server.server import Seat
+from headrace.specs import EnvSpec
+from headrace.telemetry.metrics import Waits
+
+_TIMEOUT_S = 60.0
+_WARM_UP_SHARE = 0.1  # of the time that is measured
+_LATENCIES_KEPT = 4096  # batches
+
+
+class Timing(NamedTuple):
+    """How much was done, and how long it took."""
+
+    amount: int  # in the unit of what was timed
+    rounds: int
+    elapsed_s: float
+
+    @property
+    def per_s(self) -> float:
+        """Amount per second."""
+        return self.amount / self.elapsed_s
+
+    @property
+    def rounds_per_s(self) -> float:
+        """Rounds per second."""
+        return self.rounds / self.elapsed_s
+
+
+def timed(work: Callable[[], int], seconds: float, device: torch.device) -> Timing:
+    """Repeats `work`, which returns how much it did, for `seconds`, after a tenth to warm up."""
+    _repeated(work, seconds * _WARM_UP_SHARE, device)
+    return _repeated(work, seconds, device)
+
+
+def _repeated(work: Callable[[], int], seconds: float, device: torch.device) -> Timing:
+    _synchronize(device)
+    start_s = now_s = time.perf_counter()
+    count = rounds = 0
+    while now_s - start_s < seconds or not rounds:
+        count += work()
+        rounds += 1
+        now_s = time.perf_counter()
+    _synchronize(device)
+    return Timing(count, rounds, time.perf_counter() - start_s)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class RandomPlayer:
+    """Answers a pool with random valid actions, drawn beforehand."""
+
+    def __init__(self, pool: Pool, *, seed: int = 0) -> None:
+        self.latency_s: deque[NDArray[np.float64]] = deque(maxlen=_LATENCIES_KEPT)
+        """Newest batches: seconds from the reply to an environment until its next row is here."""
+        self._pool = pool
+        actions = np.random.default_rng(seed).integers(
+            pool.spec.num_actions, size=(64, pool.max_batch), dtype=np.int64
+        )
+        self._actions = itertools.cycle(actions)
+        self._replied_s = np.full(pool.num_envs, math.nan)
+
+    def play(self) -> int:
+        """Answers one batch; returns its agent steps.
+
+        Raises:
+            DeadlineExceeded: the pool gave none.
+        """
+        step = self._pool.receive(_TIMEOUT_S)
+        if step is None:
+            raise DeadlineExceeded(f"{self._pool.spec.name}: no step in {_TIMEOUT_S:.0f} s")
+        now_s = time.perf_counter()
+        self.latency_s.append(now_s - self._replied_s[step.env_id])
+        self._replied_s[step.env_id] = now_s
+        self._pool.reply(next(self._actions)[: len(step.env_id)])
+        return len(step.env_id)
+
+
+class FreePool:
+    """A pool whose steps cost nothing: the environments take turns to show the same frames."""
+
+    def __init__(self, spec: EnvSpec, *, num_envs: int, batch_size: int, seed: int = 0) -> None:
+        self.spec = spec
+        self.num_envs = num_envs
+        self.max_batch = batch_size
+        space = copy.deepcopy(spec.observation_space)  # drawing from it changes it
+        space.seed(seed)
+        never = np.zeros(batch_size, np.bool_)
+        step = EnvStep(
+            env_id=np.arange(batch_size, dtype=np.int32),
+            run_id=np.zeros(batch_size, np.int64),
+            observation=np.stack([space.sample() for _ in range(batch_size)]),
+            reward=np.random.default_rng(seed).integers(-1, 2, batch_size).astype(np.float32),
+            reset=never,
+            terminated=never,
+            truncated=never,
+            final_observation=None,
+        )
+        turns = math.lcm(num_envs, batch_size) // batch_size
+        self._steps = itertools.cycle(
+            [
+                step._replace(env_id=(step.env_id + turn * batch_size) % num_envs)
+                for turn in range(turns)
+            ]
+        )
+
+    def receive(self, timeout_s: float) -> EnvStep | None:
+        """Returns the environments whose turn it is, at once."""
+        return next(self._steps)
+
+    def reply(self, action: NDArray[np.int64]) -> None:
+        """Forgets the actions."""
+
+    def close(self) -> None:
+        """Has nothing to give back."""
+
+
+class ServerAlone:
+    """A run's server at a free pool. Its unrolls are thrown away as fast as they are filled."""
+
+    def __init__(
+        self, config: RunConfig, parts: Parts, *, num_envs: int, batch_size: int | None = None
+    ) -> None:
+        """Takes policy and weights from `parts`, whose own pool and unrolls are left alone.
+
+        Args:
+            config: of the run.
+            parts: of the run.
+            num_envs: environments of the free pool.
+            batch_size: how many are due at once; None for the run's own.
+        """
+        batch = batch_size or parts.training.pool.max_batch
+        server = dataclasses.replace(config.server, num_envs=num_envs, inference_batch=0)
+        config = dataclasses.replace(config, server=server)
+        device = parts.compute.device
+        self.queue, self.unrolls = make_unrolls(
+            config, parts.algorithm, parts.spec, parts.server_model, batch, device
+        )
+        model: Any = parts.server_model
+        self._seat = Seat(
+            FreePool(parts.spec, num_envs=num_envs, batch_size=batch),
+            Actor(algorithm=parts.algorithm, model=model, generator=parts.generator),
+            initial_state(parts.spec, model, 1, device),
+            unrolls=self.unrolls,
+            on_episodes=lambda *_: None,
+            device=device,
+        )
+        self._weights, self._waits = parts.weights, Waits()
+
+    def serve(self) -> int:
+        """Answers one batch; returns its agent steps."""
+        return self._seat.serve(self._weights.pull(), 0.0, self._waits)
+
+    def serve_and_drop(self) -> int:
+        """Answers one batch and frees the unrolls that it filled; returns its agent steps."""
+        count = self.serve()
+        full = len(self.queue)
+        if full:
+            with self.queue.reading(full, timeout_s=0.0):
+                pass
+        return count
+
+
+def environment_alone(pool: Pool, seconds: float) -> Timing:
+    """Measures a pool with random actions, in agent steps."""
+    return timed(RandomPlayer(pool).play, seconds, torch.device("cpu"))
+
+
+def inference_alone(
+    config: RunConfig,
+    parts: Parts,
+    seconds: float,
+    *,
+    num_envs: int,
+    batch_size: int | None = None,
+) -> Timing:
+    """Measures a run's server without environments, in agent steps; a round is a batch."""
+    server = ServerAlone(config, parts, num_envs=num_envs, batch_size=batch_size)
+    return timed(server.serve_and_drop, seconds, parts.compute.device)
+
+
+def learner_alone(config: RunConfig, parts: Parts, seconds: float, *, num_envs: int) -> Timing:
+    """Measures a run's learner on unrolls that are always there, in samples; a round is an update.
+
+    Raises:
+        TrainingDiverged: a loss was not finite.
+    """
+    server = ServerAlone(config, parts, num_envs=num_envs)
+    while len(server.queue) < parts.algorithm.experience.batch_unrolls:
+        server.serve()
+    filled, waits = server.queue.state(), Waits()
+    learner = Learner(
+        parts.algorithm, server.unrolls, server.queue, parts.weights, device=parts.compute.device
+    )
+
+    def update() -> int:
+        before = learner.samples
+        server.queue.restore(filled)
+        learner.learn(progress=0.0, timeout_s=0.0, waits=waits)
+        return learner.samples - before
+
+    timing = timed(update, seconds, parts.compute.device)
+    learner.ensure_finite()
+    return timing

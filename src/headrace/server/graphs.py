@@ -1,0 +1,98 @@
+"""Stop 5 on a GPU: acting for a batch as one CUDA graph per batch size.
+
+A graph is captured once, in the main thread before other threads start, and replayed for every
+batch: some hundred kernels are launched as one. Addresses are fixed, so inputs are copied into the
+graph's own tensors, and weights arrive in place (`weights.Weights.pull`). How to capture is an
+argument: on a CPU the tests hand in one that calls the function again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headrace.records import PolicyState, PolicyStep
+from headrace.server.acting import Actor
+from headrace.server.state_table import repeated
+
+_WARM_UPS = 3  # lets libraries choose their kernels and allocate before anything is recorded
+
+Outputs = tuple[PolicyStep, PolicyState]
+Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+"""Takes what one batch does; returns how to do it again, and the tensors that it always writes."""
+
+
+class _Recorded(NamedTuple):
+    state: PolicyState
+    observation: Tensor
+    reward: Tensor
+    reset: Tensor
+    replay: Callable[[], None]
+    outputs: Outputs
+
+
+class GraphedActor:
+    """An `Actor` whose batches have one of a few sizes. Outputs hold until the next call."""
+
+    def __init__(
+        self, actor: Actor, example: PolicyState, *, sizes: Sequence[int], capture: Capture
+    ) -> None:
+        """Captures a graph for every size, the largest first, so that all share its memory."""
+        self._recorded: dict[int, _Recorded] = {}
+        for size in sorted(sizes, reverse=True):
+            self._recorded[size] = _record(actor, example, size, capture)
+
+    def act(
+        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+    ) -> Outputs:
+        """Does what `Actor.act` does."""
+        graph = self._recorded[len(reward)]
+        _copy_state(graph.state, state)
+        graph.observation.copy_(observation)
+        graph.reward.copy_(reward)
+        graph.reset.copy_(reset)
+        graph.replay()
+        return graph.outputs
+
+
+def cuda_capture(generator: torch.Generator | None) -> Capture:
+    """Returns a `Capture` by CUDA graphs in one private memory pool.
+
+    Other threads may use the GPU meanwhile: only this thread's calls can spoil a capture.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def capture(batch: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                batch()
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = batch()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph.replay, outputs
+
+    return capture
+
+
+def _record(actor: Actor, example: PolicyState, size: int, capture: Capture) -> _Recorded:
+    state = repeated(example, size)
+    observation = state.stack[:, -1].clone()
+    reward = torch.zeros(size, device=observation.device)
+    reset = torch.zeros(size, dtype=torch.bool, device=observation.device)
+    replay, outputs = capture(lambda: actor.act(state, observation, reward, reset))
+    return _Recorded(state, observation, reward, reset, replay, outputs)
+
+
+def _copy_state(into: PolicyState, state: PolicyState) -> None:
+    into.stack.copy_(state.stack)
+    for part, new in zip(into.recurrent, state.recurrent, strict=True):
+        part.copy_(new)
+    into.previous_action.copy_(state.previous_action)
