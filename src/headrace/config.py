@@ -116,6 +116,8 @@ def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfi
     if "env" not in values:
         raise ConfigError("no environment: name one, such as `headrace train ALE/Pong-v5`")
     known = {"algorithm": RunConfig.__dataclass_fields__["algorithm"].default, **values}
+    for name in ("env", "algorithm"):
+        _checked(str, known[name], name)
     sections = section_types(known["env"], known["algorithm"], trust_code=trust_code)
     config = _build(RunConfig, values, "", sections)
     return completed(typing.cast(RunConfig, config), trust_code=trust_code)

@@ -17,7 +17,7 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -228,8 +228,7 @@ def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
         parts.algorithm, parts.unrolls, parts.queue, parts.weights, device=parts.compute.device
     )
     window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
-    # It asks a session for `parts`, `waits`, `over` and `learn` only.
-    train_overlapped(cast(Any, window))
+    train_overlapped(window)
     learner.ensure_finite()
     return window
 
@@ -244,11 +243,11 @@ def measure_ceiling(
     batch = parts.training.pool.max_batch
     pool = make_pool(alone, num_envs=num_envs, batch_size=batch, seed=config.seed)
     try:
-        environment = stages.environment_alone(pool, seconds).per_s
+        environment, _ = stages.environment_alone(pool, seconds)
     finally:
         pool.close()
     return ceiling_of(
-        environment,
+        environment.per_s,
         stages.inference_alone(config, parts, seconds, num_envs=num_envs).per_s,
         stages.learner_alone(config, parts, seconds, num_envs=num_envs).per_s,
         samples_per_agent_step=samples_per_agent_step,
@@ -290,11 +289,11 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column("", justify="right")
     for name in ("env_frames", "agent_steps", "updates"):
-        table.add_row(f"{name}/s".replace("_", " "), cell(result[f"{name}_per_s"]))
+        table.add_row(f"{name.replace('_', ' ')}/s", cell(result[f"{name}_per_s"]))
     table.add_row("samples per agent step", cell(result["samples_per_agent_step"]))
     table.add_row("policy lag, updates", cell(result["policy_lag_mean"]))
     for name, share in result["wait"].items():
-        table.add_row(name.removeprefix("wait/").replace("_", " waits "), f"{share:.0%}")
+        table.add_row(name.removeprefix("wait/").replace("_for_", " waits for "), f"{share:.0%}")
     table.add_row("stage that limits", result["bottleneck"], end_section=True)
     for name in ("environment", "inference", "learner", "combined"):
         table.add_row(f"ceiling, {name}: agent steps/s", cell(ceiling[name]))

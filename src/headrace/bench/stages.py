@@ -92,6 +92,12 @@ class RandomPlayer:
         self._actions = itertools.cycle(actions)
         self._replied_s = np.full(pool.num_envs, math.nan)
 
+    def start(self) -> None:
+        """Plays until every environment has answered: a first row can take seconds (ALE)."""
+        while np.isnan(self._replied_s).any():
+            self.play()
+        self.latency_s.clear()
+
     def play(self) -> int:
         """Answers one batch; returns its agent steps.
 
@@ -193,9 +199,17 @@ class ServerAlone:
         return count
 
 
-def environment_alone(pool: Pool, seconds: float) -> Timing:
-    """Measures a pool with random actions, in agent steps."""
-    return timed(RandomPlayer(pool).play, seconds, torch.device("cpu"))
+def environment_alone(pool: Pool, seconds: float) -> tuple[Timing, NDArray[np.float64]]:
+    """Measures a pool with random actions.
+
+    Returns:
+        Agent steps, and the seconds from a reply to an environment until its next row, one each for
+        the newest steps.
+    """
+    player = RandomPlayer(pool)
+    player.start()
+    timing = timed(player.play, seconds, torch.device("cpu"))
+    return timing, np.concatenate(player.latency_s)
 
 
 def inference_alone(

@@ -59,6 +59,9 @@ class AtariConfig:
             )
 
 
+_SCREEN = (210, 160, 3)  # rows, columns and colours of the Atari's screen
+
+
 @lru_cache(maxsize=1)
 def _rom_of_game() -> dict[str, str]:
     """Rom by game id, from the registry that ale-py fills; its ids alone do not say TicTacToe3D."""
@@ -157,35 +160,50 @@ class AtariFamily:
         """Starts `num_envs` emulators on `threads` threads (0: as many as there are cores)."""
         if not 1 <= batch_size <= num_envs:
             raise ConfigError(f"batch_size must be in [1, num_envs={num_envs}], not {batch_size}")
-        spec, rom = self.spec(name, config), _rom(name)
-        from ale_py.vector_env import AtariVectorEnv  # noqa: PLC0415  # optional
-
-        emulators = AtariVectorEnv(
-            rom,
-            num_envs,
-            batch_size=batch_size,
-            num_threads=threads,
-            thread_affinity_offset=-1,
-            max_num_frames_per_episode=config.max_episode_frames,
-            repeat_action_probability=config.sticky_probability,
-            full_action_space=config.full_action_space,
-            continuous=False,
-            autoreset_mode="SameStep",
-            img_height=config.frame_size,
-            img_width=config.frame_size,
-            grayscale=True,
-            # Frames cross to the device once and are stacked there.
-            stack_num=1,
-            frameskip=config.frame_skip,
-            maxpool=config.max_pool,
-            noop_max=config.noop_max,
-            # Its episodic_life starts a new game at every lost life; life_loss_info only tells.
-            episodic_life=False,
-            life_loss_info=config.life_loss_ends_episode,
-            reward_clipping=False,
-            use_fire_reset=False,
-        )
+        spec, frame = self.spec(name, config), (config.frame_size, config.frame_size)
+        copies = {"num_envs": num_envs, "batch_size": batch_size, "num_threads": threads}
+        emulators = _start(name, config, frame=frame, grayscale=True, **copies)
         return AtariVector(emulators, spec, seed=seed)
+
+    def make_view(self, name: str, config: AtariConfig, *, seed: int) -> AtariVector:
+        """Starts one emulator that shows the screen of the Atari in its colours."""
+        spec = replace(
+            self.spec(name, config), observation_space=gym.spaces.Box(0, 255, _SCREEN, np.uint8)
+        )
+        copies = {"num_envs": 1, "batch_size": 1, "num_threads": 1}
+        emulators = _start(name, config, frame=_SCREEN[:2], grayscale=False, **copies)
+        return AtariVector(emulators, spec, seed=seed)
+
+
+def _start(
+    name: str, config: AtariConfig, *, frame: tuple[int, int], grayscale: bool, **copies: int
+) -> Any:
+    """Starts ale-py's vector environment with every setting said aloud."""
+    from ale_py.vector_env import AtariVectorEnv  # noqa: PLC0415  # optional
+
+    return AtariVectorEnv(
+        _rom(name),
+        **copies,
+        thread_affinity_offset=-1,
+        max_num_frames_per_episode=config.max_episode_frames,
+        repeat_action_probability=config.sticky_probability,
+        full_action_space=config.full_action_space,
+        continuous=False,
+        autoreset_mode="SameStep",
+        img_height=frame[0],
+        img_width=frame[1],
+        grayscale=grayscale,
+        # Frames cross to the device once and are stacked there.
+        stack_num=1,
+        frameskip=config.frame_skip,
+        maxpool=config.max_pool,
+        noop_max=config.noop_max,
+        # Its episodic_life starts a new game at every lost life; life_loss_info only tells.
+        episodic_life=False,
+        life_loss_info=config.life_loss_ends_episode,
+        reward_clipping=False,
+        use_fire_reset=False,
+    )
 
 
 ATARI = AtariFamily()

@@ -51,3 +51,10 @@ class Family(Protocol):
         self, name: str, config: Any, *, num_envs: int, batch_size: int, threads: int, seed: int
     ) -> Any:
         """Starts `num_envs` copies for the family's pool, `batch_size` due at a time."""
+
+    def make_view(self, name: str, config: Any, *, seed: int) -> Any | None:
+        """Starts one copy whose observations are what a person would see, else what `make` gives.
+
+        It goes the same way as the only copy of `make` with this seed if it gets the same actions.
+        None if a person may as well look at the agent's observations.
+        """

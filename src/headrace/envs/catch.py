@@ -158,5 +158,8 @@ class CatchFamily:
         spec = self.spec(name, config)
         return Catch(spec, num_envs=num_envs, truncate_after=config.truncate_after, seed=seed)
 
+    def make_view(self, name: str, config: CatchConfig, *, seed: int) -> None:
+        """A person sees what the agent sees."""
+
 
 CATCH = CatchFamily()

@@ -151,5 +151,8 @@ class RecallFamily:
         spec = self.spec(name, config)
         return Recall(spec, num_envs=num_envs, delay_steps=config.delay_steps, seed=seed)
 
+    def make_view(self, name: str, config: RecallConfig, *, seed: int) -> None:
+        """A person sees what the agent sees."""
+
 
 RECALL = RecallFamily()

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 class ResetLSTM(nn.Module):
     """LSTM whose state is zeroed before rows that reset.
 
-    Gates as in `nn.LSTM`, same order and initialisation, with one bias in place of two that add.
+    Gates as in `nn.LSTM`, same order, with one bias in place of two that add. Initialised as there,
+    but for a forget gate that starts open, by a bias of 1 (Gers et al. 2000; the default in the
+    IMPALA authors' TensorFlow): at 0 a cue is halved at every step, and hardly any gradient reaches
+    it from a dozen steps on.
     """
 
     def __init__(self, input_size: int, hidden: int) -> None:
@@ -23,6 +26,8 @@ class ResetLSTM(nn.Module):
         bound = hidden**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        with torch.no_grad():
+            self.input.bias[hidden : 2 * hidden] += 1.0
 
     def forward(
         self, x_UBF: Tensor, reset_UB: Tensor, state: tuple[Tensor, Tensor]

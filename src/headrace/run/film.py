@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.algorithms.base import ActionMode
+from headrace.run.build import derived_seed
 from headrace.run.policy import Policy
 from headrace.telemetry.video import VideoWriter
 
@@ -19,29 +21,36 @@ def film(
     policy: Policy, path: Path, *, mode: ActionMode = "greedy", epsilon: float = 0.001
 ) -> float:
     """Plays one episode and writes it to an MP4 file; returns its raw return."""
-    env = policy.make_env()
+    seed = derived_seed(policy.config.seed, 6)
     state = policy.initial_state(1)
-    observation, _ = env.reset()
     reward, reset, total = 0.0, True, 0.0
-    try:
-        with VideoWriter(path, _FPS) as video:
-            for _ in range(_MOST_STEPS):
-                video.write(_picture(observation))
-                action, state = policy.act(
-                    observation, state, reward=reward, reset=reset, mode=mode, epsilon=epsilon
-                )
-                observation, earned, terminated, truncated, _ = env.step(action)
-                reward, reset = float(earned), False
-                total += reward
-                if terminated or truncated:
-                    video.write(_picture(observation))
-                    break
-    finally:
-        env.close()
+    with ExitStack() as stack:
+        env = policy.make_env(seed)
+        stack.callback(env.close)
+        view = policy.make_view(seed)
+        observation, _ = env.reset()
+        picture = observation
+        if view is not None:
+            stack.callback(view.close)
+            picture, _ = view.reset()
+        video = stack.enter_context(VideoWriter(path, _FPS))
+        for _ in range(_MOST_STEPS):
+            video.write(_pixels(picture))
+            action, state = policy.act(
+                observation, state, reward=reward, reset=reset, mode=mode, epsilon=epsilon
+            )
+            observation, earned, terminated, truncated, _ = env.step(action)
+            # The twin started from the same seed and gets the same actions, so it plays the same.
+            picture = observation if view is None else view.step(action)[0]
+            reward, reset = float(earned), False
+            total += reward
+            if terminated or truncated:
+                video.write(_pixels(picture))
+                break
     return total
 
 
-def _picture(observation: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _pixels(observation: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Turns an observation into pixels: images as they are, numbers scaled to black and white."""
     array = np.atleast_2d(np.asarray(observation))
     if array.dtype == np.uint8:

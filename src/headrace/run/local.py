@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -162,6 +162,19 @@ def run_training(
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
 
 
+class Drivable(Protocol):
+    """What the loops below need: a `Session`, or a benchmark's window."""
+
+    parts: Parts
+    waits: Waits
+
+    def over(self) -> bool:
+        """Whether to end."""
+
+    def learn(self, timeout_s: float) -> None:
+        """Takes one update if a batch is there within `timeout_s`."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Session:
     """One call of `train`: what its loops share."""
@@ -220,7 +233,7 @@ class Session:
         self.hooks.on_checkpoint(path)
 
 
-def train_in_lockstep(session: Session) -> None:
+def train_in_lockstep(session: Drivable) -> None:
     """In turns: all updates that there are unrolls for, then one batch of every pool."""
     parts = session.parts
     batch = parts.algorithm.experience.batch_unrolls
@@ -232,7 +245,7 @@ def train_in_lockstep(session: Session) -> None:
             seat.serve(parts.weights.pull(), _POLL_S, session.waits)
 
 
-def train_overlapped(session: Session) -> None:
+def train_overlapped(session: Drivable) -> None:
     """The learner here, the server in its own thread, until the run is over or one fails."""
     parts, ended = session.parts, threading.Event()
     failed: Future[None] = Future()

@@ -55,6 +55,15 @@ class Policy:
         """Returns one environment as agents are judged in: a lost life ends no episode."""
         return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed))
 
+    def make_view(self, seed: int) -> gym.Env[Any, Any] | None:
+        """Returns a twin of `make_env(seed)` that shows what a person would see, or None."""
+        family = catalog.environment_family(self.config.env)
+        settings = family.evaluation(self.config.environment)
+        view = family.make_view(self.config.env, settings, seed=seed)
+        if view is None:
+            return None
+        return PoolEnv(catalog.resolve("pool", catalog.POOLS, family.pool)(view, batch_size=1))
+
     def make_pool(self, *, num_envs: int, batch_size: int, seed: int | None = None) -> Pool:
         """Returns a pool of such environments."""
         if seed is None:

@@ -107,7 +107,7 @@ class Reporter:
         return row
 
     def _lag(self) -> Row:
-        counts = self._learner.lag_counts.cpu()
+        counts = self._learner.lag_counts.to("cpu", copy=True)
         self._learner.lag_counts.zero_()
         total = int(counts.sum())
         if not total:

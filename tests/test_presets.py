@@ -1,0 +1,142 @@
+"""Presets, number by number: a published setting must not change unnoticed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from headrace import preset
+from headrace.algorithms.impala import ImpalaConfig
+from headrace.config import RunConfig, from_dict, merged, to_dict
+from headrace.envs.atari import AtariConfig
+from headrace.errors import ConfigError
+from headrace.networks.models import NetworkConfig
+from headrace.presets import DEFAULT_PRESETS, PRESETS, default_for, find
+
+# Espeholt et al. 2018, arXiv:1802.01561, Table G.1: a loss summed over T = 20 and B = 32.
+SAMPLES = 20 * 32
+PAPER_LEARNING = {
+    "unroll_steps": 20,
+    "batch_unrolls": 32,
+    "discount": 0.99,
+    "entropy_cost": 0.01,
+    "target_entropy": None,
+    "entropy_cost_adjustment_speed": 10.0,
+    "value_cost": 0.5,
+    "reward_transform": "clip",
+    "vtrace_lambda": 1.0,
+    "vtrace_rho_max": 1.0,
+    "vtrace_c_max": 1.0,
+    "vtrace_pg_rho_max": 1.0,
+}
+PAPER_OPTIMIZER = {
+    "optimizer": "rmsprop_tf",
+    "learning_rate": 0.0006,
+    "learning_rate_schedule": "linear",
+    "optimizer_eps": pytest.approx(0.01 / SAMPLES**2, rel=1e-12),
+    "rmsprop_decay": 0.99,
+    "momentum": 0.0,
+    "initial_mean_square": pytest.approx(1.0 / SAMPLES**2, rel=1e-12),
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "max_gradient_norm": pytest.approx(40.0 / SAMPLES, rel=1e-12),
+}
+ENVIRONMENTS = {
+    # Table G.1 and Mnih et al. 2015.
+    "atari": {
+        "frame_skip": 4,
+        "max_pool": True,
+        "frame_size": 84,
+        "frame_stack": 4,
+        "noop_max": 30,
+        "sticky_probability": 0.0,
+        "life_loss_ends_episode": True,
+        "full_action_space": False,
+        "max_episode_frames": 108_000,
+    },
+    # Machado et al. 2018, arXiv:1709.06009.
+    "atari-sticky": {
+        "frame_skip": 4,
+        "max_pool": True,
+        "frame_size": 84,
+        "frame_stack": 4,
+        "noop_max": 0,
+        "sticky_probability": 0.25,
+        "life_loss_ends_episode": False,
+        "full_action_space": True,
+        "max_episode_frames": 108_000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["atari", "atari-sticky"])
+def test_the_atari_presets_are_the_papers(name: str) -> None:
+    config = preset(name, "ALE/Pong-v5")
+    assert (config.algorithm, config.total_frames) == ("impala", 200_000_000)
+    assert config.network == NetworkConfig(network="impala_deep", lstm_size=0)
+    assert dataclasses.asdict(config.environment) == ENVIRONMENTS[name]
+    learning = dataclasses.asdict(config.learning)
+    assert learning.pop("optimizer") == PAPER_OPTIMIZER
+    assert learning == PAPER_LEARNING
+
+
+@pytest.mark.parametrize("name", ["atari", "atari-sticky", "atari-desktop"])
+def test_the_atari_presets_leave_no_setting_of_the_environment_to_a_default(name: str) -> None:
+    fields = {field.name for field in dataclasses.fields(AtariConfig)}
+    assert set(PRESETS[name].values["environment"]) == fields
+
+
+def test_the_defaults_of_an_atari_game_are_those_of_the_paper() -> None:
+    assert dataclasses.asdict(AtariConfig()) == ENVIRONMENTS["atari"]
+
+
+def test_the_desktop_preset_plays_under_the_protocol_of_the_paper() -> None:
+    config = preset("atari-desktop", "ALE/Pong-v5")
+    assert dataclasses.asdict(config.environment) == ENVIRONMENTS["atari"]
+    learning = dataclasses.asdict(config.learning)
+    assert learning.pop("optimizer")["optimizer"] == "adam"
+    assert learning == {**PAPER_LEARNING, "batch_unrolls": learning["batch_unrolls"]}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> None:
+    env = next((start for start in ("catch", "recall") if start == name), "ALE/Pong-v5")
+    config = preset(name, env)
+    assert isinstance(config.learning, ImpalaConfig)
+    assert find(name).summary.endswith(".")
+    assert find(name).source
+    # Nothing is set in vain: what the preset says is what the run gets.
+    whole = to_dict(config)
+    assert merged(whole, PRESETS[name].values) == whole
+
+
+def test_settings_lie_over_a_preset() -> None:
+    config = preset(
+        "catch", "catch", seed=9, learning={"discount": 0.5, "optimizer": {"momentum": 0.25}}
+    )
+    plain = preset("catch", "catch")
+    assert (config.seed, config.learning.discount) == (9, 0.5)
+    assert config.learning.optimizer.momentum == 0.25
+    assert config.learning.optimizer.learning_rate == plain.learning.optimizer.learning_rate
+    assert config.learning.batch_unrolls == plain.learning.batch_unrolls
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match="no preset named 'atari-stiky'; did you mean atari-sticky"
+    ):
+        preset("atari-stiky", "ALE/Pong-v5")
+
+
+def test_what_an_environment_takes_unasked() -> None:
+    assert set(DEFAULT_PRESETS.values()) <= set(PRESETS)
+    assert default_for("ALE/Breakout-v5") == "atari-desktop"
+    assert default_for("catch") == "catch"
+    assert default_for("my_module:FAMILY") is None
+
+
+def test_a_preset_without_an_environment_is_no_config() -> None:
+    with pytest.raises(ConfigError, match="no environment"):
+        from_dict(PRESETS["atari"].values)
+    assert RunConfig(env="catch").learning is None
