@@ -135,6 +135,8 @@ def _parse_flags(base: RunConfig, argv: list[str], *, prog: str) -> RunConfig:
         prog=prog,
         description=TRAIN_HELP,
     )
+    if (config.env, config.algorithm) != (base.env, base.algorithm):
+        raise ConfigError("name the environment first: headrace train ENV [settings]")
     return config
 
 

@@ -101,36 +101,36 @@ PRESETS = {
         },
     ),
     "catch": Preset(
-        "Catch in under a minute on one core.",
+        "Catch in a quarter of a minute on one core.",
         "ours; the test of learning in tests/learning",
         {
-            "total_frames": 300_000,
-            "server": {"num_envs": 32},
+            "total_frames": 150_000,
+            "server": {"num_envs": 64},
             "network": {"network": "mlp"},
             "learning": {
                 "unroll_steps": 10,
-                "batch_unrolls": 16,
+                "batch_unrolls": 32,
                 "optimizer": {
                     "optimizer": "adam",
-                    "learning_rate": 2e-3,
+                    "learning_rate": 4e-3,
                     "max_gradient_norm": 1.0,
                 },
             },
         },
     ),
     "recall": Preset(
-        "Recall, which only a recurrent policy can solve, in about a minute on one core.",
+        "Recall, which only a recurrent policy can solve, in a quarter of a minute on one core.",
         "ours; the test of learning in tests/learning",
         {
-            "total_frames": 400_000,
-            "server": {"num_envs": 32},
+            "total_frames": 150_000,
+            "server": {"num_envs": 64},
             "network": {"network": "mlp", "lstm_size": 32},
             "learning": {
                 "unroll_steps": 20,
-                "batch_unrolls": 16,
+                "batch_unrolls": 32,
                 "optimizer": {
                     "optimizer": "adam",
-                    "learning_rate": 3e-3,
+                    "learning_rate": 1e-2,
                     "max_gradient_norm": 1.0,
                 },
             },

@@ -92,7 +92,7 @@ def test_one_seed_gives_one_run(tmp_path: Path, env: str, lstm_size: int) -> Non
     rows = timeless(tmp_path / "a")
     assert len(rows) > 50
     assert rows == timeless(tmp_path / "b")
-    assert "policy_lag_mean" in rows[-1]
+    assert any("policy_lag_mean" in row for row in rows)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
@@ -135,10 +135,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 def test_counters_of_a_second_session_go_on(tmp_path: Path) -> None:
     train(a_config(tmp_path / "run", lockstep=False), on_update=stop_after(10))
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    messages: list[str] = []
-    result = train(
-        resume=tmp_path / "run", changes={"total_frames": 9000}, on_message=messages.append
-    )
+    result = train(resume=tmp_path / "run", changes={"total_frames": 9000})
     assert result.finished
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for name in ("env_frames", "agent_steps", "updates", "samples", "episodes", "elapsed_s"):
@@ -146,8 +143,9 @@ def test_counters_of_a_second_session_go_on(tmp_path: Path) -> None:
         assert values == sorted(values), name
         assert values[-1] > first[name] > 0, name
     assert rows[-1]["env_frames"] >= 9000
-    assert "resumed from" in messages[0]
-    assert "new episodes start" in messages[0]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "resumed from" in log
+    assert "new episodes start" in log
 
 
 def test_a_fixed_setting_cannot_change(tmp_path: Path) -> None:
@@ -222,20 +220,18 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
     monkeypatch.setattr(saving, "save", save)
     saved: list[Path] = []
-    messages: list[str] = []
     alive: list[bool] = []
     config = a_config(tmp_path / "run", checkpoint_interval_s=1e-9, total_frames=1500)
     result = train(
         config,
         on_checkpoint=saved.append,
-        on_message=messages.append,
         on_update=lambda version, _: version == 8 and alive.append(saved[-1].is_dir()),
     )
     assert result.finished
-    assert len([text for text in messages if "No space left on device" in text]) == 6
     assert alive == [True], "the earlier checkpoint must stay"
     assert saved[-1] == newest(tmp_path / "run").path
-    assert "could not save" in (tmp_path / "run" / "log.txt").read_text()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("could not save (No space left on device)") == 6
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
