@@ -38,13 +38,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(from_dict(merged(find("catch").values, small))).run
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Returns the one line that a mistake leaves on stderr."""
+def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) -> str:
+    """Returns the one line that a mistake leaves on stderr; `quiet`: and nothing before it."""
     with pytest.raises(SystemExit) as ended:
         main(list(argv))
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert not quiet or printed.out == ""
     assert printed.err.startswith("headrace: ")
     assert printed.err.count("\n") == 1
     assert printed.err.endswith("\n")
@@ -161,7 +161,8 @@ def test_a_run_whose_checkpoints_are_damaged(
     (copy / "config.toml").write_bytes((run / "config.toml").read_bytes())
     (copy / "checkpoints" / "agent_steps_000000000600").mkdir(parents=True)
     assert "no whole checkpoint" in mistake(capsys, "eval", str(copy))
-    assert "no whole checkpoint" in mistake(capsys, "train", "--resume", str(copy))
+    message = mistake(capsys, "train", "--resume", str(copy), quiet=False)
+    assert "no whole checkpoint to go on from" in message
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_flags_lie_over_the_file_over_the_preset(
     assert (config.learning.discount, config.learning.entropy_cost) == (0.75, 0.25)
     preset = PRESETS["catch"].values["learning"]["optimizer"]
     assert config.learning.optimizer.learning_rate == preset["learning_rate"]
-    assert f"evaluate: headrace eval {out}" in capsys.readouterr().out
+    assert f"headrace eval {out} --video" in capsys.readouterr().out
     main(["train", "--resume", str(out), "--total-frames", "1_200"])
     assert "done" in capsys.readouterr().out
     main(["eval", str(out), "--episodes", "4", "--json", "--device", "cpu"])

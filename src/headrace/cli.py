@@ -88,7 +88,7 @@ def train_command(argv: list[str]) -> None:
     wants_help = "-h" in rest or "--help" in rest
     if not env and wants_help:
         env = "ALE/Pong-v5"
-    name = chosen.preset or (presets.default_for(env) if env else None)
+    name = chosen.preset or (presets.default_for(env) if isinstance(env, str) else None)
     if name:
         layers = merged(layers, presets.find(name).values)
     layers = merged(layers, file)

@@ -159,7 +159,9 @@ def strange_run(
 ) -> Path:
     """A run that somebody made elsewhere, whose config names a module that lies on the path."""
     part = request.param
-    (tmp_path / f"stranger_of_{part}.py").write_text(textwrap.dedent(STRANGER))
+    module = f"stranger_of_{part}"
+    sys.modules.pop(module, None)  # of the test before
+    (tmp_path / f"{module}.py").write_text(textwrap.dedent(STRANGER))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     named = json.loads(json.dumps(NAMED[part]).replace("{part}", part))
@@ -167,7 +169,7 @@ def strange_run(
     run = small(tmp_path / "run", env, **named)
     assert (tmp_path / "imported").exists()
     (tmp_path / "imported").unlink()
-    sys.modules.pop(f"stranger_of_{part}")
+    sys.modules.pop(module)
     return run
 
 
