@@ -251,7 +251,7 @@ def adaptive(target: float, *, start: float = 0.1) -> tuple[Table, Impala]:
 
 
 def bandit_batch(table: Table) -> Batch:
-    """Every action as often, once each; the first one earns: alone it would take the policy over."""
+    """Every action once; the first one earns, and would take the policy over by itself."""
     action = torch.arange(ACTIONS)[:, None]
     return a_batch(
         torch.zeros(ACTIONS + 1, 1, dtype=torch.int64),
@@ -374,8 +374,12 @@ def test_epsilon_is_the_share_of_uniform_actions(epsilon: float) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"discount": 1.1}, {"vtrace_lambda": -0.1}, {"entropy_cost": -1.0}]
-    + [{"entropy_cost": 0.0, "target_entropy": 0.5}],
+    [
+        {"discount": 1.1},
+        {"vtrace_lambda": -0.1},
+        {"entropy_cost": -1.0},
+        {"entropy_cost": 0.0, "target_entropy": 0.5},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import gymnasium as gym
 import hypothesis.strategies as st
@@ -182,7 +183,7 @@ def test_unrolls_overlap_by_one_row_and_stacks_are_what_the_server_saw(
         assert_equals_model(table, stream)
     of_env_0 = [rows for rows in stream.full if (rows[0].number - 1) % 2 == 0]
     assert len(of_env_0) == 8
-    for earlier, later in zip(of_env_0, of_env_0[1:], strict=False):
+    for earlier, later in pairwise(of_env_0):
         assert earlier[-1].number == later[0].number
 
 

@@ -180,7 +180,9 @@ def test_overlapped_training(tmp_path: Path) -> None:
     rows: list[Any] = []
     result = train(
         a_config(tmp_path / "run", lockstep=False, server={"eval_envs": 2}),
-        on_update=lambda version, metrics: seen.append(version + 0 * len(metrics["loss/total"].shape)),
+        on_update=lambda version, metrics: seen.append(
+            version + 0 * len(metrics["loss/total"].shape)
+        ),
         on_checkpoint=saved.append,
         on_row=rows.append,
     )
@@ -248,7 +250,11 @@ def test_a_run_in_training_is_refused_to_another_process(tmp_path: Path) -> None
     code = "import headrace, sys; headrace.train(resume=sys.argv[1])"
     with RunDirectory.open(run).lock():
         other = subprocess.run(
-            [sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, str(run)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
     assert other.returncode != 0
     assert f"is being trained by another process (pid {os.getpid()})" in other.stderr

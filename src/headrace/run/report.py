@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-
-import torch
 
 from headrace.learner.loop import Learner
 from headrace.records import Update
@@ -42,6 +41,7 @@ class Reporter:
         self._steps = Rate("agent_steps", self._start_s)
         self._updates = Rate("updates", self._start_s)
         self._updates_seen = learner.version
+        self.lag_histogram: list[int] = []
 
     @property
     def agent_steps(self) -> int:
@@ -101,23 +101,29 @@ class Reporter:
         row["bottleneck"] = bottleneck(shares)
         if parts.evaluation is not None:
             row |= {f"eval_{name}": value for name, value in self._eval_episodes.read().items()}
-        row |= self._lag()
+        self.lag_histogram = self._count_lags()
+        row |= lag_summary(self.lag_histogram)
         if update is not None:
             row |= {name: float(value) for name, value in update.metrics.items()}
         return row
 
-    def _lag(self) -> Row:
+    def _count_lags(self) -> list[int]:
         counts = self._learner.lag_counts.to("cpu", copy=True)
         self._learner.lag_counts.zero_()
-        total = int(counts.sum())
-        if not total:
-            return {}
-        bins = torch.arange(len(counts))
-        return {
-            "policy_lag_mean": float((counts * bins).sum() / total),
-            "policy_lag_p99": int((counts.cumsum(0) < 0.99 * total).sum()),
-            "policy_lag_max": int(counts.nonzero().max()),
-        }
+        return [int(count) for count in counts]
+
+
+def lag_summary(counts: list[int]) -> Row:
+    """Returns mean, 99th percentile and maximum of the policy lag, in updates."""
+    total = sum(counts)
+    if not total:
+        return {}
+    running = list(itertools.accumulate(counts))
+    return {
+        "policy_lag_mean": sum(lag * count for lag, count in enumerate(counts)) / total,
+        "policy_lag_p99": next(lag for lag, below in enumerate(running) if below >= 0.99 * total),
+        "policy_lag_max": max(lag for lag, count in enumerate(counts) if count),
+    }
 
 
 def bottleneck(shares: dict[str, float]) -> str:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
@@ -133,15 +133,22 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, step_env_frames: int, row: Mapping[str, float | int | str]) -> None:
+    def write(
+        self,
+        step_env_frames: int,
+        row: Mapping[str, float | int | str],
+        histograms: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         """Writes one row; numbers that are not finite become null and are kept from TensorBoard.
 
         Args:
             step_env_frames: env_frames of the whole run so far, the x axis of every curve.
             row: values by name, such as loss/policy.
+            histograms: by name, how often each whole number came, from 0 on.
         """
+        counted = histograms or {}
         finite = {name: None if _is_wild(value) else value for name, value in row.items()}
-        line = json.dumps({"env_frames": step_env_frames, **finite}, allow_nan=False)
+        line = json.dumps({"env_frames": step_env_frames, **finite, **counted}, allow_nan=False)
         self._file.write(f"{line}\n")
         self._file.flush()
         if self._tensorboard is None:
@@ -149,12 +156,31 @@ class MetricsWriter:
         for name, value in finite.items():
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, global_step=step_env_frames)
+        for name, counts in counted.items():
+            if any(counts):
+                self._tensorboard.add_histogram_raw(
+                    name, **_buckets(counts), global_step=step_env_frames
+                )
 
     def close(self) -> None:
         """Flushes and closes both files."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _buckets(counts: Sequence[int]) -> dict[str, Any]:
+    """What TensorBoard wants to know of a histogram of whole numbers."""
+    numbers = [number for number, count in enumerate(counts) if count]
+    return {
+        "min": numbers[0],
+        "max": numbers[-1],
+        "num": sum(counts),
+        "sum": sum(number * count for number, count in enumerate(counts)),
+        "sum_squares": sum(number**2 * count for number, count in enumerate(counts)),
+        "bucket_limits": [number + 0.5 for number in range(len(counts))],
+        "bucket_counts": list(counts),
+    }
 
 
 def _is_wild(value: float | int | str) -> bool:
