@@ -128,9 +128,11 @@ PRESETS = {
             "learning": {
                 "unroll_steps": 20,
                 "batch_unrolls": 32,
+                # It may keep the cue in its own actions, which it sees: more entropy breaks that.
+                "entropy_cost": 0.001,
                 "optimizer": {
                     "optimizer": "adam",
-                    "learning_rate": 1e-2,
+                    "learning_rate": 5e-3,
                     "max_gradient_norm": 1.0,
                 },
             },

@@ -55,7 +55,8 @@ class PolicyValueNet(nn.Module):
 
     Heads start as is usual for actor-critics (Andrychowicz et al. 2021, "What matters in on-policy
     RL"): orthogonal, scaled 0.01 for the policy, so that it starts close to uniform, and 1 for the
-    value. Torsos keep PyTorch's initialisation.
+    value. Plain convolutional torsos start orthogonal, scaled by the root of 2; the residual one
+    and the MLP keep PyTorch's initialisation.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ folded into the first weight where it is used: each integer up to 255 is exact i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -93,6 +94,11 @@ class ConvTorso(nn.Module):
             in_channels = channels
             height, width = ((size - kernel) // stride + 1 for size in (height, width))
         self.hidden = nn.Linear(in_channels * height * width, features)
+        # Games change few pixels: at PyTorch's smaller start, features of any two frames are all but
+        # equal, and Pong was no better than random play after a million steps (docs/log.md).
+        for layer in (*self.convs, self.hidden):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
+            nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, observation: Tensor) -> Tensor:
