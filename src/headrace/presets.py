@@ -79,20 +79,22 @@ PRESETS = {
         {**_IMPALA_ATARI, "environment": _ATARI_STICKY},
     ),
     "atari-desktop": Preset(
-        "One Atari game on a machine of few cores: small network, small batches, Adam.",
+        "One Atari game on a machine of few cores: shallow network, small batches, Adam.",
         "ours, measured in docs/results.md; environment as in preset atari",
         {
             **_IMPALA_ATARI,
-            "total_frames": 40_000_000,
+            "total_frames": 20_000_000,
             "environment": _ATARI,
             "server": {"num_envs": 32},
-            "network": {"network": "nature"},
+            "network": {"network": "impala_shallow", "lstm_size": 0},
             "learning": {
                 **_IMPALA_ATARI["learning"],
-                "batch_unrolls": 8,
+                "batch_unrolls": 4,
+                "entropy_cost": 0.003,
+                "vtrace_lambda": 0.95,
                 "optimizer": {
                     "optimizer": "adam",
-                    "learning_rate": 4e-4,
+                    "learning_rate": 5e-4,
                     "learning_rate_schedule": "linear",
                     "optimizer_eps": 1e-5,
                     "max_gradient_norm": 0.5,

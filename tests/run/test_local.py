@@ -43,7 +43,7 @@ def a_config(out: Path, env: str = "catch", **settings: Any) -> RunConfig:
         "precision": "float32",
         "lockstep": True,
         "tensorboard": False,
-        "total_frames": 4000,
+        "total_frames": 2500,
         "log_interval_s": 1e-9,
         "server": {"num_envs": 8},
         "learning": {"unroll_steps": 7, "batch_unrolls": 6},
@@ -133,16 +133,17 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 
 
 def test_counters_of_a_second_session_go_on(tmp_path: Path) -> None:
-    train(a_config(tmp_path / "run", lockstep=False), on_update=stop_after(10))
+    config = a_config(tmp_path / "run", lockstep=False, log_interval_s=0.05)
+    train(config, on_update=stop_after(10))
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    result = train(resume=tmp_path / "run", changes={"total_frames": 9000})
+    result = train(resume=tmp_path / "run", changes={"total_frames": 4000})
     assert result.finished
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for name in ("env_frames", "agent_steps", "updates", "samples", "episodes", "elapsed_s"):
         values = [row[name] for row in rows]
         assert values == sorted(values), name
         assert values[-1] > first[name] > 0, name
-    assert rows[-1]["env_frames"] >= 9000
+    assert rows[-1]["env_frames"] >= 4000
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "resumed from" in log
     assert "new episodes start" in log
@@ -189,9 +190,11 @@ def test_overlapped_training(tmp_path: Path) -> None:
     assert isinstance(result, TrainResult)
     assert result.finished
     assert seen == list(range(1, len(seen) + 1))
-    assert result.metrics["env_frames"] >= 4000
+    assert result.metrics["env_frames"] >= 2500
     assert result.metrics["eval_episodes"] > 0
-    assert saved == [newest(tmp_path / "run").path]
+    # One before the first update, to go on from if that one diverges, and one at the end.
+    assert [path.name for path in saved[:-1]] == ["agent_steps_000000000000"]
+    assert saved[-1] == newest(tmp_path / "run").path
     assert rows[-1] == result.metrics
     assert not server_threads()
     text = (tmp_path / "run" / "config.toml").read_text()
@@ -204,7 +207,7 @@ def test_checkpoints_come_at_intervals(tmp_path: Path) -> None:
         tmp_path / "run", checkpoint_interval_s=1e-9, keep_checkpoints=2, total_frames=1500
     )
     result = train(config, on_checkpoint=saved.append)
-    assert len(saved) == result.metrics["updates"] + 1
+    assert len(saved) == result.metrics["updates"] + 2
     left = sorted(path for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == sorted(set(saved))[-2:]
 
