@@ -98,21 +98,21 @@ def train_command(argv: list[str]) -> None:
     )
     base = from_dict(layers)
     config = _parse_flags(base, rest, prog="headrace train ENV")
-    _train(config=config, trust_code=True)
+    _train(config=config)
 
 
 def _first_pass(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Reads what decides which other settings there are."""
-    env = argv[0] if argv and not argv[0].startswith("-") else None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--algorithm", "--preset", "--config", "--resume"):
         parser.add_argument(flag)
     parser.add_argument("--trust-code", action="store_true")
     try:
-        chosen, rest = parser.parse_known_args(argv[1:] if env else argv)
+        chosen, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}: see `headrace train --help`") from error
-    chosen.env = env
+    # The one word that is no flag comes before all flags that only the second pass knows.
+    chosen.env = rest.pop(0) if rest and not rest[0].startswith("-") else None
     return chosen, rest
 
 
@@ -121,9 +121,9 @@ TRAIN_HELP = """Trains an agent and leaves everything in a run directory.
     headrace train ENV [--preset NAME] [--config FILE] [--algorithm NAME] [settings]
     headrace train --resume RUN [--total-frames N …]
 
-Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the values
-below are
-those of the preset that ENV takes unasked. Ctrl-C saves and ends; a second one ends at once."""
+Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the
+values below are those of the preset that ENV takes unasked. Ctrl-C saves and ends; a second one
+ends at once."""
 
 
 def _parse_flags(base: RunConfig, argv: list[str], *, prog: str) -> RunConfig:
@@ -141,21 +141,27 @@ def _parse_flags(base: RunConfig, argv: list[str], *, prog: str) -> RunConfig:
 
 
 def _whole_numbers(argv: list[str]) -> list[str]:
-    """Turns 1e7 and 10_000_000 into digits where frames are counted."""
-    out = list(argv)
-    for index, token in enumerate(out[:-1]):
-        if token == "--total-frames":
+    """Turns --total-frames 1e7 and 10_000_000 into digits; frames are counted in millions."""
+    words = [part for word in argv for part in _split_total_frames(word)]
+    for index in range(1, len(words)):
+        if words[index - 1] == "--total-frames":
             try:
-                out[index + 1] = str(int(float(out[index + 1].replace("_", ""))))
+                words[index] = str(int(float(words[index].replace("_", ""))))
             except (ValueError, OverflowError) as error:
                 raise ConfigError(
-                    f"--total-frames must be a number such as 2e7, not {out[index + 1]!r}"
+                    f"--total-frames must be a number such as 2e7, not {words[index]!r}"
                 ) from error
-    return out
+    return words
+
+
+def _split_total_frames(word: str) -> list[str]:
+    flag, equals, value = word.partition("=")
+    if flag not in ("--total-frames", "--total_frames"):
+        return [word]
+    return ["--total-frames", value] if equals else ["--total-frames"]
 
 
 def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
-
     named = [f"--{key}" for key in ("algorithm", "preset", "config") if getattr(chosen, key)]
     if chosen.env or named:
         raise ConfigError(
@@ -164,14 +170,23 @@ def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
     run = RunDirectory.open(Path(chosen.resume))
     base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
     config = _parse_flags(base, rest, prog="headrace train --resume RUN")
-    before, after = to_dict(base), to_dict(config)
-    changes = {key: after[key] for key in after if after[key] != before.get(key)}
-    api.resumed_config(run, changes, trust_code=chosen.trust_code)
+    changes = _difference(to_dict(base), to_dict(config))
     _train(resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
 
 
-def _train(**arguments: Any) -> None:
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `after` sets otherwise, nested as both are."""
+    changes: dict[str, Any] = {}
+    for key, value in after.items():
+        if isinstance(value, dict):
+            nested = _difference(before.get(key, {}), value)
+            changes |= {key: nested} if nested else {}
+        elif value != before.get(key):
+            changes[key] = value
+    return changes
 
+
+def _train(**arguments: Any) -> None:
     prepared = api.prepare(**arguments)
     config, path = prepared.config, prepared.directory.path
     title = f"{config.env} · {config.algorithm} · {path}"

@@ -236,7 +236,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert alive == [True], "the earlier checkpoint must stay"
     assert saved[-1] == newest(tmp_path / "run").path
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.count("could not save (No space left on device)") == 6
+    assert log.count("could not write (No space left on device)") == 6
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:

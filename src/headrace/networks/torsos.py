@@ -94,8 +94,8 @@ class ConvTorso(nn.Module):
             in_channels = channels
             height, width = ((size - kernel) // stride + 1 for size in (height, width))
         self.hidden = nn.Linear(in_channels * height * width, features)
-        # Games change few pixels: at PyTorch's smaller start, features of any two frames are all but
-        # equal, and Pong was no better than random play after a million steps (docs/log.md).
+        # Games change few pixels: at PyTorch's smaller start, the features of any two frames are
+        # all but equal, and value and policy learn little from them (docs/log.md).
         for layer in (*self.convs, self.hidden):
             nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
             nn.init.zeros_(layer.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -66,9 +67,11 @@ def prepare(
     *,
     resume: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
-    trust_code: bool = True,
+    trust_code: bool = False,
 ) -> Prepared:
     """Checks the settings and makes the run directory, or opens that of a run to go on with.
+
+    Code that a new run names is the caller's own; code that an old run names needs `trust_code`.
 
     Raises:
         ConfigError: something is wrong with the settings or the folder.
@@ -79,11 +82,11 @@ def prepare(
         return Prepared(full, run, True, trust_code)
     if config is None or resume is not None:
         raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
-    full = completed(config, trust_code=trust_code)
+    full = completed(config)
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
-    check(full, trust_code=trust_code)
-    return Prepared(full, RunDirectory.create(path, to_toml(full)), False, trust_code)
+    check(full)
+    return Prepared(full, RunDirectory.create(path, to_toml(full)), False, True)
 
 
 def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
@@ -111,7 +114,7 @@ def train(
     on_update: Callable[[int, Mapping[str, Tensor]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
-    trust_code: bool = True,
+    trust_code: bool = False,
 ) -> TrainResult:
     """Trains a new run, or goes on with one.
 
@@ -122,7 +125,7 @@ def train(
         on_update: Called after every update with the number of updates and metrics on the device.
         on_checkpoint: Called after every checkpoint with its folder.
         on_row: Called at every report with the row that metrics.jsonl gets.
-        trust_code: Whether to import code that the settings name from outside headrace.
+        trust_code: On resume: whether to import code that the run names from outside headrace.
 
     Returns:
         The run directory, its last row of metrics, and whether total_frames was reached.
@@ -149,8 +152,16 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
     """
     kept = sorted(set(changes) - FREE_ON_RESUME)
     if kept:
+        names = [kept[0]]
+        while isinstance(inner := _at(changes, names), Mapping) and inner:
+            names.append(min(inner))
         raise ConfigError(
-            f"{kept[0]} belongs to the run and cannot change on --resume; "
+            f"{'.'.join(names)} belongs to the run and cannot change on --resume; "
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
     return from_dict(merged(read_toml(run.config_path), changes), trust_code=trust_code)
+
+
+def _at(values: Mapping[str, Any], names: list[str]) -> Any:
+    """Returns the value at a path of keys."""
+    return functools.reduce(lambda inner, name: inner[name], names, values)

@@ -210,15 +210,22 @@ class Session:
             self._newest = update
             self.hooks.on_update(self.learner.version, update.metrics)
         if self.reporter.due():
-            self.report()
+            with self._goes_on("this row of metrics is lost"):
+                self.report()
         if time.monotonic() - self._saved_s >= self.config.checkpoint_interval_s:
             self._saved_s = time.monotonic()
-            try:
+            with self._goes_on("older checkpoints stand"):
                 self.save()
-            except OSError as error:
-                self.hooks.on_message(
-                    f"could not save ({error.strerror}); training goes on, older checkpoints stand"
-                )
+
+    @contextmanager
+    def _goes_on(self, consequence: str) -> Iterator[None]:
+        """A full disk must not end a run of hours: it is said, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.hooks.on_message(
+                f"could not write ({error.strerror}); training goes on, {consequence}"
+            )
 
     def report(self) -> None:
         """Writes a row of everything that was counted since the last one."""
