@@ -27,7 +27,7 @@ def make_env(name: str, *, num_envs: int = NUM_ENVS, batch_size: int = BATCH, se
 
 def make_pool(name: str, env: Any) -> Pool:
     kind = catalog.environment_family(name).pool
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(env, batch_size=BATCH, max_wait_s=0.0)
+    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(env, batch_size=BATCH)
     return pool
 
 
@@ -212,5 +212,5 @@ def test_close_is_final_and_may_come_twice(pool: Pool) -> None:
 def test_a_batch_size_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="batch_size"):
         catalog.resolve("pool", catalog.POOLS, catalog.environment_family(name).pool)(
-            make_env(name), batch_size=NUM_ENVS + 1, max_wait_s=0.0
+            make_env(name), batch_size=NUM_ENVS + 1
         )

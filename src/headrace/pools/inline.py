@@ -6,9 +6,6 @@ their newest rows in a table by environment. The line of those that wait says wh
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,17 +28,8 @@ class InlinePool:
         env: BatchEnv,
         *,
         batch_size: int,
-        max_wait_s: float = 0.0,
-        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Starts the environments.
-
-        Args:
-            env: the copies.
-            batch_size: rows of every batch.
-            max_wait_s: as of every pool; without effect: at every `receive` a batch is full.
-            now_s: the clock of the line.
-        """
+        """Starts the environments, and gives `batch_size` rows of them at a time."""
         if not 1 <= batch_size <= env.num_envs:
             raise ConfigError(
                 f"batch_size must be in [1, num_envs={env.num_envs}], not {batch_size}"
@@ -56,7 +44,6 @@ class InlinePool:
             name: np.empty_like(getattr(first, name)) for name in _PER_ROW
         }
         self._table["final_observation"] = np.zeros_like(first.observation)
-        self._new_line = partial(Batcher, max_envs=batch_size, max_wait_s=max_wait_s, now_s=now_s)
         self._waiting = self._line(first.env_id)
         self._store(first)
 
@@ -115,7 +102,8 @@ class InlinePool:
         self._lent = np.empty(0, dtype=np.int32)
 
     def _line(self, env_id: NDArray[np.generic]) -> Batcher:
-        line = self._new_line()
+        # At every `receive` all have stepped, so a batch is full and age never decides.
+        line = Batcher(max_envs=self.max_batch, max_wait_s=0.0)
         line.add(env_id.tolist())
         return line
 

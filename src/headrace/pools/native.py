@@ -45,7 +45,6 @@ class NativePool:
         env: NativeEnv,
         *,
         batch_size: int,
-        max_wait_s: float = 0.0,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Takes over the environments, which start at the first `receive`.
@@ -53,7 +52,6 @@ class NativePool:
         Args:
             env: the environments.
             batch_size: that with which they were made.
-            max_wait_s: as of every pool; without effect, as these threads give full batches only.
             now_s: clock of `waiting_since`.
         """
         if batch_size != env.batch_size:
