@@ -1,16 +1,19 @@
 """The logic of captured acting, with a capture that calls the function again in place of CUDA's."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from headrace.config import from_dict
-from headrace.run.build import make_algorithm, make_model
+from headrace.learner.batches import align
+from headrace.run.build import build, make_algorithm, make_model
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import GraphedActor, Outputs, cuda_capture
 from headrace.specs import EnvSpec
+from headrace.telemetry.metrics import Waits
 
 
 def _tensors(outputs: Outputs) -> list[Tensor]:
@@ -75,6 +78,40 @@ def test_a_size_that_was_not_captured_is_refused() -> None:
     state = initial_state(spec, actor.model, 3, torch.device("cpu"))
     with pytest.raises(KeyError):
         captured.act(state, state.stack[:, -1], torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+
+
+def final_values(captured: bool) -> Tensor:
+    """Serves catch, truncated every three steps, and returns the stored values of final frames."""
+    config = from_dict(
+        {
+            "env": "catch",
+            "lockstep": True,
+            "server": {"num_envs": 4},
+            "environment": {"truncate_after": 3},
+            "learning": {"unroll_steps": 8, "batch_unrolls": 4},
+        }
+    )
+    nobody = {"on_episodes": lambda *_: None, "on_eval_episodes": lambda *_: None}
+    parts = build(config, resume_count=0, **nobody)
+    seat, device = parts.training, torch.device("cpu")
+    model: Any = parts.server_model
+    actor = Actor(algorithm=parts.algorithm, model=model, mode="greedy")
+    seat.actor = actor
+    if captured:
+        example = initial_state(parts.spec, model, 1, device)
+        seat.actor = GraphedActor(actor, example, sizes=seat.sizes, capture=called_again)
+    while len(parts.queue) < 4:
+        seat.serve(0, 1.0, Waits())
+    with parts.queue.reading(4, timeout_s=0.0) as slots:
+        batch = align(parts.unrolls.gather(slots))
+    return batch.bootstrap[batch.truncated]
+
+
+def test_values_of_final_observations_outlive_the_next_call() -> None:
+    expected = final_values(captured=False)
+    assert len(expected) > 4
+    assert expected.std() > 0
+    assert torch.equal(final_values(captured=True), expected)
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ class Learner:
         self._weights = weights
         # On a GPU the check is read one update later, when it has long been computed.
         self._defer_check = device.type == "cuda"
-        self._unchecked: Tensor | None = None
+        self._unchecked: tuple[torch.cuda.Event, Tensor] | None = None
         weights.publish(algorithm.model, version)
 
     def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
@@ -66,7 +66,8 @@ class Learner:
         update = self.algorithm.update(batch, progress=progress)
         self._check(update.finite)
         lag = (self.version - batch.version).clamp(0, LAG_BINS - 1).flatten()
-        self.lag_counts += torch.bincount(lag, minlength=LAG_BINS)
+        # Not bincount: on a GPU it waits, to learn how many bins there are.
+        self.lag_counts.scatter_add_(0, lag, torch.ones_like(lag))
         self.version += 1
         self.samples += batch.action.numel()
         self._weights.publish(self.algorithm.model, self.version)
@@ -75,13 +76,20 @@ class Learner:
     def ensure_finite(self) -> None:
         """Reads the check that is still open, before weights are saved."""
         if self._unchecked is not None:
-            finite, self._unchecked = self._unchecked, None
+            (copied, finite), self._unchecked = self._unchecked, None
+            copied.synchronize()
             self._raise_unless(finite)
 
     def _check(self, finite: Tensor) -> None:
-        ready, self._unchecked = (self._unchecked, finite) if self._defer_check else (finite, None)
-        if ready is not None:
-            self._raise_unless(ready)
+        if not self._defer_check:
+            self._raise_unless(finite)
+            return
+        self.ensure_finite()
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(finite, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._unchecked = (copied, host)
 
     def _raise_unless(self, finite: Tensor) -> None:
         if not bool(finite):

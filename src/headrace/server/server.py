@@ -128,7 +128,8 @@ class Seat:
             raise RuntimeError("a truncated step came without its final observation")
         final = self._upload(_padded(step.final_observation, size))
         done, _ = self.actor.act(state, final, reward, torch.zeros_like(reward, dtype=torch.bool))
-        return done.value[: len(step.env_id)]
+        # A copy: a captured actor writes its next outputs where these are.
+        return done.value[: len(step.env_id)].clone()
 
     def _log_episodes(self, step: EnvStep) -> None:
         env = step.env_id
