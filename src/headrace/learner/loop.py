@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Learner:
         self._weights = weights
         # On a GPU the check is read one update later, when it has long been computed.
         self._defer_check = device.type == "cuda"
-        self._unchecked: tuple[torch.cuda.Event, Tensor] | None = None
+        self._unchecked: Callable[[], bool] | None = None
         weights.publish(algorithm.model, version)
 
     def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
@@ -76,24 +77,35 @@ class Learner:
     def ensure_finite(self) -> None:
         """Reads the check that is still open, before weights are saved."""
         if self._unchecked is not None:
-            (copied, finite), self._unchecked = self._unchecked, None
-            copied.synchronize()
-            self._raise_unless(finite)
+            finite, self._unchecked = self._unchecked, None
+            self._raise_unless(finite())
 
     def _check(self, finite: Tensor) -> None:
-        if not self._defer_check:
-            self._raise_unless(finite)
-            return
-        self.ensure_finite()
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(finite, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-        self._unchecked = (copied, host)
+        if self._defer_check:
+            self.ensure_finite()
+            self._unchecked = read_later(finite)
+        else:
+            self._raise_unless(bool(finite))
 
-    def _raise_unless(self, finite: Tensor) -> None:
-        if not bool(finite):
+    def _raise_unless(self, finite: bool) -> None:
+        if not finite:
             raise TrainingDiverged(
                 f"the loss or its gradient was not finite at update {self.version}: "
                 "lower --learning-rate or --max-gradient-norm, or try --precision float32"
             )
+
+
+def read_later(flag: Tensor) -> Callable[[], bool]:
+    """Starts copying a flag to the host; what it returns waits for that copy only."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(host)
+
+    return read
