@@ -58,11 +58,12 @@ def import_attribute(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"cannot import the {kind} {target!r}: no module {error.name!r}"
+            f"cannot import the {kind} {target!r}: {error} (a module in this folder is found with "
+            "PYTHONPATH=.)"
         ) from error
-    if not hasattr(module, attribute):
+    if not attribute or not hasattr(module, attribute):
         raise ConfigError(
             f"cannot import the {kind} {target!r}: {module_name} has no {attribute!r}"
         )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from headrace import __version__, catalog, presets
 from headrace.bench import command
-from headrace.config import RunConfig, from_dict, merged, read_toml, to_dict
+from headrace.config import RunConfig, from_dict, merged, read_toml
 from headrace.envs import atari
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
 from headrace.run import api
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command(arguments[1:])
     except ConfigError as error:
         _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
     except (HeadraceError, OSError) as error:
         code = _fail_code(error)
         if isinstance(error, DeadlineExceeded):
@@ -170,7 +172,7 @@ def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
     run = RunDirectory.open(Path(chosen.resume))
     base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
     config = _parse_flags(base, rest, prog="headrace train --resume RUN")
-    changes = _difference(to_dict(base), to_dict(config))
+    changes = _difference(dataclasses.asdict(base), dataclasses.asdict(config))
     _train(resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
 
 
@@ -198,8 +200,8 @@ def _train(**arguments: Any) -> None:
             on_message=display.message,
         )
         result = api.start(prepared, hooks)
-    end = "done" if result.finished else "stopped and saved"
-    print(f"{end}; go on with: headrace train --resume {result.run}")
+    end, more = ("done", " --total-frames MORE") if result.finished else ("stopped and saved", "")
+    print(f"{end}; go on with: headrace train --resume {result.run}{more}")
     print(f"evaluate and film: headrace eval {result.run} --video agent.mp4")
     print(f"curves: tensorboard --logdir {result.run}")
 
@@ -237,6 +239,11 @@ def eval_command(argv: list[str]) -> None:
     if arguments.video and not arguments.video.endswith(".mp4"):
         raise ConfigError(f"--video must name an .mp4 file, not {arguments.video!r}")
     policy = load(arguments.run, trust_code=arguments.trust_code, device=arguments.device)
+    filmed: dict[str, Any] = {}
+    if arguments.video:  # first, so that a path that cannot be written costs no episodes
+        path = Path(arguments.video)
+        value = film(policy, path, mode=arguments.mode, epsilon=arguments.epsilon)
+        filmed = {"video": arguments.video, "video_return": value}
     result = evaluate(
         policy,
         episodes=arguments.episodes,
@@ -250,12 +257,8 @@ def eval_command(argv: list[str]) -> None:
         "agent_steps": policy.agent_steps,
         "mode": arguments.mode,
         **result.summary(),
+        **filmed,
     }
-    if arguments.video:
-        summary["video"] = arguments.video
-        summary["video_return"] = film(
-            policy, Path(arguments.video), mode=arguments.mode, epsilon=arguments.epsilon
-        )
     if arguments.json:
         print(json.dumps(summary))
         return

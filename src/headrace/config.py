@@ -114,7 +114,7 @@ def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfi
         ConfigError: names the key that is unknown, or whose value has the wrong type.
     """
     if "env" not in values:
-        raise ConfigError("no environment: name one, such as `headrace train ALE/Pong-v5`")
+        raise ConfigError("no environment: name it first, as in `headrace train ALE/Pong-v5`")
     known = {"algorithm": RunConfig.__dataclass_fields__["algorithm"].default, **values}
     for name in ("env", "algorithm"):
         _checked(str, known[name], name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Sets `table[index] = rows`; `index` [N] has no number twice.
+    """Sets `table[index] = rows`; where `index` [N] has a number twice, either row may stay.
 
     On a CPU, PyTorch's index_copy_ copies element by element, which for frames of bytes is 17 times
     slower than numpy, which copies whole rows (docs/log.md).

@@ -148,7 +148,7 @@ def actions_at_a_seat(
     )
     waits = Waits()
     while len(pool.actions) < steps:
-        seat.serve(0, 1.0, waits)
+        seat.serve(lambda: 0, 1.0, waits)
     pool.close()
     return pool.actions
 

@@ -101,7 +101,7 @@ def final_values(captured: bool) -> Tensor:
         example = initial_state(parts.spec, model, 1, device)
         seat.actor = GraphedActor(actor, example, sizes=seat.sizes, capture=called_again)
     while len(parts.queue) < 4:
-        seat.serve(0, 1.0, Waits())
+        seat.serve(lambda: 0, 1.0, Waits())
     with parts.queue.reading(4, timeout_s=0.0) as slots:
         batch = align(parts.unrolls.gather(slots))
     return batch.bootstrap[batch.truncated]

@@ -205,14 +205,14 @@ def test_any_stream_equals_the_model(seed: int) -> None:
     models = [Plain() for _ in range(NUM_ENVS)]
     waits = Waits()
     for number, step in enumerate(steps):
-        assert seat.serve(number, 0.0, waits) == len(step.env_id)
+        assert seat.serve(lambda number=number: number, 0.0, waits) == len(step.env_id)
         row = notes.rows[-1]
         assert row["version"] == number
         assert len(row["frames"]) == len(step.env_id), "padding must not be stored"
         assert (row["bootstrap"] is None) == (not step.truncated.any())
         for i, env in enumerate(step.env_id):
             assert_row(models[env], step, i, row, script.actions[-1][i])
-    assert seat.serve(0, 0.0, waits) == 0
+    assert seat.serve(lambda: 0, 0.0, waits) == 0
     assert seat.agent_steps == sum(len(step.env_id) for step in steps)
     for env, model in enumerate(models):
         assert [row[1:] for row in ended if row[0] == env] == model.ended
@@ -224,9 +224,9 @@ def test_a_first_observation_ends_nothing_whatever_it_brings() -> None:
     step = a_step([0, 1], [1, 1], reset=[True, True], reward=np.array([5, 5], np.float32))
     after = a_step([0, 1], [2, 2], reset=[True, False], reward=np.array([1, 2], np.float32))
     seat = make_seat(Script([step, after]), Notes(), ended)
-    seat.serve(0, 0.0, Waits())
+    seat.serve(lambda: 0, 0.0, Waits())
     assert ended == []
-    seat.serve(0, 0.0, Waits())
+    seat.serve(lambda: 0, 0.0, Waits())
     assert ended == [(0, 1.0, 1)]
 
 
@@ -242,7 +242,7 @@ def test_a_lost_life_clears_nothing_and_ends_no_return() -> None:
     notes = Notes()
     seat = make_seat(Script(steps), notes, ended)
     for _ in steps:
-        seat.serve(0, 0.0, Waits())
+        seat.serve(lambda: 0, 0.0, Waits())
     assert [row["recurrent"].item() for row in notes.rows] == [0, 1, 4, 0]
     assert [row["previous_action"].item() >= 0 for row in notes.rows] == [False, True, True, False]
     assert ended == [(0, 3.0, 3)]
@@ -251,12 +251,12 @@ def test_a_lost_life_clears_nothing_and_ends_no_return() -> None:
 def test_a_truncation_needs_its_final_observation() -> None:
     steps = [a_step([0], [1], reset=[True], truncated=[True])]
     with pytest.raises(RuntimeError, match="without its final observation"):
-        make_seat(Script(steps), Notes(), []).serve(0, 0.0, Waits())
+        make_seat(Script(steps), Notes(), []).serve(lambda: 0, 0.0, Waits())
 
 
 def test_evaluation_asks_for_no_bootstrap() -> None:
     steps = [a_step([0], [1], reset=[True], truncated=[True])]
-    assert make_seat(Script(steps), None, []).serve(0, 0.0, Waits()) == 1
+    assert make_seat(Script(steps), None, []).serve(lambda: 0, 0.0, Waits()) == 1
 
 
 def test_padding_sizes_hold_every_batch() -> None:
@@ -274,16 +274,16 @@ def test_a_saved_seat_goes_on_as_it_would_have() -> None:
     notes.state_dict = dict  # type: ignore[attr-defined]
     notes.load_state_dict = lambda _: None  # type: ignore[attr-defined]
     for _ in range(40):
-        seat.serve(0, 0.0, Waits())
+        seat.serve(lambda: 0, 0.0, Waits())
     before = len(ended)
     twin_ended: list[tuple[int, float, int]] = []
     rest = Script(steps[40:])
     twin = make_seat(rest, notes, twin_ended)
     twin.load_state_dict(seat.state_dict())
     for _ in range(40):
-        twin.serve(0, 0.0, Waits())
+        twin.serve(lambda: 0, 0.0, Waits())
     for _ in range(40):
-        seat.serve(0, 0.0, Waits())
+        seat.serve(lambda: 0, 0.0, Waits())
     assert rest.actions == whole.actions[40:]
     assert twin_ended == ended[before:]
 
@@ -333,7 +333,7 @@ def test_a_server_that_waits_for_the_learner_still_ends() -> None:
 def test_the_state_of_no_other_environment_is_touched() -> None:
     steps = [a_step([1], [5], reset=[True])]
     seat = make_seat(Script(steps), Notes(), [])
-    seat.serve(0, 0.0, Waits())
+    seat.serve(lambda: 0, 0.0, Waits())
     table = seat._table.gather(torch.arange(NUM_ENVS))
     start: PolicyState = initial_state(SPEC, Sums(), NUM_ENVS, CPU)
     others = [0, 2, 3, 4]

@@ -23,6 +23,7 @@ from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
     learning_rate_at,
+    load_optimizer,
     make_optimizer,
 )
 from headrace.errors import ConfigError
@@ -152,7 +153,7 @@ class Impala:
         )
         policy_loss = losses.policy_gradient_loss(log_prob_TB, targets.advantage_TB)
         value_loss = losses.value_loss(value_UB[:-1], targets.value_TB)
-        entropy = distributions.entropy(logits_TBA).mean()
+        entropy = losses.mean_entropy(logits_TBA)
         entropy_loss, alpha = self._entropy_loss(entropy)
         total = policy_loss + config.value_cost * value_loss + entropy_loss
         return total, {
@@ -190,7 +191,7 @@ class Impala:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self._optimizer, state["optimizer"])
         if self._log_alpha is not None:
             with torch.no_grad():
                 self._log_alpha.copy_(state["log_alpha"])

@@ -143,6 +143,19 @@ def make_optimizer(params: Iterable[Tensor], config: OptimizerConfig) -> Optimiz
     )
 
 
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores an optimiser's state in the memory layout of its parameters.
+
+    Checkpoints hold plain row-major tensors, and fused kernels walk parameter and moments side by
+    side in memory: beside a channels_last weight, a row-major moment would meet the wrong numbers.
+    """
+    optimizer.load_state_dict(state)
+    for param, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                moments[name] = torch.empty_like(param).copy_(value)
+
+
 def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
     """Returns the step size when the share `progress` in [0, 1] of the run is done."""
     if config.learning_rate_schedule == "linear":

@@ -39,6 +39,7 @@ from headrace.run.build import Parts, build, make_pool, network_name
 from headrace.run.local import train_overlapped
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory, usable_cores
+from headrace.run.warmup import warm_up
 from headrace.telemetry.metrics import EpisodeStats, Waits
 
 
@@ -209,6 +210,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         )
         stack.callback(parts.training.pool.close)
         torch.set_num_threads(parts.compute.threads)
+        if parts.compute.device.type == "cuda" or parts.compute.compiled:
+            warm_up(parts)
         window = train(parts, warmup_s=arguments.warmup_s, seconds=arguments.seconds)
         parts.training.pool.close()  # its threads would take the ceilings' time
         torch.set_num_threads(1)

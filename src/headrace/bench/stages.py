@@ -187,7 +187,7 @@ class ServerAlone:
 
     def serve(self) -> int:
         """Answers one batch; returns its agent steps."""
-        return self._seat.serve(self._weights.pull(), 0.0, self._waits)
+        return self._seat.serve(self._weights.pull, 0.0, self._waits)
 
     def serve_and_drop(self) -> int:
         """Answers one batch and frees the unrolls that it filled; returns its agent steps."""

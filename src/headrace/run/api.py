@@ -76,6 +76,8 @@ def prepare(
     Raises:
         ConfigError: something is wrong with the settings or the folder.
     """
+    if changes and resume is None:
+        raise ConfigError("changes are for resume=RUN: change the config of a new run itself")
     if resume is not None and config is None:
         run = RunDirectory.open(Path(resume))
         full = resumed_config(run, changes or {}, trust_code=trust_code)

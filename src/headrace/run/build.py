@@ -167,6 +167,10 @@ def build(
         ConfigError: settings that do not fit each other.
     """
     compute = choose_compute(config)
+    if compute.device.type == "cuda":
+        torch.cuda.set_device(compute.device)  # where events and streams are made
+    if compute.compiled:
+        torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)

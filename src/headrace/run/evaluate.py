@@ -85,7 +85,7 @@ def evaluate(
     waits, last_s = Waits(), time.monotonic()
     try:
         while quota.any():
-            if seat.serve(0, 1.0, waits):
+            if seat.serve(lambda: 0, 1.0, waits):
                 last_s = time.monotonic()
             elif time.monotonic() - last_s > _SILENCE_S:
                 raise DeadlineExceeded(f"{policy.spec.name} gave no step for {_SILENCE_S:.0f} s")

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headrace.config import RunConfig
+from headrace.config import RunConfig, to_toml
 from headrace.errors import DeadlineExceeded
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
@@ -118,11 +118,12 @@ def run_training(
         for seat in parts.seats:
             stack.callback(seat.pool.close)
         torch.set_num_threads(parts.compute.threads)
-        if checkpoint is not None:
-            saving.restore(parts, checkpoint, hooks.on_message)
         if parts.compute.device.type == "cuda" or parts.compute.compiled:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
             warm_up(parts)
+        if checkpoint is not None:  # after the warm-up, which draws random numbers
+            saving.restore(parts, checkpoint, hooks.on_message)
+            run.rewrite_config(to_toml(config))
         learner = Learner(
             parts.algorithm,
             parts.unrolls,
@@ -142,7 +143,8 @@ def run_training(
             agent_steps=before.agent_steps,
             elapsed_s=before.elapsed_s,
         )
-        writer = stack.enter_context(MetricsWriter(run, config.tensorboard))
+        resumed_at = reporter.env_frames if resume else None
+        writer = stack.enter_context(MetricsWriter(run, config.tensorboard, resumed_at))
         session = Session(
             config=config,
             run=run,
@@ -159,8 +161,8 @@ def run_training(
             session.save()  # so that there is something to go back to, however early the end
         drive = train_in_lockstep if config.lockstep else train_overlapped
         drive(session)
-        session.report()
         session.save()
+        session.report()
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
 
 
@@ -230,9 +232,9 @@ class Session:
     def report(self) -> None:
         """Writes a row of everything that was counted since the last one."""
         self.last_row = self.reporter.row(self._newest)
+        self.hooks.on_row(self.last_row)
         histograms = {"policy_lag_histogram": self.reporter.lag_histogram}
         self.writer.write(self.reporter.env_frames, self.last_row, histograms)
-        self.hooks.on_row(self.last_row)
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -252,7 +254,7 @@ def train_in_lockstep(session: Drivable) -> None:
             session.learn(timeout_s=0.0)
             continue
         for seat in parts.seats:
-            seat.serve(parts.weights.pull(), _POLL_S, session.waits)
+            seat.serve(parts.weights.pull, _POLL_S, session.waits)
 
 
 def train_overlapped(session: Drivable) -> None:
@@ -280,6 +282,8 @@ def train_overlapped(session: Drivable) -> None:
     finally:
         ended.set()
         server.join(_JOIN_S)
+    if failed.done():  # between the last look and the end
+        failed.result()
 
 
 def check_alive(pool: Pool) -> None:

@@ -94,6 +94,7 @@ class Reporter:
             "server_turnaround_ms_p50": median_s * 1000,
             "server_turnaround_ms_p99": slow_s * 1000,
             "unrolls_waiting": len(parts.queue),
+            "unrolls_dropped": parts.unrolls.dropped_unrolls,
             "precision": str(parts.compute.precision).removeprefix("torch."),
         }
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}

@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
         ConfigError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(
             f"no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs; say --device auto"
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

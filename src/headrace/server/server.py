@@ -77,15 +77,18 @@ class Seat:
         self._return = np.zeros(pool.num_envs, np.float64)
         self._length = np.zeros(pool.num_envs, np.int64)
 
-    def serve(self, version: int, timeout_s: float, waits: Waits) -> int:
-        """Answers the environments that are due; returns how many, 0 if none was in `timeout_s`."""
+    def serve(self, pull: Callable[[], int], timeout_s: float, waits: Waits) -> int:
+        """Answers the environments that are due; returns how many, 0 if none was in `timeout_s`.
+
+        `pull` gets the weights and their version: after the wait, so that they are the newest.
+        """
         before_s = time.perf_counter()
         step = self.pool.receive(timeout_s)
         start_s = time.perf_counter()
         waits.add("server_for_environments", start_s - before_s)
         if step is None:
             return 0
-        action = self._answer(step, version)
+        action = self._answer(step, pull())
         # Before the reply, which gives the arrays of `step` back to the pool.
         self._log_episodes(step)
         count = len(step.env_id)
@@ -175,7 +178,7 @@ def run_server(
     """Serves the seats in turn until `stop`; waits while the learner is behind by a full queue."""
     while not stop.is_set():
         for seat in seats:
-            seat.serve(weights.pull(), timeout_s, waits)
+            seat.serve(weights.pull, timeout_s, waits)
         before_s = time.perf_counter()
         while not queue.wait_for_space(_QUEUE_POLL_S) and not stop.is_set():
             pass

@@ -1,7 +1,7 @@
 """The run directory: what a run leaves on disk, and who may write there.
 
 ```
-runs/NAME/  config.toml  metrics.jsonl  tensorboard/  checkpoints/  videos/  log.txt  lock
+runs/NAME/  config.toml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  lock
 ```
 """
 
@@ -34,7 +34,6 @@ class RunDirectory:
         self.log_path = path / "log.txt"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self.videos = path / "videos"
 
     @classmethod
     def create(cls, path: Path, config_text: str) -> Self:
@@ -69,6 +68,12 @@ class RunDirectory:
         if not run.config_path.is_file():
             raise ConfigError(f"{path} is not a run: it has no config.toml; check the path")
         return run
+
+    def rewrite_config(self, config_text: str) -> None:
+        """Puts new settings in place of the old, whole or not at all: those of a resumed run."""
+        temporary = self.config_path.with_suffix(".toml.new")
+        temporary.write_text(config_text, encoding="utf-8")
+        temporary.replace(self.config_path)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -121,11 +126,18 @@ else:
 class MetricsWriter:
     """Appends rows to metrics.jsonl and, if wanted, to TensorBoard. One thread writes."""
 
-    def __init__(self, run: RunDirectory, tensorboard: bool = True) -> None:
-        """Opens both for appending; cuts off the line that a killed run left half written."""
+    def __init__(
+        self, run: RunDirectory, tensorboard: bool = True, resumed_at: int | None = None
+    ) -> None:
+        """Opens both for appending; cuts off the line that a killed run left half written.
+
+        A run that was killed has rows from after its checkpoint: in metrics.jsonl they stay, with
+        those of the resumed run behind them; TensorBoard hides what lies beyond `resumed_at`
+        env_frames.
+        """
         _cut_half_line(run.metrics_path)
         self._file = run.metrics_path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(run.tensorboard) if tensorboard else None
+        self._tensorboard = _open_tensorboard(run.tensorboard, resumed_at) if tensorboard else None
 
     def __enter__(self) -> Self:
         return self
@@ -187,11 +199,11 @@ def _is_wild(value: float | int | str) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def _open_tensorboard(folder: Path, purge_step: int | None) -> Any:
     # Imported here: it takes a second, and a run without curves need not have it.
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
-    return SummaryWriter(log_dir=str(folder), flush_secs=30)
+    return SummaryWriter(log_dir=str(folder), flush_secs=30, purge_step=purge_step)
 
 
 def _cut_half_line(path: Path) -> None:

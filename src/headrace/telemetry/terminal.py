@@ -258,7 +258,7 @@ def _learning(row: Row) -> Table:
     for label, name in (
         ("policy loss", "loss/policy"),
         ("value loss", "loss/value"),
-        ("entropy loss", "loss/entropy"),
+        ("entropy, nats", "loss/entropy"),
         ("gradient norm", "gradient_norm"),
         ("learning rate", "learning_rate"),
     ):
