@@ -55,7 +55,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
     ("argv", "message"),
     [
         (["trian", "catch"], "no command 'trian'; did you mean train?"),
-        (["train"], "no environment: name one"),
+        (["train"], "no environment: name it first"),
         (["train", "katch"], "no environment named 'katch'; did you mean catch?"),
         (["train", "pong"], "no environment named 'pong'; did you mean ALE/Pong-v5?"),
         (["train", "catch", "--preset", "cach"], "no preset named 'cach'; did you mean catch?"),

@@ -25,9 +25,7 @@ def make_pool(name: str, *, num_envs: int, seed: int, config: Any = None) -> Poo
     family = catalog.environment_family(name)
     settings = config or family.config_type()
     env = family.make(name, settings, num_envs=num_envs, batch_size=num_envs, threads=2, seed=seed)
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, family.pool)(
-        env, batch_size=num_envs, max_wait_s=0.0
-    )
+    pool: Pool = catalog.resolve("pool", catalog.POOLS, family.pool)(env, batch_size=num_envs)
     return pool
 
 
