@@ -210,7 +210,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         )
         stack.callback(parts.training.pool.close)
         torch.set_num_threads(parts.compute.threads)
-        if parts.compute.device.type == "cuda" or parts.compute.compiled:
+        if parts.compute.needs_warm_up:
             warm_up(parts)
         window = train(parts, warmup_s=arguments.warmup_s, seconds=arguments.seconds)
         parts.training.pool.close()  # its threads would take the ceilings' time

@@ -33,6 +33,11 @@ class Compute(NamedTuple):
     threads: int  # of each compute stage
     compiled: bool
 
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether there is something to compile or capture before other threads start."""
+        return self.compiled or self.device.type == "cuda"
+
 
 class Parts(NamedTuple):
     """What a run on one machine is made of."""

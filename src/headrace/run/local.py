@@ -118,7 +118,7 @@ def run_training(
         for seat in parts.seats:
             stack.callback(seat.pool.close)
         torch.set_num_threads(parts.compute.threads)
-        if parts.compute.device.type == "cuda" or parts.compute.compiled:
+        if parts.compute.needs_warm_up:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
             warm_up(parts)
         if checkpoint is not None:  # after the warm-up, which draws random numbers
