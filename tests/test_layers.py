@@ -27,6 +27,7 @@ LAYERS = (
     ("ops",),
     ("algorithms.base",),
     ("records", "specs"),
+    ("steps",),
     ("tree", "rows"),
     ("errors",),
 )

@@ -9,30 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
-
-
-class EnvStep(NamedTuple):
-    """WORKERS -> SERVER. Row i is what environment `env_id[i]` showed on arrival."""
-
-    env_id: NDArray[np.int32]  # [N] global slot, stable for the life of the run
-    run_id: NDArray[np.int64]  # [N] changes when the environment was started anew (a worker died)
-    observation: NDArray[
-        np.generic
-    ]  # [N, ...] a single frame; after an end, the first of the next episode
-    reward: NDArray[np.float32]  # [N] reward of the step just made, raw
-    reset: NDArray[np.bool_]  # [N] this observation is the first of an episode
-    terminated: NDArray[
-        np.bool_
-    ]  # [N] the step before ended the MDP (or a life): bootstrap from zero
-    truncated: NDArray[
-        np.bool_
-    ]  # [N] the step before met the clock: bootstrap from the final observation
-    final_observation: (
-        NDArray[np.generic] | None
-    )  # [N, ...] valid where terminated or truncated with reset
 
 
 class PolicyState(NamedTuple):
@@ -40,7 +17,7 @@ class PolicyState(NamedTuple):
 
     stack: Tensor  # [N, K, ...] newest K observations, newest last, zeros before the episode began
     recurrent: tuple[Tensor, ...]  # each [N, ...]; empty for a feed-forward network
-    previous_action: Tensor  # [N] int64; -1 at the start of an episode
+    previous_action: Tensor  # [N, ...] int64, -1 at the start of an episode; or float32, 0 there
 
 
 class PolicyInput(NamedTuple):
@@ -48,16 +25,18 @@ class PolicyInput(NamedTuple):
 
     observation: Tensor  # [U, B, K, ...] stacked, in the dtype of the environment
     reward: Tensor  # [U, B] float32 raw reward of the step that led here, 0 where reset
-    previous_action: Tensor  # [U, B] int64, -1 where reset
+    previous_action: Tensor  # [U, B, ...] int64, -1 where reset; or float32, 0 where reset
     reset: Tensor  # [U, B] bool: recurrent state is cleared before this row
+    action_mask: Tensor | None = None  # [U, B, A] bool: actions that are allowed
 
 
 class PolicyStep(NamedTuple):
     """SERVER: what was done at one row."""
 
-    action: Tensor  # [N] int64
+    action: Tensor  # [N] int64, [N, D] int64, or [N, D] float32: what the learner learns from
     log_prob: Tensor  # [N] float32 log-probability of the action under the behaviour policy
     value: Tensor  # [N] float32 value estimate, unnormalised
+    env_action: Tensor | None = None  # [N, D] what the environment is told, if not `action` itself
 
 
 class Unrolls(NamedTuple):
@@ -73,11 +52,12 @@ class Unrolls(NamedTuple):
     terminated: Tensor  # [U, B] bool
     truncated: Tensor  # [U, B] bool
     bootstrap: Tensor  # [U, B] float32 value of the final observation; valid where truncated
-    previous_action: Tensor  # [U, B] int64, -1 where reset
-    action: Tensor  # [U, B] int64
+    previous_action: Tensor  # [U, B, ...] as in PolicyInput
+    action: Tensor  # [U, B, ...] as in PolicyStep
     log_prob: Tensor  # [U, B] float32, behaviour policy
     version: Tensor  # [U, B] int64 update that made the weights that acted
     recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0
+    action_mask: Tensor | None = None  # [U, B, A] bool
 
 
 class Batch(NamedTuple):
@@ -85,7 +65,7 @@ class Batch(NamedTuple):
 
     inputs: PolicyInput  # [U, B, ...] by arrival: what the network sees
     recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0
-    action: Tensor  # [T, B] int64
+    action: Tensor  # [T, B, ...] as in PolicyStep
     log_prob: Tensor  # [T, B] float32, behaviour policy
     reward: Tensor  # [T, B] float32 raw reward that the action earned
     terminated: Tensor  # [T, B] bool: the action ended the MDP (or a life)

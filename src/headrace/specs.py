@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import gymnasium as gym
+import numpy as np
 
 from headrace.errors import ConfigError
+
+ActionSpace = gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.Box
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,27 +21,76 @@ class EnvSpec:
     """The name that a user types, such as ALE/Pong-v5."""
     observation_space: gym.spaces.Box
     """One observation as the pool delivers it: a single frame, never a stack."""
-    action_space: gym.spaces.Discrete
-    """Actions as the pool takes them; the first is 0."""
+    action_space: ActionSpace
+    """Actions as the pool takes them: Discrete from 0, a vector of such choices (MultiDiscrete,
+    also for MultiBinary), or a vector of float32 with finite bounds (Box)."""
     action_repeat: int = 1
     """env_frames per agent step."""
     frame_stack: int = 1
     """Newest observations that the policy sees at once; stacked where the policy runs."""
+    structure: gym.Space[object] | None = None
+    """The environment's own observation space, if `observation_space` is its bytes (`tree`)."""
+    has_action_mask: bool = False
+    """Whether every step says which actions are allowed."""
 
     def __post_init__(self) -> None:
-        if self.action_space.start != 0:
-            raise ConfigError(
-                f"{self.name}: actions must start at 0, not {self.action_space.start}"
-            )
+        space = self.action_space
+        if not isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.Box):
+            raise ConfigError(f"{self.name}: actions of {type(space).__name__} are not supported")
+        if isinstance(space, gym.spaces.Box):
+            bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+            if space.dtype != np.float32 or len(space.shape) != 1 or not bounded:
+                raise ConfigError(
+                    f"{self.name}: continuous actions must be a vector of float32 with finite "
+                    f"bounds, not {space}"
+                )
+        elif np.any(space.start != 0):
+            raise ConfigError(f"{self.name}: actions must start at 0, not {space.start}")
         if self.frame_stack < 1 or self.action_repeat < 1:
             raise ConfigError(f"{self.name}: frame_stack and action_repeat must be at least 1")
 
     @property
+    def action_choices(self) -> tuple[int, ...]:
+        """Number of choices of each discrete component; empty where actions are continuous."""
+        space = self.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            return (int(space.n),)
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            return tuple(int(count) for count in space.nvec)
+        return ()
+
+    @property
     def num_actions(self) -> int:
-        """Number of discrete actions."""
+        """Number of actions.
+
+        Raises:
+            ConfigError: they are not one discrete choice.
+        """
+        if not isinstance(self.action_space, gym.spaces.Discrete):
+            raise ConfigError(f"{self.name}: needs discrete actions, not {self.action_space}")
         return int(self.action_space.n)
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of one action: () for Discrete, [D] else."""
+        return tuple(self.action_space.shape or ())
+
+    @property
+    def action_dtype(self) -> type[np.int64] | type[np.float32]:
+        """Of actions on their way to a pool: int64, or float32 where they are continuous."""
+        return np.float32 if isinstance(self.action_space, gym.spaces.Box) else np.int64
+
+    @property
+    def action_mask_size(self) -> int:
+        """A of an action mask: choices of all components; 0 where steps have none."""
+        return sum(self.action_choices) if self.has_action_mask else 0
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
         """Shape [K, ...] of what the policy sees, K = frame_stack."""
         return (self.frame_stack, *self.observation_space.shape)
+
+    @property
+    def observation_size(self) -> int:
+        """Numbers in one observation."""
+        return math.prod(self.observation_space.shape)

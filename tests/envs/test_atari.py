@@ -13,8 +13,8 @@ from headrace.envs import atari
 from headrace.envs.atari import ATARI, AtariConfig, games
 from headrace.envs.atari_vector import AtariVector
 from headrace.errors import ConfigError
-from headrace.records import EnvStep
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 pytest.importorskip("ale_py")
 

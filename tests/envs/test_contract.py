@@ -9,7 +9,7 @@ import pytest
 from headrace import catalog
 from headrace.errors import ConfigError
 from headrace.pools.base import Pool
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 NAMES = ["ALE/Pong-v5", "catch", "recall"]
 

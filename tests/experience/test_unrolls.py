@@ -16,8 +16,9 @@ from torch import Tensor
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.batches import align
-from headrace.records import EnvStep, PolicyStep, Unrolls
+from headrace.records import PolicyStep, Unrolls
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 CPU = torch.device("cpu")
 

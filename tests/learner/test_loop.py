@@ -15,8 +15,9 @@ from headrace.errors import TrainingDiverged
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.loop import LAG_BINS, Learner
-from headrace.records import Batch, EnvStep, PolicyStep, Update
+from headrace.records import Batch, PolicyStep, Update
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Waits
 from headrace.weights import Weights
 

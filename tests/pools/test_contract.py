@@ -10,7 +10,7 @@ import pytest
 from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.base import Pool
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 NUM_ENVS, BATCH = 4, 2
 NAMES = ["ALE/Pong-v5", "catch", "recall"]

@@ -6,7 +6,7 @@ import pytest
 from headrace import catalog
 from headrace.pools.base import Restorable
 from headrace.pools.inline import InlinePool
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 
 def make_pool(name: str, *, seed: int = 3) -> InlinePool:

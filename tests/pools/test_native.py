@@ -7,7 +7,7 @@ import pytest
 
 from headrace.envs.catch import CATCH, CatchConfig
 from headrace.pools.native import NativePool
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 
 class SelfStepping:

@@ -7,7 +7,7 @@ from headrace.envs.catch import CATCH, CatchConfig
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.pools.inline import InlinePool
 from headrace.pools.single import PoolEnv
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 
 def make_pool(*, num_envs: int = 1, truncate_after: int = 0) -> InlinePool:

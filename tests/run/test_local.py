@@ -26,9 +26,9 @@ from headrace.learner import checkpoint
 from headrace.learner.loop import Learner
 from headrace.pools.inline import InlinePool
 from headrace.presets import find
-from headrace.records import EnvStep
 from headrace.run import local, saving
 from headrace.run.local import check_alive
+from headrace.steps import EnvStep
 from headrace.telemetry.record import RunDirectory, read_metrics
 
 # What a clock decides, and so differs between two runs that are otherwise the same.

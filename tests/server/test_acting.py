@@ -15,12 +15,13 @@ from headrace.algorithms.base import ActionMode
 from headrace.config import RunConfig, completed
 from headrace.networks.models import NetworkConfig
 from headrace.pools.base import Pool
-from headrace.records import EnvStep, PolicyInput, PolicyState, PolicyStep
+from headrace.records import PolicyInput, PolicyState, PolicyStep
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.policy import Policy
 from headrace.server.acting import Actor, cleared, initial_state
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Waits
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from headrace.errors import PeerLost
 from headrace.experience.fifo import SlotQueue
-from headrace.records import EnvStep, PolicyInput, PolicyState, PolicyStep
+from headrace.records import PolicyInput, PolicyState, PolicyStep
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat, batch_sizes, run_server
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Waits
 from headrace.weights import Weights
 

@@ -26,11 +26,11 @@ from headrace.config import RunConfig
 from headrace.errors import DeadlineExceeded
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
-from headrace.records import EnvStep
 from headrace.run.build import Parts, make_unrolls
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Waits
 
 _TIMEOUT_S = 60.0

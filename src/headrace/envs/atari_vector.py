@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.records import EnvStep
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 Info = dict[str, Any]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_], Info]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from headrace.envs.draws import draw, stream_keys
 from headrace.errors import ConfigError
-from headrace.records import EnvStep
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 BEST_RETURN = 1.0
 """Return of an episode where the answer was the cue."""

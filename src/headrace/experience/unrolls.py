@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.experience.fifo import SlotQueue
-from headrace.records import EnvStep, PolicyStep, Unrolls
+from headrace.records import PolicyStep, Unrolls
 from headrace.rows import upload, write_rows
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 HOST_FIELDS = {
     "reward": np.float32,

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.records import EnvStep
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 
 class Pool(Protocol):

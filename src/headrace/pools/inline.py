@@ -15,7 +15,7 @@ from headrace.envs.base import BatchEnv
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.batcher import Batcher
 from headrace.pools.checks import check_action
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 _PER_ROW = ("run_id", "observation", "reward", "reset", "terminated", "truncated")
 
@@ -58,7 +58,7 @@ class InlinePool:
         if len(self._lent):
             raise RuntimeError("receive came twice: reply to the last batch first")
         self._lent = np.array(self._waiting.take(), dtype=np.int32)
-        rows = {name: column[self._lent] for name, column in self._table.items()}
+        rows: dict[str, Any] = {name: column[self._lent] for name, column in self._table.items()}
         step = EnvStep(env_id=self._lent.copy(), **rows)
         ended = step.reset & (step.terminated | step.truncated)
         return step if ended.any() else step._replace(final_observation=None)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.checks import check_action
-from headrace.records import EnvStep
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 
 
 class NativeEnv(Protocol):

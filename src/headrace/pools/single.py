@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.pools.base import Pool
-from headrace.records import EnvStep
+from headrace.steps import EnvStep
 
 
-class PoolEnv(gym.Env[NDArray[np.generic], np.int64]):
+class PoolEnv(gym.Env[Any, Any]):
     """A pool of one environment, whose episodes the pool starts itself.
 
     At an end `step` returns the final observation, and the first of the next episode is held

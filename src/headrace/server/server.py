@@ -25,10 +25,11 @@ from torch import Tensor
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.pools.base import Pool
-from headrace.records import EnvStep, PolicyState
+from headrace.records import PolicyState
 from headrace.rows import upload
 from headrace.server.acting import Acting, cleared
 from headrace.server.state_table import StateTable
+from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Quantiles, Waits
 from headrace.weights import Weights
 
