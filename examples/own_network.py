@@ -6,6 +6,8 @@
 The second command imports this file because it is told to: a run that you were sent names code too.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ class ResidualTorso(nn.Module):
 
 
 def residual(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
-    """Builds the torso for `spec`; heads, and the LSTM if asked for, come with PolicyValueNet."""
-    inputs = int(torch.tensor(spec.stacked_shape).prod())
-    return PolicyValueNet(ResidualTorso(inputs), 64, spec.num_actions, config.lstm_size)
+    """Builds the torso for `spec`.
+
+    Heads for its actions, and by config the LSTM, the normaliser and a second torso, come with
+    PolicyValueNet. Without it: any module that, called with (PolicyInput, recurrent state), returns
+    (PolicyValue, recurrent state), and has `initial_state(batch)`.
+    """
+    return PolicyValueNet(ResidualTorso(math.prod(spec.stacked_shape)), 64, spec, config)

@@ -11,6 +11,7 @@ from headrace.errors import ConfigError
 
 ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
+    "ppo": "headrace.algorithms.ppo:Ppo",
 }
 NETWORKS = {
     "impala_deep": "headrace.networks.models:impala_deep",
@@ -18,14 +19,19 @@ NETWORKS = {
     "mlp": "headrace.networks.models:mlp",
     "nature": "headrace.networks.models:nature",
 }
-ENVIRONMENTS = {  # a name that ends in / stands for all names that begin with it
+ENVIRONMENTS = {  # a name that ends in / or : stands for all names that begin with it
     "ALE/": "headrace.envs.atari:ATARI",
     "catch": "headrace.envs.catch:CATCH",
+    "envpool:": "headrace.envs.envpool:ENVPOOL",
+    "pointmass": "headrace.envs.pointmass:POINTMASS",
     "recall": "headrace.envs.recall:RECALL",
 }
+GYMNASIUM = "headrace.envs.gymnasium:GYMNASIUM"
+"""Family of every other name, and of a user's "module:factory"."""
 POOLS = {
     "inline": "headrace.pools.inline:InlinePool",
     "native": "headrace.pools.native:NativePool",
+    "shm": "headrace.pools.shm:ShmPool",
 }
 
 
@@ -71,19 +77,19 @@ def import_attribute(kind: str, target: str) -> Any:
 
 
 def environment_family(env: str, *, trust_code: bool = True) -> Any:
-    """Returns the `envs.base.Family` of an environment's name."""
+    """Returns the `envs.base.Family` of an environment's name.
+
+    A user's "module:attribute" is a family, or else a factory of Gymnasium environments. Every name
+    that is not ours is taken for a Gymnasium id; its family knows which there are.
+    """
     for name, target in ENVIRONMENTS.items():
-        if name.endswith("/") and env.startswith(name):
+        if name == env or (name.endswith(("/", ":")) and env.startswith(name)):
             return import_attribute("environment", target)
-    names = [name + "<Game>-v5" if name.endswith("/") else name for name in ENVIRONMENTS]
-    if env not in ENVIRONMENTS and ":" not in env:
-        near = difflib.get_close_matches(env.lower(), [name.lower() for name in ENVIRONMENTS], 1)
-        atari = f"ALE/{env[:1].upper()}{env[1:]}-v5"
-        hint = f"did you mean {near[0]}?" if near else f"did you mean {atari}?"
-        raise ConfigError(
-            f"no environment named {env!r}; {hint} Known: {', '.join(names)}; see `headrace envs`"
-        )
-    return resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
+    if ":" in env:
+        own = resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
+        if hasattr(own, "config_type"):
+            return own
+    return import_attribute("environment", GYMNASIUM)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ import tomli_w
 from headrace import catalog
 from headrace.errors import ConfigError
 from headrace.networks.models import NetworkConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.server.settings import ServerConfig
 
 
@@ -43,6 +44,18 @@ class RunConfig:
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the networks. auto: on for a GPU, off for a CPU, where it gains nothing."""
+    pool: Literal["auto", "inline", "shm"] = "auto"
+    """Where environments in Python step: shm, in worker processes; inline, in the server's own
+    thread. auto is what suits the environment, and inline with `lockstep`."""
+    inference: Literal["server", "worker"] = "server"
+    """Where the policy acts: in one server for all, or in each worker on its own copy of the
+    weights (IMPALA)."""
+    max_policy_lag: int | None = None
+    """Updates that the weights behind an unroll may lag when it is learned from; older unrolls are
+    dropped and counted. None for no bound but that of the queue."""
+    turns: bool = False
+    """Server and learner take turns, each with all cores: strictly on-policy, as PPO is published.
+    Else they overlap."""
     lockstep: bool = False
     """One order of everything, bit-identical for one seed; for tests and debugging."""
     compute_threads: int = 0
@@ -57,6 +70,8 @@ class RunConfig:
     """Newest checkpoints that are kept; 0 for all."""
     tensorboard: bool = True
     """Write curves for TensorBoard."""
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    """Worker processes."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """How many environments, and how they are batched."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -74,12 +89,19 @@ class RunConfig:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"
             )
+        if self.max_policy_lag is not None and self.max_policy_lag < 0:
+            raise ConfigError(f"max_policy_lag must be at least 0, not {self.max_policy_lag}")
+        if self.inference == "worker" and (self.lockstep or self.turns):
+            raise ConfigError(
+                "workers that act on their own have no common order: leave out "
+                f"{'--lockstep' if self.lockstep else '--turns'}, or say --inference server"
+            )
 
 
 FREE_ON_RESUME = frozenset(
     {
         *("total_frames", "device", "precision", "compile", "compute_threads", "env_threads"),
-        *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
+        *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard", "workers"),
     }
 )
 """Settings that a resumed run may change; every other one is the run's."""

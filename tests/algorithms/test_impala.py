@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,13 @@ from headrace.algorithms.impala import Impala, ImpalaConfig
 from headrace.algorithms.optimizers import OptimizerConfig
 from headrace.errors import ConfigError
 from headrace.records import Batch, PolicyInput
+from headrace.specs import EnvSpec
 
 STATES, ACTIONS = 10, 3
 
 
 class Output(NamedTuple):
-    logits: Tensor
+    parameters: Tensor
     value: Tensor
 
 
@@ -40,6 +43,17 @@ class Table(nn.Module):
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         return ()
+
+
+SPEC = EnvSpec(
+    name="table",
+    observation_space=gym.spaces.Box(0, STATES, (1,), np.float32),
+    action_space=gym.spaces.Discrete(ACTIONS),
+)
+
+
+def impala_of(model: nn.Module, config: ImpalaConfig | None = None, spec: EnvSpec = SPEC) -> Impala:
+    return Impala(model, config or ImpalaConfig(), spec=spec)
 
 
 def a_batch(state_UB: Tensor, **fields: Any) -> Batch:
@@ -84,7 +98,7 @@ def test_a_clock_that_cuts_episodes_does_not_lower_the_value(reward: float) -> N
     table = Table()
     nn.init.constant_(table.value, 3.0)
     table.logits.requires_grad_(False)  # one policy, so that the value of one policy is learned
-    impala = Impala(table, constant_sgd(discount=discount, value_cost=1.0))
+    impala = impala_of(table, constant_sgd(discount=discount, value_cost=1.0))
     state_UB = (torch.arange(21)[:, None] + torch.arange(5)) % length
     truncated_TB = state_UB[1:] == 0
     updates = 400
@@ -110,7 +124,7 @@ def test_at_the_true_value_a_truncation_asks_for_no_change(reward: float) -> Non
     truth = reward / (1 - discount)
     table = Table()
     nn.init.constant_(table.value, truth)
-    impala = Impala(table, constant_sgd(discount=discount))
+    impala = impala_of(table, constant_sgd(discount=discount))
     state_UB = torch.arange(21)[:, None] % 10
     truncated = state_UB[1:] == 0
     batch = a_batch(
@@ -133,7 +147,7 @@ def test_a_terminated_step_is_worth_its_reward_alone() -> None:
     nn.init.constant_(table.value, 7.0)
     with torch.no_grad():
         table.value[0] = 1.0
-    impala = Impala(table, constant_sgd(discount=0.9))
+    impala = impala_of(table, constant_sgd(discount=0.9))
     # Wrong bootstraps must not get in: only a truncation has one.
     batch = a_batch(
         torch.tensor([[0], [5]]),
@@ -214,7 +228,7 @@ def test_the_loss_is_what_the_paper_writes(settings: dict[str, float]) -> None:
     table, batch = random_batch()
     # Numbers that float32 holds exactly: the discount is one.
     config = ImpalaConfig(**{"discount": 63 / 64, **settings}, entropy_cost=0.03, value_cost=0.4)
-    total, metrics = Impala(table, config).loss(batch)
+    total, metrics = impala_of(table, config).loss(batch)
     policy_loss, value_loss, entropy = by_hand(table, batch, config)
     assert metrics["loss/policy"].item() == pytest.approx(policy_loss, abs=1e-12)
     assert metrics["loss/value"].item() == pytest.approx(value_loss, abs=1e-12)
@@ -227,7 +241,7 @@ def test_the_loss_is_what_the_paper_writes(settings: dict[str, float]) -> None:
 def test_the_gradient_is_that_of_the_published_loss() -> None:
     table, batch = random_batch()
     config = ImpalaConfig(entropy_cost=0.0, value_cost=0.0)
-    Impala(table, config).loss(batch)[0].backward()
+    impala_of(table, config).loss(batch)[0].backward()
     assert table.value.grad is None or not table.value.grad.any(), "the advantage is a constant"
     assert table.logits.grad is not None
     assert table.logits.grad.any()
@@ -247,7 +261,7 @@ def adaptive(target: float, *, start: float = 0.1) -> tuple[Table, Impala]:
         optimizer=optimizer,
     )
     table = Table()
-    return table, Impala(table, config)
+    return table, impala_of(table, config)
 
 
 def bandit_batch(table: Table) -> Batch:
@@ -302,7 +316,7 @@ def test_the_adaptive_weight_is_saved_and_bounded() -> None:
 
 @pytest.mark.parametrize("where", ["observation", "reward", "bootstrap", "log_prob"])
 def test_a_nan_anywhere_is_reported(where: str) -> None:
-    impala = Impala(Table(), ImpalaConfig())
+    impala = impala_of(Table())
     batch = a_batch(torch.zeros(6, 2, dtype=torch.int64))
     assert impala.update(batch, progress=0.0).finite
     if where == "observation":
@@ -316,7 +330,7 @@ def test_an_overflowing_loss_is_reported() -> None:
     table = Table()
     nn.init.constant_(table.value, 1e30)
     assert (
-        not Impala(table, ImpalaConfig())
+        not impala_of(table)
         .update(a_batch(torch.zeros(6, 2, dtype=torch.int64)), progress=0.0)
         .finite
     )
@@ -339,7 +353,7 @@ def act(mode: Any, *, epsilon: float = 0.0, seed: int = 0, count: int = 20000) -
     with torch.no_grad():
         table.logits[0] = PROBABILITY.log()
         table.value[0] = 5.0
-    impala = Impala(table, ImpalaConfig())
+    impala = impala_of(table)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         step, recurrent = impala.act(

@@ -26,7 +26,7 @@ SPEC = EnvSpec(
 def make(optimizer: Any) -> Impala:
     torch.manual_seed(0)
     config = ImpalaConfig(optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=1e-2))
-    return Impala(impala_shallow(SPEC, NetworkConfig()), config)
+    return Impala(impala_shallow(SPEC, NetworkConfig()), config, spec=SPEC)
 
 
 def batch(seed: int) -> Batch:

@@ -143,3 +143,23 @@ def test_threads_neither_lose_nor_double_a_slot() -> None:
                     assert content[slot] == turn * batch + offset
         writer.result(30.0)
     assert sorted(queue.state()["free"]) == list(range(8))
+
+
+def test_slots_that_a_reader_refuses_are_freed_and_counted() -> None:
+    queue = SlotQueue(6, capacity=6)
+    queue.put(queue.acquire(5))
+    with queue.reading(2, timeout_s=0.0, keep=lambda slot: slot % 2 == 1) as lent:
+        assert lent == [1, 3]
+    assert queue.stale == 3
+    assert sorted(queue.state()["free"]) == list(range(6))
+
+
+def test_a_reader_waits_until_enough_are_fresh() -> None:
+    queue = SlotQueue(4, capacity=4)
+    queue.put(queue.acquire(2))
+    refused = pytest.raises(DeadlineExceeded, match="1 of 2")
+    with refused, queue.reading(2, timeout_s=0.0, keep=lambda slot: slot == 1):
+        pytest.fail("only one was fresh")
+    queue.put(queue.acquire(1))
+    with queue.reading(2, timeout_s=0.0, keep=lambda _: True) as lent:
+        assert lent == [1, 2]

@@ -280,3 +280,71 @@ def test_a_saved_table_goes_on_where_it_was() -> None:
     for time in range(8):
         append(twin, [0, 1], stream.arrive([0, 1], resets={0} if time == 1 else set()))
     assert_equals_model(twin, stream)
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        gym.spaces.MultiDiscrete([3, 5]),
+        gym.spaces.Box(-2, 2, (3,), np.float32),
+        gym.spaces.Discrete(4),
+    ],
+)
+def test_actions_of_any_shape_and_masks_go_through(action_space: gym.Space) -> None:
+    masked = not isinstance(action_space, gym.spaces.Box)
+    spec = EnvSpec(
+        name="numbers",
+        observation_space=gym.spaces.Box(-1e6, 1e6, (2,), np.float32),
+        action_space=action_space,
+        has_action_mask=masked,
+    )
+    made: dict[str, np.ndarray] = {}
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        made[name] = np.zeros(shape, dtype)
+        return made[name]
+
+    queue = SlotQueue(4, capacity=4)
+    table = UnrollTable(
+        spec,
+        num_envs=1,
+        unroll_steps=2,
+        num_slots=4,
+        queue=queue,
+        recurrent=(),
+        device=CPU,
+        allocate=allocate,
+    )
+    action_space.seed(1)
+    actions = [torch.from_numpy(np.array(action_space.sample())[None]) for _ in range(3)]
+    masks = [torch.rand(1, spec.action_mask_size) < 0.5 for _ in range(3)] if masked else None
+    for number in range(3):
+        step = EnvStep(
+            env_id=np.zeros(1, np.int32),
+            run_id=np.zeros(1, np.int64),
+            observation=np.zeros((1, 2), np.float32),
+            reward=np.zeros(1, np.float32),
+            reset=np.zeros(1, np.bool_),
+            terminated=np.zeros(1, np.bool_),
+            truncated=np.zeros(1, np.bool_),
+            final_observation=None,
+        )
+        table.append(
+            step,
+            torch.full((1, 2), float(number)),
+            PolicyStep(actions[number], torch.zeros(1), torch.zeros(1)),
+            previous_action=actions[number - 1],
+            recurrent=(),
+            version=7 + number,
+            bootstrap=None,
+            action_mask=masks[number] if masks else None,
+        )
+    [full] = queue.state()["full"]
+    unrolls = table.gather([full])
+    assert torch.equal(unrolls.action, torch.stack(actions))
+    assert torch.equal(unrolls.previous_action, torch.stack([actions[-1], *actions[:2]]))
+    assert masked == (unrolls.action_mask is not None)
+    if masks:
+        assert torch.equal(unrolls.action_mask, torch.stack(masks))
+    assert table.oldest_version(full) == 7
+    assert np.array_equal(made["frames"][:3, 0], [0, 1, 2]), "storage is what was given"

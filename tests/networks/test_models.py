@@ -62,14 +62,15 @@ def test_step_by_step_equals_the_whole_unroll(
     state = model.initial_state(B)
     assert [x.shape for x in state] == [(B, lstm_size)] * (2 if lstm_size else 0)
     whole, end = model(inputs, state)
-    assert whole.logits.shape == (U, B, A)
+    assert whole.parameters.shape == (U, B, A)
     assert whole.value.shape == (U, B)
     for t in range(U):
-        step, state = model(PolicyInput(*(x[t : t + 1] for x in inputs)), state)
-        torch.testing.assert_close(step.logits[0], whole.logits[t], atol=1e-5, rtol=1e-4)
+        row = PolicyInput(*(None if x is None else x[t : t + 1] for x in inputs))
+        step, state = model(row, state)
+        torch.testing.assert_close(step.parameters[0], whole.parameters[t], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(step.value[0], whole.value[t], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state, end)
-    (whole.logits.square().sum() + whole.value.square().sum()).backward()
+    (whole.parameters.square().sum() + whole.value.square().sum()).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -88,7 +89,7 @@ def test_low_precision_stays_in_the_torso(builder: Builder, spec: EnvSpec, lstm_
     low = torch.float32 if builder is models.mlp else torch.bfloat16
     assert {p.dtype for p in model.torso.parameters()} == {low}
     for outputs in (learner, server):
-        torch.testing.assert_close(outputs.logits, exact.logits, atol=1e-3, rtol=0.05)
+        torch.testing.assert_close(outputs.parameters, exact.parameters, atol=1e-3, rtol=0.05)
         torch.testing.assert_close(outputs.value, exact.value, atol=0.02, rtol=0.05)
 
 
@@ -112,7 +113,7 @@ def test_the_policy_starts_close_to_uniform() -> None:
     spec = make_spec(84, 84)
     outputs, _ = models.nature(spec, NetworkConfig())(make_inputs(spec), ())
     torch.testing.assert_close(
-        outputs.logits.softmax(-1), torch.full((U, B, A), 1 / A), atol=0.01, rtol=0
+        outputs.parameters.softmax(-1), torch.full((U, B, A), 1 / A), atol=0.01, rtol=0
     )
 
 

@@ -31,13 +31,8 @@ def test_gradients_agree_with_finite_differences() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x: losses.policy_gradient_loss(x, constant), rand(4, 3))
     assert check(lambda x: losses.value_loss(x, constant), rand(4, 3))
-    assert check(losses.mean_entropy, rand(4, 3, 5))
     assert check(lambda p: losses.entropy_cost(p, 10.0), rand())
     assert check(lambda cost: losses.entropy_cost_loss(cost, constant.mean(), 0.5), rand())
-
-
-def test_entropy_is_a_mean() -> None:
-    torch.testing.assert_close(losses.mean_entropy(torch.zeros(4, 3, 5)), torch.tensor(5.0).log())
 
 
 @pytest.mark.parametrize(("entropy", "sign"), [(0.2, 1.0), (0.8, -1.0)])

@@ -74,10 +74,10 @@ class Plain:
         self.previous = abs(int(value) % 7)
         return value, self.previous
 
-    def log(self, reward: float, reset: bool) -> None:
+    def log(self, reward: float, reset: bool, ended: bool) -> None:
         if self.length:
             self.total += reward
-            if reset:
+            if ended:
                 self.ended.append((self.total, self.length))
         if reset:
             self.total, self.length = 0.0, 0
@@ -164,7 +164,9 @@ def random_steps(count: int, seed: int) -> Iterator[EnvStep]:
 
 
 def make_seat(script: Script, unrolls: Any, ended: list[tuple[int, float, int]]) -> Seat:
-    def on_episodes(env: np.ndarray, returns: np.ndarray, lengths: np.ndarray) -> None:
+    def on_episodes(
+        env: np.ndarray, returns: np.ndarray, lengths: np.ndarray, _: list[Any]
+    ) -> None:
         rows = zip(env.tolist(), returns.tolist(), lengths.tolist(), strict=True)
         ended.extend(rows)
 
@@ -195,7 +197,8 @@ def assert_row(model: Plain, step: EnvStep, i: int, row: dict[str, Any], action:
     assert row["value"][i].item() == value
     assert row["log_prob"][i].item() == -value
     assert row["action"][i].item() == action == wanted_action
-    model.log(reward, bool(step.reset[i]))
+    ended = step.reset[i] and (step.terminated[i] or step.truncated[i])  # a reset alone: anew
+    model.log(reward, bool(step.reset[i]), bool(ended))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -223,7 +226,8 @@ def test_any_stream_equals_the_model(seed: int) -> None:
 def test_a_first_observation_ends_nothing_whatever_it_brings() -> None:
     ended: list[tuple[int, float, int]] = []
     step = a_step([0, 1], [1, 1], reset=[True, True], reward=np.array([5, 5], np.float32))
-    after = a_step([0, 1], [2, 2], reset=[True, False], reward=np.array([1, 2], np.float32))
+    over = {"reset": [True, False], "terminated": [True, False]}
+    after = a_step([0, 1], [2, 2], reward=np.array([1, 2], np.float32), **over)
     seat = make_seat(Script([step, after]), Notes(), ended)
     seat.serve(lambda: 0, 0.0, Waits())
     assert ended == []
@@ -247,6 +251,54 @@ def test_a_lost_life_clears_nothing_and_ends_no_return() -> None:
     assert [row["recurrent"].item() for row in notes.rows] == [0, 1, 4, 0]
     assert [row["previous_action"].item() >= 0 for row in notes.rows] == [False, True, True, False]
     assert ended == [(0, 3.0, 3)]
+
+
+def test_an_environment_started_anew_logs_no_episode() -> None:
+    ended: list[tuple[int, float, int]] = []
+    one = np.ones(1, np.float32)
+    steps = [
+        a_step([0], [1], reset=[True]),
+        a_step([0], [2], reward=one),
+        a_step([0], [3], reset=[True]),  # its worker died; the return of 1 belongs to nobody
+        a_step([0], [4], reward=one),
+        a_step([0], [5], reward=one, terminated=[True], reset=[True]),
+    ]
+    seat = make_seat(Script(steps), Notes(), ended)
+    for _ in steps:
+        seat.serve(lambda: 0, 0.0, Waits())
+    assert ended == [(0, 2.0, 2)]
+
+
+def test_numbers_of_the_last_info_come_with_their_episode() -> None:
+    told: list[Any] = []
+    steps = [
+        a_step([0, 1, 2], [1, 1, 1], reset=[True, True, True]),
+        a_step(
+            [2, 0, 1], [2, 2, 2], reset=[True, False, True], terminated=[True, False, True]
+        )._replace(episode_info={0: {"score": 7.0}}),
+    ]
+    sums = Sums()
+    seat = Seat(
+        InfoScript(steps),
+        Actor(algorithm=sums, model=sums),
+        initial_state(SPEC, sums, 1, CPU),
+        unrolls=None,
+        on_episodes=lambda env, _, __, infos: told.append((env.tolist(), infos)),
+        device=CPU,
+    )
+    for _ in steps:
+        seat.serve(lambda: 0, 0.0, Waits())
+    assert told == [([2, 1], [{"score": 7.0}, {}])]
+
+
+class InfoScript(Script):
+    """Plays steps as they are."""
+
+    def receive(self, timeout_s: float) -> EnvStep | None:
+        return next(self._steps, None)
+
+    def reply(self, action: np.ndarray) -> None:
+        pass
 
 
 def test_a_truncation_needs_its_final_observation() -> None:

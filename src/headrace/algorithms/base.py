@@ -26,10 +26,12 @@ class ExperienceSpec:
     """T: agent steps per unroll; an unroll has T + 1 rows."""
     batch_unrolls: int
     """B: unrolls per update."""
+    passes: int = 1
+    """How often every row of a batch goes through a gradient in one update."""
 
     def __post_init__(self) -> None:
-        if self.unroll_steps < 1 or self.batch_unrolls < 1:
-            raise ConfigError("unroll_steps and batch_unrolls must be at least 1")
+        if self.unroll_steps < 1 or self.batch_unrolls < 1 or self.passes < 1:
+            raise ConfigError("unroll_steps, batch_unrolls and passes must be at least 1")
 
 
 class Model(Protocol):
@@ -45,7 +47,7 @@ class Model(Protocol):
 
 
 class Algorithm(Protocol):
-    """A learning rule."""
+    """A learning rule, made with (model, config, *, spec: EnvSpec, precision: torch.dtype)."""
 
     experience: ExperienceSpec
     model: torch.nn.Module
@@ -63,7 +65,7 @@ class Algorithm(Protocol):
         """Acts for one batch [1, N] with the given weights: the server's, not the learner's."""
 
     def update(self, batch: Batch, *, progress: float) -> Update:
-        """Takes one gradient step. `progress` is the share of the run that is done, in [0, 1]."""
+        """Learns from one batch. `progress` is the share of the run that is done, in [0, 1]."""
 
     def warm_up(self, batch: Batch) -> None:
         """Runs what `update` compiles and chooses kernels for, without learning from `batch`."""

@@ -5,8 +5,8 @@ Actor-Learner Architectures", arXiv:1802.01561, sections 3 and 4. Losses are mea
 paper's are sums; the presets convert its settings). The adaptive entropy cost is that of SEED RL,
 Espeholt et al. 2020.
 
-Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, A =
-actions.
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, P =
+parameters of the policy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Model
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
@@ -26,11 +27,15 @@ from headrace.algorithms.optimizers import (
     load_optimizer,
     make_optimizer,
 )
+from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
-from headrace.ops import distributions, losses
-from headrace.ops.rewards import RewardTransform, transform_reward
+from headrace.networks.normalizer import Observer
+from headrace.ops import losses
+from headrace.ops.distributions import make_distribution
+from headrace.ops.rewards import RewardTransform
 from headrace.ops.vtrace import vtrace_targets
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.specs import EnvSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,10 @@ class ImpalaConfig:
     value_cost: float = 0.5
     """Weight of the value loss, which is half the mean squared error."""
     reward_transform: RewardTransform = "clip"
-    """none, clip (to [-1, 1]) or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
+    """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
+    normalize (by the running deviation of the discounted return)."""
+    reward_scale: float = 1.0
+    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
     vtrace_lambda: float = 1.0
     """Decay of the traces: 1 is the paper's, less trades variance for bias."""
     vtrace_rho_max: float = 1.0
@@ -79,13 +87,19 @@ class Impala:
     config_type = ImpalaConfig
 
     def __init__(
-        self, model: nn.Module, config: ImpalaConfig, *, precision: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        config: ImpalaConfig,
+        *,
+        spec: EnvSpec,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         """Takes the network that learns.
 
         Args:
             model: `networks.models.PolicyValueNet`, or anything that is called alike.
             config: The learning rule's settings.
+            spec: Of the environment: its actions say what kind of policy the model's output is.
             precision: dtype of the torso's arithmetic in updates; weights stay float32.
         """
         self.model = model
@@ -96,6 +110,14 @@ class Impala:
         self._precision = precision
         first = next(model.parameters())
         self._device_type = first.device.type
+        self._distribution = make_distribution(spec.action_space)
+        self._rewards = RewardRule(
+            config.reward_transform,
+            scale=config.reward_scale,
+            discount=config.discount,
+            batch_unrolls=config.batch_unrolls,
+            device=first.device,
+        )
         params = list(model.parameters())
         self._log_alpha: Tensor | None = None
         if config.target_entropy is not None:
@@ -114,18 +136,16 @@ class Impala:
         generator: torch.Generator | None = None,
         epsilon: float = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
-        """Samples, or takes the likeliest action ("epsilon": but for a share of random ones)."""
-        output, recurrent = model(inputs, recurrent)
-        logits = output.logits[0]
-        action = distributions.greedy(logits)
-        if mode == "sample":
-            action = distributions.sample(logits, generator=generator)
-        elif mode == "epsilon":
-            uniform = distributions.sample(torch.zeros_like(logits), generator=generator)
-            draw = torch.rand(action.shape, device=action.device, generator=generator)
-            action = torch.where(draw < epsilon, uniform, action)
-        log_prob = distributions.log_prob(logits, action)
-        return PolicyStep(action, log_prob, output.value[0]), recurrent
+        """Acts by the policy; see `act_by_policy`."""
+        return act_by_policy(
+            self._distribution,
+            model,
+            inputs,
+            recurrent,
+            mode=mode,
+            generator=generator,
+            epsilon=epsilon,
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a batch and its parts, detached."""
@@ -134,13 +154,13 @@ class Impala:
             self._device_type, self._precision, enabled=self._precision != torch.float32
         ):
             output, _ = self.model(batch.inputs, batch.recurrent)
-        logits_TBA, value_UB = output.logits[:-1], output.value
-        log_prob_TB = distributions.log_prob(logits_TBA, batch.action)
-        ended_TB = batch.terminated | batch.truncated
-        discount_TB = config.discount * (~ended_TB).float()
-        reward_TB = transform_reward(batch.reward, config.reward_transform)
-        # Past the clock the episode would have gone on: its value is what the server saw there.
-        reward_TB = reward_TB + config.discount * batch.bootstrap
+        mask = batch.inputs.action_mask
+        parameters_TBP = self._distribution.masked(
+            output.parameters[:-1], None if mask is None else mask[:-1]
+        )
+        value_UB = output.value
+        log_prob_TB = self._distribution.log_prob(parameters_TBP, batch.action)
+        reward_TB, discount_TB = self._rewards(batch)
         targets = vtrace_targets(
             log_prob_TB.detach() - batch.log_prob,
             reward_TB,
@@ -153,7 +173,7 @@ class Impala:
         )
         policy_loss = losses.policy_gradient_loss(log_prob_TB, targets.advantage_TB)
         value_loss = losses.value_loss(value_UB[:-1], targets.value_TB)
-        entropy = losses.mean_entropy(logits_TBA)
+        entropy = self._distribution.entropy(parameters_TBP).mean()
         entropy_loss, alpha = self._entropy_loss(entropy)
         total = policy_loss + config.value_cost * value_loss + entropy_loss
         return total, {
@@ -169,12 +189,16 @@ class Impala:
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Takes one gradient step on a batch."""
         config = self._config.optimizer
+        self._rewards.observe(batch)
         total, metrics = self.loss(batch)
         learning_rate = learning_rate_at(config, progress)
         norm = clipped_step(
             self._optimizer, total, learning_rate=learning_rate, max_norm=config.max_gradient_norm
         )
         self._bound_alpha()
+        # Last: the policy that acted saw by the statistics that the loss has just seen by.
+        if isinstance(self.model, Observer):
+            self.model.observe(batch.inputs.observation[:-1, :, -1])
         metrics["gradient_norm"] = norm
         metrics["learning_rate"] = torch.tensor(learning_rate)
         return Update(metrics, torch.isfinite(total.detach()) & torch.isfinite(norm))
@@ -186,12 +210,17 @@ class Impala:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the optimiser and the adaptive entropy cost."""
-        return {"optimizer": self._optimizer.state_dict(), "log_alpha": self._log_alpha}
+        """Returns the optimiser, the adaptive entropy cost and the deviation of returns."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "log_alpha": self._log_alpha,
+            "rewards": self._rewards.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
+        self._rewards.load_state_dict(state.get("rewards", {}))  # runs of 0.1 have none
         if self._log_alpha is not None:
             with torch.no_grad():
                 self._log_alpha.copy_(state["log_alpha"])

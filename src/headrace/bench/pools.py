@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from headrace import catalog
-from headrace.bench import stages
+from headrace.bench import lone, stages
 from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
@@ -19,34 +22,52 @@ from headrace.bench.settings import (
     run_config,
 )
 from headrace.errors import ConfigError
-from headrace.run.build import make_pool
+from headrace.run.build import make_pool, pool_name
+from headrace.run.system import usable_cores
+
+POOLS = ("native", "inline", "shm", "gymnasium-async", "alone")
+FREE = "headrace.bench.free_env:FreeEnv"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Steps environments with random actions, through the pool that their family has.
+    """Steps environments with random actions, through our pools and through what else there is.
 
-    The latency runs from the reply to an environment until its next row is there; it includes the
-    wait for the rest of its batch.
+    shm and inline are ours, native is an environment's own threads behind our seam.
+    gymnasium-async is Gymnasium's AsyncVectorEnv, a process for each environment. alone is what as
+    many processes reach that step the same environments and talk to nobody. The latency runs from
+    the reply to an environment until its next row is there; it includes the wait for the rest of
+    its batch.
     """
 
-    env: tuple[str, ...] = ("ALE/Pong-v5", "catch")
-    """Environments; ALE has the pool native, catch the pool inline."""
-    num_envs: int = 64
-    """Environments of a pool."""
+    env: tuple[str, ...] = ("",)
+    """Environments; "" is one in Python that costs `env_cost_us`."""
+    envs: tuple[int, ...] = (64,)
+    """Environments of a pool: one row for each number."""
+    env_cost_us: tuple[float, ...] = (0.0, 100.0)
+    """Microseconds of a core that one step of "" takes: one row for each."""
+    pools: tuple[str, ...] = ("native", "shm", "gymnasium-async", "alone")
+    """What to measure; what does not apply to an environment is left out."""
     batch_size: int = 0
     """Environments answered at once; 0 for half of them."""
-    env_threads: int = 0
-    """Threads that step a native pool; 0 for one per core."""
+    num_workers: int = 0
+    """Worker processes of shm and alone, and threads of a native pool; 0 for one per core."""
     seconds: float = 5.0
     """Seconds that each row is measured."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:
-        check_positive(seconds=self.seconds, num_envs=self.num_envs)
+        check_positive(seconds=self.seconds, envs=min(self.envs, default=0))
+        for pool in self.pools:
+            if pool not in POOLS:
+                raise ConfigError(f"--pools: {catalog.nearest(pool, POOLS)}, not {pool!r}")
+        if min(self.env_cost_us, default=0.0) < 0:
+            raise ConfigError("--env-cost-us must not be negative")
 
 
-SMOKE = Arguments(env=("catch",), output=OutputArguments(smoke=True), num_envs=16, seconds=0.3)
+SMOKE = Arguments(
+    output=OutputArguments(smoke=True), envs=(4,), env_cost_us=(0.0,), seconds=0.3, num_workers=2
+)
 
 
 def run(argv: list[str]) -> None:
@@ -59,36 +80,82 @@ def run(argv: list[str]) -> None:
     )
     rows = []
     for env in arguments.env:
-        try:
-            rows.append(measure(arguments, env))
-        except ConfigError as missing:
-            if arguments.env != Arguments().env:
-                raise
-            # Unasked, an environment may be one that is not installed.
-            print(f"{env} left out: {missing}", file=sys.stderr)
+        for num_envs in arguments.envs:
+            for cost_us in (None,) if env else arguments.env_cost_us:
+                rows += list(measure(arguments, env, num_envs, cost_us))
     print_rows("pools, random actions", rows, as_json=arguments.output.json)
 
 
-def measure(arguments: Arguments, env: str) -> dict[str, Any]:
-    """Returns the row of one environment."""
-    config = run_config(
-        PolicyArguments(env=env, network="auto"),
-        server={"num_envs": arguments.num_envs},
-        env_threads=arguments.env_threads,
-    )
-    batch = arguments.batch_size or (arguments.num_envs + 1) // 2
-    pool = make_pool(config, num_envs=arguments.num_envs, batch_size=batch, seed=config.seed)
+def measure(
+    arguments: Arguments, env: str, num_envs: int, cost_us: float | None
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each pool that can step this environment."""
+    kwargs = {} if cost_us is None else {"cost_us": cost_us}
+    workers = min(arguments.num_workers or usable_cores(), num_envs)
+    for pool in arguments.pools:
+        row = {"pool": pool, "env": env or "free", "envs": num_envs, "env_cost_us": cost_us}
+        latency_s: NDArray[np.float64]
+        if pool in ("gymnasium-async", "alone") and _is_gymnasium(env):
+            if pool == "alone":
+                rate = lone.rate_of_processes(
+                    env or FREE,
+                    kwargs,
+                    num_envs=num_envs,
+                    processes=workers,
+                    seconds=arguments.seconds,
+                )
+                latency_s = np.full(1, np.nan)
+            else:
+                rate, latency_s = lone.rate_of_async_vector(
+                    env or FREE, kwargs, num_envs=num_envs, seconds=arguments.seconds
+                )
+        else:
+            measured = _ours(arguments, pool, env, num_envs, kwargs)
+            if measured is None:
+                continue
+            rate, latency_s = measured
+        p50_us, p99_us = np.quantile(latency_s * 1e6, (0.5, 0.99))
+        yield {
+            **row,
+            "agent_steps_per_s": rate,
+            "latency_us_p50": None if np.isnan(p50_us) else float(p50_us),
+            "latency_us_p99": None if np.isnan(p99_us) else float(p99_us),
+        }
+
+
+def _ours(
+    arguments: Arguments, pool: str, env: str, num_envs: int, kwargs: dict[str, Any]
+) -> tuple[float, NDArray[np.float64]] | None:
+    """Returns steps per second and latencies; None if this pool cannot step this environment."""
+    if pool in ("gymnasium-async", "alone"):
+        return None
     try:
-        timing, latency_s = stages.environment_alone(pool, arguments.seconds)
+        own = catalog.environment_family(env or FREE).pool
+        if (pool == "native") != (own == "native"):
+            return None
+        environment = {"env_kwargs": json.dumps(kwargs)} if kwargs else {}
+        config = run_config(
+            PolicyArguments(env=env or FREE, network="auto"),
+            server={"num_envs": num_envs},
+            env_threads=arguments.num_workers,
+            workers={"num_workers": arguments.num_workers},
+            environment=environment,
+            pool="auto" if pool == own else pool,
+        )
+        assert pool_name(config, own) == pool
+        batch = arguments.batch_size or (num_envs + 1) // 2
+        made = make_pool(config, num_envs=num_envs, batch_size=batch, seed=config.seed)
+    except ConfigError as missing:
+        print(f"{pool}, {env} left out: {missing}", file=sys.stderr)
+        return None
+    try:
+        timing, latency_s = stages.environment_alone(made, arguments.seconds)
     finally:
-        pool.close()
-    p50_us, p99_us = np.quantile(latency_s * 1e6, (0.5, 0.99))
-    return {
-        "pool": catalog.environment_family(env).pool,
-        "env": env,
-        "envs": arguments.num_envs,
-        "batch": batch,
-        "agent_steps_per_s": timing.per_s,
-        "latency_us_p50": float(p50_us),
-        "latency_us_p99": float(p99_us),
-    }
+        made.close()
+    return timing.per_s, latency_s
+
+
+def _is_gymnasium(env: str) -> bool:
+    """Whether Gymnasium, too, can make this environment by its name."""
+    family = catalog.environment_family(env or FREE)
+    return bool(family is catalog.import_attribute("environment", catalog.GYMNASIUM))

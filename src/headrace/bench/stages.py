@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -86,10 +87,7 @@ class RandomPlayer:
         self.latency_s: deque[NDArray[np.float64]] = deque(maxlen=_LATENCIES_KEPT)
         """Newest batches: seconds from the reply to an environment until its next row is here."""
         self._pool = pool
-        actions = np.random.default_rng(seed).integers(
-            pool.spec.num_actions, size=(64, pool.max_batch), dtype=np.int64
-        )
-        self._actions = itertools.cycle(actions)
+        self._actions = itertools.cycle(random_actions(pool.spec, (64, pool.max_batch), seed))
         self._replied_s = np.full(pool.num_envs, math.nan)
 
     def start(self) -> None:
@@ -112,6 +110,19 @@ class RandomPlayer:
         self._replied_s[step.env_id] = now_s
         self._pool.reply(next(self._actions)[: len(step.env_id)])
         return len(step.env_id)
+
+
+def random_actions(spec: EnvSpec, shape: tuple[int, ...], seed: int) -> NDArray[Any]:
+    """Draws actions [*shape, ...] uniformly from a space."""
+    rng = np.random.default_rng(seed)
+    if isinstance(spec.action_space, gym.spaces.Box):
+        low, high = spec.action_space.low, spec.action_space.high
+        return rng.uniform(low, high, (*shape, *spec.action_shape)).astype(np.float32)
+    return rng.integers(
+        spec.action_choices if spec.action_shape else spec.num_actions,
+        size=(*shape, *spec.action_shape),
+        dtype=np.int64,
+    )
 
 
 class FreePool:
@@ -146,7 +157,7 @@ class FreePool:
         """Returns the environments whose turn it is, at once."""
         return next(self._steps)
 
-    def reply(self, action: NDArray[np.int64]) -> None:
+    def reply(self, action: NDArray[Any]) -> None:
         """Forgets the actions."""
 
     def close(self) -> None:

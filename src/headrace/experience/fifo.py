@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from headrace.errors import DeadlineExceeded
@@ -23,6 +23,8 @@ class SlotQueue:
         self._free = deque(range(num_slots))
         self._full: deque[int] = deque()
         self.capacity = capacity
+        self.stale = 0
+        """Full slots that a reader did not want to keep: freed unread, and counted here."""
 
     def __len__(self) -> int:
         with self._slots:
@@ -49,17 +51,19 @@ class SlotQueue:
             return self._slots.wait_for(lambda: len(self._full) < self.capacity, timeout_s)
 
     @contextmanager
-    def reading(self, count: int, *, timeout_s: float) -> Iterator[list[int]]:
+    def reading(
+        self, count: int, *, timeout_s: float, keep: Callable[[int], bool] = lambda _: True
+    ) -> Iterator[list[int]]:
         """Lends the oldest `count` full slots, free again when the block ends; copy inside it.
 
         If the block raises, they go back to the front, full. Too few after `timeout_s`: none is
-        taken.
+        taken. Full slots that `keep` refuses are freed at once.
 
         Raises:
             DeadlineExceeded: fewer than `count` slots were full after `timeout_s`.
         """
         with self._slots:
-            if not self._slots.wait_for(lambda: len(self._full) >= count, timeout_s):
+            if not self._slots.wait_for(lambda: self._kept(keep) >= count, timeout_s):
                 raise DeadlineExceeded(
                     f"{len(self._full)} of {count} unrolls after {timeout_s:g} s"
                 )
@@ -73,6 +77,16 @@ class SlotQueue:
         with self._slots:
             self._free.extend(lent)
             self._slots.notify_all()
+
+    def _kept(self, keep: Callable[[int], bool]) -> int:
+        """Frees the full slots that `keep` refuses; returns how many are left."""
+        stale = [slot for slot in self._full if not keep(slot)]
+        if stale:
+            self._full = deque(slot for slot in self._full if slot not in stale)
+            self._free.extend(stale)
+            self.stale += len(stale)
+            self._slots.notify_all()
+        return len(self._full)
 
     def state(self) -> dict[str, list[int]]:
         """Returns which slots are free and which full, in order."""

@@ -17,6 +17,7 @@ policy made never leaves the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,19 @@ HOST_FIELDS = {
     "truncated": np.bool_,
     "version": np.int64,
 }
-DEVICE_FIELDS = {
-    "action": torch.int64,
-    "log_prob": torch.float32,
-    "bootstrap": torch.float32,
-    "previous_action": torch.int64,
-}
+
+Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""Name, shape and dtype of a column; returns zeros that may lie in memory shared by processes."""
+
+
+def device_fields(spec: EnvSpec) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape of one row and dtype of what the policy made, or needs again in the learner."""
+    action = (spec.action_shape, np.dtype(spec.action_dtype))
+    number: tuple[tuple[int, ...], np.dtype[Any]] = ((), np.dtype(np.float32))
+    fields = {"action": action, "previous_action": action, "log_prob": number, "bootstrap": number}
+    if spec.has_action_mask:
+        fields["action_mask"] = ((spec.action_mask_size,), np.dtype(np.bool_))
+    return fields
 
 
 class UnrollTable:
@@ -57,6 +65,7 @@ class UnrollTable:
         queue: SlotQueue,
         recurrent: tuple[Tensor, ...],
         device: torch.device,
+        allocate: Allocate | None = None,
     ) -> None:
         """Allocates everything at once.
 
@@ -68,29 +77,31 @@ class UnrollTable:
             queue: Where full slots go and free ones come from.
             recurrent: An example of the policy's recurrent state, each [1, ...].
             device: Where the learner reads.
+            allocate: Makes the columns, on a CPU; None for memory of this process, on `device`.
         """
         self.queue = queue
         self.rows = unroll_steps + 1
         self.prefix = spec.frame_stack - 1
         self.dropped_unrolls = 0
         self._device = device
+        self._allocate = allocate
         space = spec.observation_space
-        frame_rows = num_slots * (self.prefix + self.rows) + 1
-        dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
-        self._frames = torch.zeros(frame_rows, *space.shape, dtype=dtype, device=device)
+        frame_rows, rows = num_slots * (self.prefix + self.rows) + 1, num_slots * self.rows
+        self._frames = self._tensor("frames", (frame_rows, *space.shape), np.dtype(space.dtype))
         self._zero_frame = frame_rows - 1
         self._fields = {
-            name: torch.zeros(num_slots * self.rows, dtype=dtype, device=device)
-            for name, dtype in DEVICE_FIELDS.items()
+            name: self._tensor(name, (rows, *shape), dtype)
+            for name, (shape, dtype) in device_fields(spec).items()
         }
-        self._host: dict[str, NDArray[Any]] = {
-            name: np.zeros(num_slots * self.rows, dtype) for name, dtype in HOST_FIELDS.items()
+        self._host = {
+            name: self._array(name, (rows,), np.dtype(dtype)) for name, dtype in HOST_FIELDS.items()
         }
         # Covers the prefix too: a stack must not reach behind a reset that lies before row 0.
-        self._reset = np.zeros((num_slots, self.prefix + self.rows), np.bool_)
+        reset_shape = (num_slots, self.prefix + self.rows)
+        self._reset = self._array("reset", reset_shape, np.dtype(np.bool_))
         self._recurrent = tuple(
-            torch.zeros(num_slots, *part.shape[1:], dtype=part.dtype, device=device)
-            for part in recurrent
+            self._tensor(f"recurrent/{i}", (num_slots, *part.shape[1:]), part.cpu().numpy().dtype)
+            for i, part in enumerate(recurrent)
         )
         self._slot = np.asarray(queue.acquire(num_envs), np.int64)
         self._row = np.zeros(num_envs, np.int64)
@@ -109,6 +120,7 @@ class UnrollTable:
         recurrent: tuple[Tensor, ...],
         version: int,
         bootstrap: Tensor | None,
+        action_mask: Tensor | None = None,
     ) -> None:
         """Writes one row for each environment of `step` and hands over the slots that are full.
 
@@ -116,10 +128,11 @@ class UnrollTable:
             step: What arrived.
             frames: [N, ...] its observations on the device.
             done: What the policy did.
-            previous_action: [N] what the policy was told, -1 where reset.
+            previous_action: [N, ...] what the policy was told.
             recurrent: Each [N, ...] state that was fed to this step.
             version: Update that made the weights.
             bootstrap: [N] values of final observations, valid where truncated; None if nothing was.
+            action_mask: [N, A] what the policy was allowed, where the environment says so.
         """
         env = step.env_id
         fresh = self._run_id[env] != step.run_id
@@ -137,6 +150,8 @@ class UnrollTable:
         write_rows(self._fields["previous_action"], at, previous_action)
         if bootstrap is not None:
             write_rows(self._fields["bootstrap"], at, bootstrap)
+        if action_mask is not None:
+            write_rows(self._fields["action_mask"], at, action_mask)
         starts = np.flatnonzero(row == 0)
         self._store_recurrent(slot[starts], starts, recurrent)
         self._row[env] = row + 1
@@ -154,7 +169,8 @@ class UnrollTable:
         shape = flat.shape
         stack = self._frames.index_select(0, self._upload(self._stack_rows(slot).reshape(-1)))
         device = {
-            name: field.index_select(0, at).view(shape) for name, field in self._fields.items()
+            name: field.index_select(0, at).view(*shape, *field.shape[1:])
+            for name, field in self._fields.items()
         }
         host = {name: self._upload(field[flat]) for name, field in self._host.items()}
         slot_index = self._upload(slot)
@@ -198,6 +214,19 @@ class UnrollTable:
         self._reset[:] = state["reset"]
         self._slot[:], self._row[:], self._run_id[:] = state["slot"], state["row"], state["run_id"]
         self.queue.restore(state["queue"])
+
+    def oldest_version(self, slot: int) -> int:
+        """Version of the weights that acted first in a slot that is full."""
+        return int(self._host["version"][slot * self.rows])
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return self._allocate(name, shape, dtype) if self._allocate else np.zeros(shape, dtype)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+        if self._allocate:
+            return torch.from_numpy(self._allocate(name, shape, dtype))
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.zeros(shape, dtype=kind, device=self._device)
 
     def _write_host(self, at: NDArray[np.int64], step: EnvStep, version: int) -> None:
         self._host["reward"][at] = step.reward

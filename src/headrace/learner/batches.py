@@ -26,6 +26,7 @@ def align(unrolls: Unrolls) -> Batch:
             reward=torch.where(unrolls.reset, 0.0, unrolls.reward),
             previous_action=unrolls.previous_action,
             reset=unrolls.reset,
+            action_mask=unrolls.action_mask,
         ),
         recurrent=unrolls.recurrent,
         action=unrolls.action[:-1],

@@ -34,8 +34,13 @@ class Learner:
         device: torch.device,
         version: int = 0,
         samples: int = 0,
+        max_policy_lag: int | None = None,
     ) -> None:
-        """Goes on from `version` updates and publishes the weights that the model has."""
+        """Goes on from `version` updates and publishes the weights that the model has.
+
+        Unrolls whose first row is more than `max_policy_lag` updates old are dropped, and counted
+        by the queue; None keeps all.
+        """
         self.algorithm = algorithm
         self.version = version
         self.samples = samples
@@ -43,6 +48,8 @@ class Learner:
         self._unrolls = unrolls
         self._queue = queue
         self._weights = weights
+        self._device = device
+        self._max_policy_lag = max_policy_lag
         # On a GPU the check is read one update later, when it has long been computed.
         self._defer_check = device.type == "cuda"
         self._unchecked: Callable[[], bool] | None = None
@@ -58,7 +65,9 @@ class Learner:
         experience = self.algorithm.experience
         before_s = time.perf_counter()
         try:
-            with self._queue.reading(experience.batch_unrolls, timeout_s=timeout_s) as slots:
+            with self._queue.reading(
+                experience.batch_unrolls, timeout_s=timeout_s, keep=self._is_fresh
+            ) as slots:
                 waits.add("learner_for_unrolls", time.perf_counter() - before_s)
                 batch = align(self._unrolls.gather(slots))
         except DeadlineExceeded:
@@ -70,7 +79,7 @@ class Learner:
         # Not bincount: on a GPU it waits, to learn how many bins there are.
         self.lag_counts.scatter_add_(0, lag, torch.ones_like(lag))
         self.version += 1
-        self.samples += batch.action.numel()
+        self.samples += batch.log_prob.numel() * experience.passes
         self._weights.publish(self.algorithm.model, self.version)
         return update
 
@@ -79,6 +88,10 @@ class Learner:
         if self._unchecked is not None:
             finite, self._unchecked = self._unchecked, None
             self._raise_unless(finite())
+
+    def _is_fresh(self, slot: int) -> bool:
+        bound = self._max_policy_lag
+        return bound is None or self.version - self._unrolls.oldest_version(slot) <= bound
 
     def _check(self, finite: Tensor) -> None:
         if self._defer_check:

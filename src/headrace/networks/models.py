@@ -1,14 +1,17 @@
 """Actor-critic networks: a torso, perhaps an LSTM, a policy head and a value head.
 
-Shape suffixes: U = rows in order, B = unrolls (or environments), F = features, A = actions.
+Shape suffixes: U = rows in order, B = unrolls (or environments), N = U times B, F = features, P =
+parameters of the policy, E = features of a previous action.
 
 Only the torso may run in low precision: in the learner under autocast, on the server with weights
-that `lower_precision` has cast. The core and the heads always run in float32.
+that `lower_precision` has cast. Normalisation, core and heads always run in float32.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,14 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from headrace.errors import ConfigError
+from headrace.networks.heads import policy_head, value_head
+from headrace.networks.normalizer import ObservationNormalizer, Observer
 from headrace.networks.recurrent import ResetLSTM
 from headrace.networks.torsos import (
+    FOOTBALL_CHANNELS,
     NATURE_CONVS,
     SHALLOW_CONVS,
+    Activation,
     ConvTorso,
     DeepTorso,
     MlpTorso,
 )
+from headrace.ops.distributions import make_distribution
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
 
@@ -34,58 +42,109 @@ class NetworkConfig:
     """Which network to build."""
 
     network: str = "auto"
-    """Name in the catalog, or "my_module:function"; auto: nature for images, mlp for the rest."""
+    """Name in the catalog, or "my_module:function"; auto: nature for images, structured for
+    observations of several parts, mlp for the rest."""
     lstm_size: int = 0
     """Width of the LSTM after the torso; 0 for none."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of mlp and structured."""
+    activation: Activation = "relu"
+    """Of those layers."""
+    separate_value: bool = False
+    """Whether the value has a torso of its own."""
+    normalize_observations: bool = False
+    """Whether observations that are floats are normalised by what was seen so far."""
+    initial_log_std: float = 0.0
+    """Continuous actions: log standard deviation at the start, before the squash."""
+    state_dependent_std: bool = False
+    """Continuous actions: whether the deviation depends on the observation."""
 
     def __post_init__(self) -> None:
         if self.lstm_size < 0:
             raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")
+        if self.separate_value and self.lstm_size:
+            raise ConfigError(
+                "separate_value goes with lstm_size 0: policy and value share the LSTM"
+            )
 
 
 class PolicyValue(NamedTuple):
     """What the heads say of each row."""
 
-    logits: Tensor  # [U, B, A] float32, unnormalised log-probabilities
+    parameters: Tensor  # [U, B, P] float32 of the policy: logits, or mean and log deviation
     value: Tensor  # [U, B] float32
 
 
 class PolicyValueNet(nn.Module):
-    """Policy and value over one torso.
+    """Policy and value over one torso, or over one each.
 
-    Heads start as is usual for actor-critics (Andrychowicz et al. 2021, "What matters in on-policy
-    RL"): orthogonal, scaled 0.01 for the policy, so that it starts close to uniform, and 1 for the
-    value. Plain convolutional torsos start orthogonal, scaled by the root of 2; the residual one
-    and the MLP keep PyTorch's initialisation.
+    Plain convolutional torsos start orthogonal, scaled by the root of 2, as MLPs with tanh do; the
+    residual ones and MLPs with relu keep PyTorch's initialisation.
     """
 
     def __init__(
-        self, torso: nn.Module, features: int, num_actions: int, lstm_size: int = 0
+        self,
+        torso: nn.Module,
+        features: int,
+        spec: EnvSpec,
+        config: NetworkConfig,
+        *,
+        value_torso: nn.Module | None = None,
     ) -> None:
-        """Takes a torso that maps [N, K, ...] to [N, features] and casts its own input."""
+        """Puts a network together.
+
+        Args:
+            torso: Stacked observations [N, K, ...] to features [N, F]; it casts its own input.
+            features: F.
+            spec: What the heads are built from.
+            config: Everything after the torso, and whether its input is normalised.
+            value_torso: The value's own, where the config has `separate_value`; a copy if None.
+        """
         super().__init__()
-        self.num_actions = num_actions
+        self.distribution = make_distribution(spec.action_space)
+        self.normalizer: ObservationNormalizer | None = None
+        space = spec.observation_space
+        if config.normalize_observations and np.issubdtype(space.dtype, np.floating):
+            self.normalizer = ObservationNormalizer(space.shape)
         self.torso = torso
-        self.core = ResetLSTM(features + 1 + num_actions, lstm_size) if lstm_size else None
-        self.policy = _head(lstm_size or features, num_actions, scale=0.01)
-        self.value = _head(lstm_size or features, 1, scale=1.0)
+        self.value_torso: nn.Module | None = None
+        if config.separate_value:
+            self.value_torso = copy.deepcopy(torso) if value_torso is None else value_torso
+        self.core: ResetLSTM | None = None
+        if config.lstm_size:
+            extra = 1 + self.distribution.encoded_size
+            self.core = ResetLSTM(features + extra, config.lstm_size)
+        self.policy = policy_head(
+            config.lstm_size or features,
+            self.distribution,
+            initial_log_std=config.initial_log_std,
+            state_dependent_std=config.state_dependent_std,
+        )
+        self.value = value_head(config.lstm_size or features)
 
     def forward(
         self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]
     ) -> tuple[PolicyValue, tuple[Tensor, ...]]:
         """Runs rows [U, B] in order, clearing the recurrent state before rows that reset."""
-        observation = inputs.observation
-        features_UBF = (
-            self.torso(observation.flatten(0, 1)).float().unflatten(0, observation.shape[:2])
-        )
-        with torch.autocast(observation.device.type, enabled=False):
+        shape = inputs.observation.shape[:2]
+        rows = inputs.observation.flatten(0, 1)
+        if self.normalizer is not None:
+            rows = self.normalizer(rows)
+        features_UBF = self.torso(rows).float().unflatten(0, shape)
+        value_UBF = features_UBF
+        if self.value_torso is not None:
+            value_UBF = self.value_torso(rows).float().unflatten(0, shape)
+        with torch.autocast(rows.device.type, enabled=False):
             if self.core is not None:
                 h_BH, c_BH = recurrent
                 core_input_UBF = self._core_input(features_UBF, inputs)
                 features_UBF, recurrent = self.core(core_input_UBF, inputs.reset, (h_BH, c_BH))
-            logits_UBA = self.policy(features_UBF)
-            value_UB = self.value(features_UBF).squeeze(-1)
-        return PolicyValue(logits_UBA, value_UB), recurrent
+                value_UBF = features_UBF
+            parameters_UBP = self.policy(features_UBF)
+            value_UB = self.value(value_UBF).squeeze(-1)
+        return PolicyValue(parameters_UBP, value_UB), recurrent
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         """Zero recurrent state for `batch` environments: h and c, or nothing without an LSTM."""
@@ -94,48 +153,96 @@ class PolicyValueNet(nn.Module):
         zeros_BH = torch.zeros(batch, self.core.hidden, device=self.value.weight.device)
         return zeros_BH, zeros_BH.clone()
 
+    def observe(self, frames: Tensor) -> None:
+        """Merges single frames [..., *observation] into the statistics that normalise, if any."""
+        for part in (self.normalizer, self.torso, self.value_torso):
+            if isinstance(part, Observer):
+                part.observe(frames)
+
     def _core_input(self, features_UBF: Tensor, inputs: PolicyInput) -> Tensor:
         """Adds the clipped reward and the previous action, as IMPALA does (figure 3)."""
-        actions_A = torch.arange(self.num_actions, device=features_UBF.device)
-        # Comparing gives zeros for -1, the start of an episode; F.one_hot waits for the device.
-        action_UBA = (inputs.previous_action.unsqueeze(-1) == actions_A).float()
+        action_UBE = self.distribution.encode(inputs.previous_action)
         reward_UB1 = inputs.reward.clamp(-1.0, 1.0).unsqueeze(-1)
-        return torch.cat((features_UBF, reward_UB1, action_UBA), dim=-1)
+        return torch.cat((features_UBF, reward_UB1, action_UBE), dim=-1)
 
 
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights of the torso, in place, and nothing else.
+    """Casts the weights of the torsos, in place, and nothing else.
 
-    A model that is no `PolicyValueNet`, or whose torso needs float32, is left as it is.
+    A model that is no `PolicyValueNet`, and the parts of a torso that need float32, are left.
     """
-    if isinstance(model, PolicyValueNet) and not isinstance(model.torso, MlpTorso):
-        model.torso.to(dtype)
+    if isinstance(model, PolicyValueNet):
+        for torso in (model.torso, model.value_torso):
+            if torso is not None:
+                _lower(torso, dtype)
+
+
+def _lower(module: nn.Module, dtype: torch.dtype) -> None:
+    if isinstance(module, MlpTorso | ObservationNormalizer):
+        return
+    if any(isinstance(part, MlpTorso | ObservationNormalizer) for part in module.modules()):
+        for child in module.children():
+            _lower(child, dtype)
+    else:
+        module.to(dtype)
+
+
+def policy_value_net(
+    torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
+) -> PolicyValueNet:
+    """Builds a network whose torso, called for as often as the config needs one, is `torso()`."""
+    value_torso = torso() if config.separate_value else None
+    return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
+
+
+def default_network(spec: EnvSpec) -> str:
+    """Returns the catalog name that "auto" stands for."""
+    if spec.structure is not None:
+        return "structured"
+    space = spec.observation_space
+    is_image = space.dtype == np.uint8 and len(space.shape) in (2, 3) and min(space.shape[:2]) >= 36
+    return "nature" if is_image else "mlp"
 
 
 def nature(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
     """Three convolutions and 512 features (Mnih et al. 2015, "Human-level control")."""
-    torso = ConvTorso(_image_shape(spec, "nature", 36), NATURE_CONVS, features=512)
-    return PolicyValueNet(torso, 512, spec.num_actions, config.lstm_size)
+    shape = _image_shape(spec, "nature", 36)
+    return policy_value_net(lambda: ConvTorso(shape, NATURE_CONVS, features=512), 512, spec, config)
 
 
 def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
     """Two convolutions and 256 features (IMPALA, figure 3, left)."""
-    torso = ConvTorso(_image_shape(spec, "impala_shallow", 20), SHALLOW_CONVS, features=256)
-    return PolicyValueNet(torso, 256, spec.num_actions, config.lstm_size)
+    shape = _image_shape(spec, "impala_shallow", 20)
+    return policy_value_net(
+        lambda: ConvTorso(shape, SHALLOW_CONVS, features=256), 256, spec, config
+    )
 
 
 def impala_deep(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
     """Fifteen convolutions in residual blocks and 256 features (IMPALA, figure 3, right)."""
-    torso = DeepTorso(_image_shape(spec, "impala_deep", 8), features=256)
-    return PolicyValueNet(torso, 256, spec.num_actions, config.lstm_size)
+    shape = _image_shape(spec, "impala_deep", 8)
+    return policy_value_net(lambda: DeepTorso(shape, features=256), 256, spec, config)
+
+
+def football(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+    """SEED RL's for Google Research Football: a fourth residual section, 256 features."""
+    shape = _image_shape(spec, "football", 16)
+    return policy_value_net(
+        lambda: DeepTorso(shape, features=256, channels=FOOTBALL_CHANNELS), 256, spec, config
+    )
 
 
 def mlp(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
-    """Two hidden layers of 64 over the flattened observation; uint8 is scaled to [0, 1]."""
+    """Hidden layers over the flattened observation; uint8 is scaled to [0, 1]."""
     space = spec.observation_space
     scale = 1.0 / max(1.0, float(space.high.max())) if space.dtype == np.uint8 else 1.0
-    torso = MlpTorso(math.prod(spec.stacked_shape), (64, 64), scale=scale)
-    return PolicyValueNet(torso, 64, spec.num_actions, config.lstm_size)
+    inputs, sizes = math.prod(spec.stacked_shape), config.hidden_sizes
+    return policy_value_net(
+        lambda: MlpTorso(inputs, sizes, scale=scale, activation=config.activation),
+        sizes[-1],
+        spec,
+        config,
+    )
 
 
 def _image_shape(spec: EnvSpec, network: str, min_pixels: int) -> tuple[int, int, int]:
@@ -145,14 +252,7 @@ def _image_shape(spec: EnvSpec, network: str, min_pixels: int) -> tuple[int, int
     if space.dtype != np.uint8 or len(shape) not in (2, 3) or min(shape[:2]) < min_pixels:
         raise ConfigError(
             f"{spec.name}: network {network} needs uint8 images of at least {min_pixels} x "
-            f"{min_pixels} pixels, not {space.dtype} of shape {shape}; use network mlp"
+            f"{min_pixels} pixels, not {space.dtype} of shape {shape}; use network "
+            f"{default_network(spec)}"
         )
     return spec.frame_stack * math.prod(shape[2:]), shape[0], shape[1]
-
-
-def _head(inputs: int, outputs: int, *, scale: float) -> nn.Linear:
-    """A linear layer with orthogonal weight of the given scale and zero bias."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, scale)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 NATURE_CONVS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 SHALLOW_CONVS = ((16, 8, 4), (32, 4, 2))
 DEEP_CHANNELS = (16, 32, 32)
+FOOTBALL_CHANNELS = (16, 32, 32, 32)  # SEED RL's network for Google Research Football
+
+Activation = Literal["relu", "tanh"]
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -123,19 +127,25 @@ class ResidualBlock(nn.Module):
 
 
 class DeepTorso(nn.Module):
-    """The residual network of 15 convolutions of IMPALA (figure 3, right) with its 256 features."""
+    """Residual sections that halve the image: 15 convolutions in IMPALA (figure 3, right)."""
 
-    def __init__(self, image_shape: tuple[int, int, int], features: int = 256) -> None:
-        """Takes image_shape [C, H, W]."""
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        features: int = 256,
+        *,
+        channels: Sequence[int] = DEEP_CHANNELS,
+    ) -> None:
+        """Takes image_shape [C, H, W] and the channels of every section."""
         super().__init__()
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        for index, channels in enumerate(DEEP_CHANNELS):
+        for index, width_out in enumerate(channels):
             conv = nn.Conv2d if index else ImageConv
-            self.convs.append(conv(in_channels, channels, 3, padding=1))
-            self.blocks.append(nn.Sequential(ResidualBlock(channels), ResidualBlock(channels)))
-            in_channels = channels
+            self.convs.append(conv(in_channels, width_out, 3, padding=1))
+            self.blocks.append(nn.Sequential(ResidualBlock(width_out), ResidualBlock(width_out)))
+            in_channels = width_out
             height, width = (height + 1) // 2, (width + 1) // 2
         self.hidden = nn.Linear(in_channels * height * width, features)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -152,21 +162,35 @@ class MlpTorso(nn.Module):
     """Hidden layers over the flattened observation, always in float32.
 
     Positions and velocities carry more than the 8 bits of bfloat16, and such layers are too small
-    to gain from it.
+    to gain from it. With tanh they start as published for continuous control: orthogonal, scaled by
+    the root of 2 (Huang et al. 2022, "The 37 implementation details of PPO", detail 2).
     """
 
-    def __init__(self, inputs: int, sizes: Sequence[int] = (64, 64), *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        sizes: Sequence[int] = (64, 64),
+        *,
+        scale: float = 1.0,
+        activation: Activation = "relu",
+    ) -> None:
         """Takes the length of one stacked observation, hidden sizes and a factor for the input."""
         super().__init__()
         self.scale = scale
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((inputs, *sizes)))
+        self.activation = activation
+        layers = [nn.Linear(a, b) for a, b in pairwise((inputs, *sizes))]
+        self.layers = nn.ModuleList(layers)
+        if activation == "tanh":
+            for layer in layers:
+                nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
+                nn.init.zeros_(layer.bias)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes [N, K, ...] of any dtype."""
         x = observation.flatten(1).float() * self.scale
         with torch.autocast(observation.device.type, enabled=False):
             for layer in self.layers:
-                x = layer(x).relu_()
+                x = layer(x).tanh_() if self.activation == "tanh" else layer(x).relu_()
         return x
 
 

@@ -1,13 +1,12 @@
 """Losses of actor-critic learners: means over steps and unrolls, never sums.
 
-Shape suffixes: T = unroll steps, B = unrolls, A = actions.
+Shape suffixes: T = unroll steps, B = unrolls; any leading dimensions where there is no suffix.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-
-from headrace.ops import distributions
 
 
 def policy_gradient_loss(log_prob_TB: Tensor, advantage_TB: Tensor) -> Tensor:
@@ -20,9 +19,36 @@ def value_loss(value_TB: Tensor, target_TB: Tensor) -> Tensor:
     return 0.5 * (target_TB.detach() - value_TB).square().mean()
 
 
-def mean_entropy(logits_TBA: Tensor) -> Tensor:
-    """Entropy of the policy in nats, to be raised: it enters the loss with a minus."""
-    return distributions.entropy(logits_TBA).mean()
+def clipped_surrogate_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """PPO's objective with a minus (Schulman et al. 2017, arXiv:1707.06347, equation 7).
+
+    Args:
+        log_ratio: log-probability of the action, learner minus behaviour.
+        advantage: a constant.
+        clip_range: how far the ratio may leave 1 before the action's gradient stops; it stops only
+            where going on would gain.
+    """
+    ratio, advantage = log_ratio.exp(), advantage.detach()
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+
+
+def clipped_value_loss(
+    value: Tensor, target: Tensor, behaviour_value: Tensor, clip_range: float
+) -> Tensor:
+    """`value_loss` whose gradient stops where the value has moved far towards its target.
+
+    Source: Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
+
+    Args:
+        value: estimates that learn.
+        target: a constant.
+        behaviour_value: estimates before the update; a constant.
+        clip_range: how far a value may move, in its own unit.
+    """
+    target, behaviour_value = target.detach(), behaviour_value.detach()
+    moved = behaviour_value + (value - behaviour_value).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((value - target).square(), (moved - target).square()).mean()
 
 
 def entropy_cost(parameter: Tensor, speed: float) -> Tensor:

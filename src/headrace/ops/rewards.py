@@ -7,10 +7,14 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-RewardTransform = Literal["none", "clip", "soft_asymmetric"]
+RewardTransform = Literal["none", "clip", "soft_asymmetric", "normalize"]
+
+_NORMALIZED_LIMIT = 10.0
 
 
-def transform_reward(reward: Tensor, mode: RewardTransform) -> Tensor:
+def transform_reward(
+    reward: Tensor, mode: RewardTransform, *, return_std: Tensor | None = None
+) -> Tensor:
     """Maps raw rewards to what the learner optimises.
 
     Args:
@@ -18,6 +22,12 @@ def transform_reward(reward: Tensor, mode: RewardTransform) -> Tensor:
         mode: "clip" to [-1, 1] (Mnih et al. 2015); "soft_asymmetric" is the "optimistic asymmetric
             clipping" that IMPALA used on DMLab-30: in [-1.5, 5], losses weigh 0.3 of wins. It is
             the published code, which divides by 5 inside the tanh; the paper's text does not.
+            "normalize" divides by `return_std` and clips to [-10, 10] (Huang et al. 2022, "The 37
+            implementation details of PPO", for continuous actions, 6 and 7).
+        return_std: for "normalize": running standard deviation of the discounted return.
+
+    Raises:
+        ValueError: mode "normalize" without `return_std`.
     """
     match mode:
         case "none":
@@ -27,5 +37,9 @@ def transform_reward(reward: Tensor, mode: RewardTransform) -> Tensor:
         case "soft_asymmetric":
             squeezed = (reward / 5.0).tanh()
             return 5.0 * torch.where(reward < 0, 0.3 * squeezed, squeezed)
+        case "normalize":
+            if return_std is None:
+                raise ValueError('reward_transform "normalize" needs the deviation of returns')
+            return (reward / return_std).clamp(-_NORMALIZED_LIMIT, _NORMALIZED_LIMIT)
         case _:
             assert_never(mode)

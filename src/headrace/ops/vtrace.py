@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headrace.ops.returns import discounted_sum
+
 
 class VTraceTargets(NamedTuple):
     """Constants of one unroll: no gradient flows through them."""
@@ -56,20 +58,10 @@ def vtrace_targets(
     decay_TB = discount_TB * ratio_TB.clamp(max=c_max) * lambda_
 
     target_UB = value_UB.clone()
-    target_UB[:-1] += _discounted_sum(delta_TB, decay_TB)
+    target_UB[:-1] += discounted_sum(delta_TB, decay_TB)
 
     # Advantage uses the corrected target of the next step, not its value: the paper's policy
     # gradient (section 4.2). An end has discount 0, so no target of the next episode gets in.
     td_target_TB = reward_TB + discount_TB * target_UB[1:]
     advantage_TB = ratio_TB.clamp(max=pg_rho_max) * (td_target_TB - value_TB)
     return VTraceTargets(target_UB[:-1], advantage_TB)
-
-
-def _discounted_sum(x_TB: Tensor, decay_TB: Tensor) -> Tensor:
-    """Solves y_t = x_t + decay_t y_{t+1} with y_T = 0, one fused operation a step."""
-    total_B = torch.zeros_like(x_TB[0])
-    backwards = []
-    for x_B, decay_B in zip(reversed(x_TB.unbind()), reversed(decay_TB.unbind()), strict=True):
-        total_B = torch.addcmul(x_B, decay_B, total_B)
-        backwards.append(total_B)
-    return torch.stack(backwards[::-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Pool(Protocol):
             PeerLost: nothing is left that could step.
         """
 
-    def reply(self, action: NDArray[np.int64]) -> None:
+    def reply(self, action: NDArray[Any]) -> None:
         """Answers exactly the rows last received, in their order.
 
         Raises:
@@ -43,6 +43,9 @@ class Pool(Protocol):
 @runtime_checkable
 class Restorable(Protocol):
     """A pool whose environments can be saved and put back, bit for bit."""
+
+    restorable: bool
+    """Whether these environments can."""
 
     def snapshot(self) -> dict[str, NDArray[np.generic]]:
         """Returns everything that a pool of the same settings needs to go on as this one would."""

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.specs import ActionSpace
 
-def check_action(action: NDArray[np.int64], rows: int, num_actions: int) -> None:
+
+def check_action(action: NDArray[Any], rows: int, space: ActionSpace) -> None:
     """Refuses what no environment can take; ALE waits for ever on an action outside the space.
 
     Args:
-        action: the reply.
-        rows: rows of the last `receive`.
-        num_actions: the space is 0 .. num_actions - 1.
+        action: the reply: int64 [N] for Discrete, int64 [N, D] for MultiDiscrete, float32 [N, D]
+            for Box.
+        rows: N, rows of the last `receive`.
+        space: of one action.
 
     Raises:
         ValueError: wrong count, wrong dtype, or an action outside the space.
     """
-    if action.shape != (rows,) or action.dtype != np.int64:
-        raise ValueError(f"expected {rows} actions of int64, got {action.dtype} {action.shape}")
-    if action.min() < 0 or action.max() >= num_actions:
+    dtype = np.float32 if isinstance(space, gym.spaces.Box) else np.int64
+    shape = (rows, *(space.shape or ()))
+    if action.shape != shape or action.dtype != dtype:
         raise ValueError(
-            f"actions must be in 0..{num_actions - 1}, got {action.min()}..{action.max()}"
+            f"expected {rows} actions of {np.dtype(dtype)} {shape}, got {action.dtype} "
+            f"{action.shape}"
         )
+    low, high = _bounds(space)
+    if not ((action >= low) & (action <= high)).all():  # so that NaN is outside
+        raise ValueError(
+            f"actions must be in {low}..{high}, got {action.min(axis=0)}..{action.max(axis=0)}"
+        )
+
+
+def _bounds(space: ActionSpace) -> tuple[Any, Any]:
+    if isinstance(space, gym.spaces.Box):
+        return space.low, space.high
+    return 0, (space.n if isinstance(space, gym.spaces.Discrete) else space.nvec) - 1

@@ -74,7 +74,7 @@ class InlinePool:
         env = self._open_env()
         if not len(self._lent):
             raise RuntimeError("reply came twice: receive a batch first")
-        check_action(action, len(self._lent), self.spec.num_actions)
+        check_action(action, len(self._lent), self.spec.action_space)
         self._store(env.step(self._lent, action))
         self._waiting.add(self._lent.tolist())
         self._lent = np.empty(0, dtype=np.int32)
@@ -88,7 +88,7 @@ class InlinePool:
         env = self._open_env()
         state = {f"env/{name}": value for name, value in env.snapshot().items()}
         state |= {f"row/{name}": column.copy() for name, column in self._table.items()}
-        state["waiting"] = np.concatenate([self._lent, np.array(self._waiting.ids(), np.int32)])
+        state["waiting"] = np.concatenate([self._lent, np.array(self._waiting.blocks(), np.int32)])
         return state
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
@@ -103,7 +103,7 @@ class InlinePool:
 
     def _line(self, env_id: NDArray[np.generic]) -> Batcher:
         # At every `receive` all have stepped, so a batch is full and age never decides.
-        line = Batcher(max_envs=self.max_batch, max_wait_s=0.0)
+        line = Batcher([1] * self.num_envs, max_envs=self.max_batch, max_wait_s=0.0)
         line.add(env_id.tolist())
         return line
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, PeerLost
@@ -30,7 +29,7 @@ class NativeEnv(Protocol):
     def reset(self) -> EnvStep:
         """Starts all environments and returns the first `batch_size` of them."""
 
-    def send(self, action: NDArray[np.int64]) -> None:
+    def send(self, action: NDArray[Any]) -> None:
         """Answers the rows given last."""
 
     def recv(self) -> EnvStep:
@@ -65,7 +64,6 @@ class NativePool:
         """`now_s()` at which the present `receive` began to wait, else None; for a watchdog."""
         self._env: NativeEnv | None = env
         self._now_s = now_s
-        self._num_actions = self.spec.num_actions
         self._started = False
         self._rows_due = 0
 
@@ -88,7 +86,7 @@ class NativePool:
         self._rows_due = len(step.env_id)
         return step
 
-    def reply(self, action: NDArray[np.int64]) -> None:
+    def reply(self, action: NDArray[Any]) -> None:
         """Hands the actions to the environments' threads; returns at once.
 
         Raises:
@@ -99,7 +97,7 @@ class NativePool:
         env = self._open_env()
         if not self._rows_due:
             raise RuntimeError("reply came twice: receive a batch first")
-        check_action(action, self._rows_due, self._num_actions)
+        check_action(action, self._rows_due, self.spec.action_space)
         env.send(action)
         self._rows_due = 0
 

@@ -56,9 +56,7 @@ class PoolEnv(gym.Env[Any, Any]):
         observation, self._held = self._held, None
         return observation, {}
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[NDArray[np.generic], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[NDArray[np.generic], float, bool, bool, dict[str, Any]]:
         """Makes one step; the reward is raw.
 
         Raises:
@@ -66,7 +64,8 @@ class PoolEnv(gym.Env[Any, Any]):
         """
         if not self._started or self._held is not None:
             raise RuntimeError("reset comes before the first step of an episode")
-        self._pool.reply(np.array([action], dtype=np.int64))
+        spec = self._pool.spec
+        self._pool.reply(np.asarray(action, spec.action_dtype).reshape(1, *spec.action_shape))
         row = self._receive()
         terminated, truncated = bool(row.terminated[0]), bool(row.truncated[0])
         observation = row.observation[0].copy()

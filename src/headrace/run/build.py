@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.networks.models import lower_precision
 from headrace.pools.base import Pool
+from headrace.pools.shm import ShmPool, WorkerEnvs
 from headrace.run.system import choose_device, choose_precision, usable_cores
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import OnEpisodes, Seat
@@ -62,15 +64,23 @@ class Parts(NamedTuple):
 def choose_compute(config: RunConfig) -> Compute:
     """Resolves device, precision, threads and compilation for this machine."""
     device = choose_device(config.device)
-    # Server and learner overlap with one thread each until there are cores that environments leave
-    # idle.
-    threads = config.compute_threads or (1 if config.lockstep else max(1, usable_cores() // 4))
+    threads = config.compute_threads or _compute_threads(config, usable_cores())
     return Compute(
         device=device,
         precision=choose_precision(config.precision, device),
         threads=threads,
         compiled=config.compile == "on" or (config.compile == "auto" and device.type == "cuda"),
     )
+
+
+def _compute_threads(config: RunConfig, cores: int) -> int:
+    if config.lockstep:
+        return 1
+    if config.turns:
+        return cores
+    # Server and learner overlap with one thread each until there are cores that environments leave
+    # idle.
+    return max(1, cores // 4)
 
 
 def derived_seed(*parts: int) -> int:
@@ -85,17 +95,68 @@ def make_pool(
     batch_size: int,
     seed: int,
     evaluation: bool = False,
-    trust_code: bool = True,
+    first_env: int = 0,
+    in_process: bool = False,
+    on_message: Callable[[str], None] = lambda _: None,
 ) -> Pool:
-    """Starts a pool of the config's environment; `evaluation`: as agents are judged."""
-    family = catalog.environment_family(config.env, trust_code=trust_code)
+    """Starts a pool of the config's environment.
+
+    Args:
+        config: The run's settings.
+        num_envs: Environments of the pool.
+        batch_size: Most of them that are due at a time.
+        seed: Of the environments.
+        evaluation: Whether they are as agents are judged.
+        first_env: Number of the first one, among those of all processes.
+        in_process: Start no worker process.
+        on_message: Told what is worth a line, such as a worker that died.
+    """
+    family = catalog.environment_family(config.env)  # trusted, or its spec would not be known
     settings = family.evaluation(config.environment) if evaluation else config.environment
+    kind = pool_name(config, family.pool)
+    if kind == "shm" and not in_process:
+        recipe = WorkerEnvs(
+            env=config.env,
+            settings=dataclasses.asdict(settings),
+            spec=family.spec(config.env, settings),
+            num_envs=num_envs,
+            seed=seed,
+        )
+        return ShmPool(
+            recipe,
+            batch_size=batch_size,
+            workers=config.workers,
+            on_message=on_message,
+            full_batches=config.turns and batch_size == num_envs,
+        )
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
     envs = family.make(
-        config.env, settings, num_envs=num_envs, batch_size=batch_size, threads=threads, seed=seed
+        config.env,
+        settings,
+        num_envs=num_envs,
+        batch_size=batch_size,
+        threads=threads,
+        seed=seed,
+        first_env=first_env,
     )
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, family.pool)(envs, batch_size=batch_size)
+    kind = "inline" if kind == "shm" else kind
+    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
     return pool
+
+
+def pool_name(config: RunConfig, own: str) -> str:
+    """Returns the catalog name of the pool for environments whose own is `own`.
+
+    Raises:
+        ConfigError: they step themselves, and another pool was asked for.
+    """
+    if config.pool == "auto":
+        return "inline" if config.lockstep and own == "shm" else own
+    if own == "native":
+        raise ConfigError(f"{config.env} steps in threads of its own: leave out --pool")
+    if config.pool == "shm" and config.lockstep:
+        raise ConfigError("--lockstep steps environments in this process: leave out --pool shm")
+    return config.pool
 
 
 def make_model(
@@ -115,16 +176,23 @@ def network_name(config: RunConfig, spec: EnvSpec) -> str:
     """Returns the catalog name of the network; "auto" takes convolutions for images."""
     if config.network.network != "auto":
         return config.network.network
+    if spec.structure is not None:
+        return "structured"
     shape = spec.observation_space.shape
     return "nature" if len(shape) >= 2 and min(shape[0], shape[1]) >= 36 else "mlp"
 
 
 def make_algorithm(
-    config: RunConfig, model: nn.Module, precision: torch.dtype, *, trust_code: bool = True
+    config: RunConfig,
+    model: nn.Module,
+    spec: EnvSpec,
+    precision: torch.dtype,
+    *,
+    trust_code: bool = True,
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
-    algorithm: Algorithm = rule(model, config.learning, precision=precision)
+    algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
     return algorithm
 
 
@@ -138,8 +206,9 @@ def check(config: RunConfig, *, trust_code: bool = True) -> None:
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
     model = make_model(config, spec, compute.device, trust_code=trust_code)
-    algorithm = make_algorithm(config, model, compute.precision, trust_code=trust_code)
+    algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     queue_capacity(config, algorithm)
+    pool_name(config, family.pool)
 
 
 def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
@@ -164,6 +233,7 @@ def build(
     resume_count: int,
     on_episodes: OnEpisodes,
     on_eval_episodes: OnEpisodes,
+    on_message: Callable[[str], None] = lambda _: None,
     trust_code: bool = True,
 ) -> Parts:
     """Builds everything; starts the pools last, so that a mistake costs no environment.
@@ -179,7 +249,7 @@ def build(
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
-    algorithm = make_algorithm(config, model, compute.precision, trust_code=trust_code)
+    algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     server_model: Any = copy.deepcopy(model).requires_grad_(False)
     lower_precision(server_model, compute.precision)
     if compute.compiled:
@@ -199,6 +269,7 @@ def build(
             num_envs=server.num_envs,
             batch_size=batch,
             seed=derived_seed(config.seed, 2, resume_count),
+            on_message=on_message,
         ),
         Actor(algorithm=algorithm, model=server_model, generator=generator),
         example,
@@ -215,6 +286,7 @@ def build(
                 batch_size=server.eval_envs,
                 seed=derived_seed(config.seed, 3, resume_count),
                 evaluation=True,
+                on_message=on_message,
             ),
             Actor(algorithm=algorithm, model=server_model, mode="greedy"),
             example,

@@ -12,7 +12,7 @@ from headrace.algorithms.base import ActionMode
 from headrace.envs.scores import human_normalised
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.run.policy import Policy
-from headrace.server.server import Seat
+from headrace.server.server import Infos, Seat
 from headrace.telemetry.metrics import Waits
 
 _MOST_ENVS = 16
@@ -66,7 +66,9 @@ def evaluate(
     returns: list[float] = []
     lengths: list[int] = []
 
-    def keep(env: NDArray[np.int32], ended: NDArray[np.float64], steps: NDArray[np.int64]) -> None:
+    def keep(
+        env: NDArray[np.int32], ended: NDArray[np.float64], steps: NDArray[np.int64], _: Infos
+    ) -> None:
         for index, value, length in zip(env, ended, steps, strict=True):
             if quota[index] > 0:
                 quota[index] -= 1

@@ -6,7 +6,8 @@ server thread    server: acts for all environments, writes unrolls
 C++ threads      a native pool steps its environments
 ```
 
-In lockstep the main thread does the server's part too, in turns, and nothing depends on timing.
+In turns, and in lockstep, the main thread does the server's part too, and, in
+lockstep, nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 import torch
@@ -108,11 +110,14 @@ def run_training(
         episodes = EpisodeStats(before.episodes, before.return_max)
         eval_episodes, waits = EpisodeStats(), Waits()
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        messages: SimpleQueue[str] = SimpleQueue()  # from the server's thread to this one
+        stack.callback(tell, messages, hooks.on_message)
         parts = build(
             config,
             resume_count=before.resume_count,
-            on_episodes=lambda _, returns, lengths: episodes.add(returns, lengths),
-            on_eval_episodes=lambda _, returns, lengths: eval_episodes.add(returns, lengths),
+            on_episodes=lambda _, *ended: episodes.add(*ended),
+            on_eval_episodes=lambda _, *ended: eval_episodes.add(*ended),
+            on_message=messages.put,
             trust_code=trust_code,
         )
         for seat in parts.seats:
@@ -132,6 +137,7 @@ def run_training(
             device=parts.compute.device,
             version=before.updates,
             samples=before.samples,
+            max_policy_lag=config.max_policy_lag,
         )
         reporter = Reporter(
             parts,
@@ -156,10 +162,11 @@ def run_training(
             stop=stop,
             hooks=hooks,
             before=before,
+            messages=messages,
         )
         if checkpoint is None:
             session.save()  # so that there is something to go back to, however early the end
-        drive = train_in_lockstep if config.lockstep else train_overlapped
+        drive = train_in_turns if config.lockstep or config.turns else train_overlapped
         drive(session)
         session.save()
         session.report()
@@ -193,6 +200,7 @@ class Session:
     stop: Stop
     hooks: Hooks
     before: saving.Before
+    messages: SimpleQueue[str]
     last_row: Row = field(default_factory=dict)
     _newest: Update | None = None
     _saved_s: float = field(default_factory=time.monotonic)
@@ -211,6 +219,7 @@ class Session:
         if update is not None:
             self._newest = update
             self.hooks.on_update(self.learner.version, update.metrics)
+        tell(self.messages, self.hooks.on_message)
         if self.reporter.due():
             with self._goes_on("this row of metrics is lost"):
                 self.report()
@@ -245,7 +254,13 @@ class Session:
         self.hooks.on_checkpoint(path)
 
 
-def train_in_lockstep(session: Drivable) -> None:
+def tell(messages: SimpleQueue[str], on_message: Callable[[str], None]) -> None:
+    """Hands on what other threads had to say."""
+    while not messages.empty():
+        on_message(messages.get())
+
+
+def train_in_turns(session: Drivable) -> None:
     """In turns: all updates that there are unrolls for, then one batch of every pool."""
     parts = session.parts
     batch = parts.algorithm.experience.batch_unrolls

@@ -53,7 +53,7 @@ class Policy:
 
     def make_env(self, seed: int | None = None) -> gym.Env[Any, Any]:
         """Returns one environment as agents are judged in: a lost life ends no episode."""
-        return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed))
+        return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True))
 
     def make_view(self, seed: int) -> gym.Env[Any, Any] | None:
         """Returns a twin of `make_env(seed)` that shows what a person would see, or None."""
@@ -62,14 +62,22 @@ class Policy:
         view = family.make_view(self.config.env, settings, seed=seed)
         if view is None:
             return None
-        return PoolEnv(catalog.resolve("pool", catalog.POOLS, family.pool)(view, batch_size=1))
+        kind = "inline" if family.pool == "shm" else family.pool
+        return PoolEnv(catalog.resolve("pool", catalog.POOLS, kind)(view, batch_size=1))
 
-    def make_pool(self, *, num_envs: int, batch_size: int, seed: int | None = None) -> Pool:
+    def make_pool(
+        self, *, num_envs: int, batch_size: int, seed: int | None = None, in_process: bool = False
+    ) -> Pool:
         """Returns a pool of such environments."""
         if seed is None:
             seed = derived_seed(self.config.seed, 5)
         return make_pool(
-            self.config, num_envs=num_envs, batch_size=batch_size, seed=seed, evaluation=True
+            self.config,
+            num_envs=num_envs,
+            batch_size=batch_size,
+            seed=seed,
+            evaluation=True,
+            in_process=in_process,
         )
 
     def actor(self, mode: ActionMode, epsilon: float) -> Actor:
@@ -97,18 +105,20 @@ class Policy:
         reset: ArrayLike = False,
         mode: ActionMode = "greedy",
         epsilon: float = 0.001,
-    ) -> tuple[NDArray[np.int64] | int, PolicyState]:
+        action_mask: ArrayLike | None = None,
+    ) -> tuple[NDArray[Any] | int, PolicyState]:
         """Chooses actions for the newest observations.
 
         Args:
-            observation: [N, ...] single frames as the environment gives them, or one without the
-                leading N, which is answered with an int.
+            observation: [N, ...] single frames as `make_env` gives them, or one without the leading
+                N, which is answered with one action (an int where actions are one choice).
             state: What the last call, or `initial_state`, returned. It is not changed.
             reward: [N] raw reward of the step that led here.
             reset: [N] whether this is the first observation of an episode.
             mode: greedy takes the likeliest action, sample draws from the policy, epsilon is greedy
                 but for a share of random ones.
             epsilon: That share.
+            action_mask: [N, A] which actions are allowed, where the environment says so.
 
         Returns:
             The actions, and the state to hand to the next call.
@@ -126,11 +136,21 @@ class Policy:
         began = torch.from_numpy(np.broadcast_to(np.asarray(reset, np.bool_), count).copy())
         earned = torch.from_numpy(np.broadcast_to(np.asarray(reward, np.float32), count).copy())
         began, earned = began.to(self.device), earned.to(self.device)
+        mask = None
+        if action_mask is not None:
+            mask = torch.from_numpy(np.array(action_mask, np.bool_).reshape(count, -1))
+            mask = mask.to(self.device)
         step, after = self.actor(mode, epsilon).act(
-            cleared(state, began), torch.from_numpy(frames.copy()).to(self.device), earned, began
+            cleared(state, began),
+            torch.from_numpy(frames.copy()).to(self.device),
+            earned,
+            began,
+            mask,
         )
-        actions = step.action.cpu().numpy()
-        return (int(actions[0]) if single else actions), after
+        actions = (step.action if step.env_action is None else step.env_action).cpu().numpy()
+        if single:
+            return (actions[0] if self.spec.action_shape else int(actions[0])), after
+        return actions, after
 
 
 def load(
@@ -161,7 +181,7 @@ def load(
     model.requires_grad_(False)
     if precision == "bfloat16":
         lower_precision(model, torch.bfloat16)
-    algorithm = make_algorithm(config, model, torch.float32, trust_code=trust_code)
+    algorithm = make_algorithm(config, model, spec, torch.float32, trust_code=trust_code)
     policy = Policy(config, algorithm, spec, where)
     policy.agent_steps = int(saved.meta["agent_steps"])
     return policy

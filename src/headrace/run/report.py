@@ -95,6 +95,8 @@ class Reporter:
             "server_turnaround_ms_p99": slow_s * 1000,
             "unrolls_waiting": len(parts.queue),
             "unrolls_dropped": parts.unrolls.dropped_unrolls,
+            "unrolls_too_old": parts.queue.stale,
+            "worker_deaths": sum(getattr(seat.pool, "deaths", 0) for seat in parts.seats),
             "precision": str(parts.compute.precision).removeprefix("torch."),
         }
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}

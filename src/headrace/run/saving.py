@@ -106,7 +106,9 @@ def save(
 
 def is_bit_equal(config: RunConfig, parts: Parts) -> bool:
     """Whether a checkpoint can hold everything that the run depends on."""
-    return config.lockstep and all(isinstance(seat.pool, Restorable) for seat in parts.seats)
+    return config.lockstep and all(
+        isinstance(seat.pool, Restorable) and seat.pool.restorable for seat in parts.seats
+    )
 
 
 def restore(parts: Parts, saved: Checkpoint, on_message: Callable[[str], None]) -> None:

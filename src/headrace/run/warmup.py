@@ -28,12 +28,21 @@ def warm_up(parts: Parts) -> None:
         actor = seat.actor
         if device.type == "cuda" and isinstance(actor, Actor):
             capture = cuda_capture(actor.generator)
-            seat.actor = GraphedActor(actor, example, sizes=seat.sizes, capture=capture)
+            seat.actor = GraphedActor(
+                actor,
+                example,
+                sizes=seat.sizes,
+                capture=capture,
+                action_mask_size=parts.spec.action_mask_size,
+            )
         for size in seat.sizes:
             state = initial_state(parts.spec, server_model, size, device)
             reward = torch.zeros(size, device=device)
             reset = torch.ones(size, dtype=torch.bool, device=device)
-            seat.actor.act(state, state.stack[:, -1], reward, reset)
+            mask = None
+            if parts.spec.has_action_mask:
+                mask = torch.ones(size, parts.spec.action_mask_size, dtype=torch.bool).to(device)
+            seat.actor.act(state, state.stack[:, -1], reward, reset, mask)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

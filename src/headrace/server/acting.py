@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,16 +24,25 @@ def initial_state(spec: EnvSpec, model: Model, count: int, device: torch.device)
     return PolicyState(
         stack=torch.zeros(count, *spec.stacked_shape, dtype=dtype, device=device),
         recurrent=tuple(part.to(device) for part in model.initial_state(count)),
-        previous_action=torch.full((count,), -1, dtype=torch.int64, device=device),
+        previous_action=no_action(spec, count, device),
     )
+
+
+def no_action(spec: EnvSpec, count: int, device: torch.device) -> Tensor:
+    """Returns what stands for the previous action at the start of an episode: -1, or 0.0."""
+    dtype = torch.float32 if spec.action_dtype is np.float32 else torch.int64
+    start = torch.zeros(count, *spec.action_shape, dtype=dtype, device=device)
+    return start if dtype.is_floating_point else start - 1
 
 
 def cleared(state: PolicyState, reset: Tensor) -> PolicyState:
     """Returns `state` as at the start of an episode where `reset` [N] is set."""
     return PolicyState(
-        stack=_zeroed(state.stack, reset),
-        recurrent=tuple(_zeroed(part, reset) for part in state.recurrent),
-        previous_action=torch.where(reset, -1, state.previous_action),
+        stack=_filled(state.stack, reset, 0),
+        recurrent=tuple(_filled(part, reset, 0) for part in state.recurrent),
+        previous_action=_filled(
+            state.previous_action, reset, 0 if state.previous_action.is_floating_point() else -1
+        ),
     )
 
 
@@ -40,7 +50,12 @@ class Acting(Protocol):
     """What a seat needs of an actor."""
 
     def act(
-        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+        self,
+        state: PolicyState,
+        observation: Tensor,
+        reward: Tensor,
+        reset: Tensor,
+        action_mask: Tensor | None = None,
     ) -> tuple[PolicyStep, PolicyState]:
         """See `Actor.act`."""
 
@@ -58,7 +73,12 @@ class Actor:
 
     @torch.no_grad()
     def act(
-        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+        self,
+        state: PolicyState,
+        observation: Tensor,
+        reward: Tensor,
+        reset: Tensor,
+        action_mask: Tensor | None = None,
     ) -> tuple[PolicyStep, PolicyState]:
         """Sees one observation per environment, acts, and returns the state for the next step.
 
@@ -67,6 +87,7 @@ class Actor:
             observation: [N, ...] newest frames.
             reward: [N] float32 raw reward of the step that led here.
             reset: [N] bool.
+            action_mask: [N, A] bool, where the environment says what is allowed.
         """
         stack = torch.cat([state.stack[:, 1:], observation.unsqueeze(1)], dim=1)
         inputs = PolicyInput(
@@ -74,6 +95,7 @@ class Actor:
             reward=torch.where(reset, 0.0, reward).unsqueeze(0),
             previous_action=state.previous_action.unsqueeze(0),
             reset=reset.unsqueeze(0),
+            action_mask=None if action_mask is None else action_mask.unsqueeze(0),
         )
         step, recurrent = self.algorithm.act(
             self.model,
@@ -86,5 +108,5 @@ class Actor:
         return step, PolicyState(stack, recurrent, step.action)
 
 
-def _zeroed(part: Tensor, reset: Tensor) -> Tensor:
-    return part.masked_fill(reset.view(-1, *[1] * (part.dim() - 1)), 0)
+def _filled(part: Tensor, reset: Tensor, value: int) -> Tensor:
+    return part.masked_fill(reset.view(-1, *[1] * (part.dim() - 1)), value)

@@ -30,6 +30,7 @@ class _Recorded(NamedTuple):
     observation: Tensor
     reward: Tensor
     reset: Tensor
+    action_mask: Tensor | None
     replay: Callable[[], None]
     outputs: Outputs
 
@@ -38,15 +39,26 @@ class GraphedActor:
     """An `Actor` whose batches have one of a few sizes. Outputs hold until the next call."""
 
     def __init__(
-        self, actor: Actor, example: PolicyState, *, sizes: Sequence[int], capture: Capture
+        self,
+        actor: Actor,
+        example: PolicyState,
+        *,
+        sizes: Sequence[int],
+        capture: Capture,
+        action_mask_size: int = 0,
     ) -> None:
         """Captures a graph for every size, the largest first, so that all share its memory."""
         self._recorded: dict[int, _Recorded] = {}
         for size in sorted(sizes, reverse=True):
-            self._recorded[size] = _record(actor, example, size, capture)
+            self._recorded[size] = _record(actor, example, size, capture, action_mask_size)
 
     def act(
-        self, state: PolicyState, observation: Tensor, reward: Tensor, reset: Tensor
+        self,
+        state: PolicyState,
+        observation: Tensor,
+        reward: Tensor,
+        reset: Tensor,
+        action_mask: Tensor | None = None,
     ) -> Outputs:
         """Does what `Actor.act` does."""
         graph = self._recorded[len(reward)]
@@ -54,6 +66,8 @@ class GraphedActor:
         graph.observation.copy_(observation)
         graph.reward.copy_(reward)
         graph.reset.copy_(reset)
+        if graph.action_mask is not None and action_mask is not None:
+            graph.action_mask.copy_(action_mask)
         graph.replay()
         return graph.outputs
 
@@ -82,13 +96,20 @@ def cuda_capture(generator: torch.Generator | None) -> Capture:
     return capture
 
 
-def _record(actor: Actor, example: PolicyState, size: int, capture: Capture) -> _Recorded:
+def _record(
+    actor: Actor, example: PolicyState, size: int, capture: Capture, action_mask_size: int
+) -> _Recorded:
     state = repeated(example, size)
     observation = state.stack[:, -1].clone()
     reward = torch.zeros(size, device=observation.device)
     reset = torch.zeros(size, dtype=torch.bool, device=observation.device)
-    replay, outputs = capture(lambda: actor.act(state, observation, reward, reset))
-    return _Recorded(state, observation, reward, reset, replay, outputs)
+    mask = (
+        torch.ones_like(reset.unsqueeze(1).expand(-1, action_mask_size))
+        if action_mask_size
+        else None
+    )
+    replay, outputs = capture(lambda: actor.act(state, observation, reward, reset, mask))
+    return _Recorded(state, observation, reward, reset, mask, replay, outputs)
 
 
 def _copy_state(into: PolicyState, state: PolicyState) -> None:

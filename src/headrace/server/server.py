@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.pools.base import Pool
-from headrace.records import PolicyState
+from headrace.records import PolicyState, PolicyStep
 from headrace.rows import upload
 from headrace.server.acting import Acting, cleared
 from headrace.server.state_table import StateTable
@@ -33,7 +33,10 @@ from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Quantiles, Waits
 from headrace.weights import Weights
 
-OnEpisodes = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]], None]
+Infos = list[Mapping[str, float]]
+OnEpisodes = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], Infos], None]
+"""Told of episodes that ended: env ids, raw returns, lengths in agent steps, numbers of the last
+`info` (empty where an environment gave none)."""
 
 _QUEUE_POLL_S = 0.2  # how often a waiting server looks whether it should stop
 
@@ -63,7 +66,7 @@ class Seat:
             actor: What acts for them.
             example: Policy state of one environment at the start of an episode.
             unrolls: Where rows go; None for evaluation.
-            on_episodes: Told of episodes that ended: env ids, raw returns, lengths in agent steps.
+            on_episodes: Told of episodes that ended.
             device: Of the policy.
         """
         self.pool = pool
@@ -98,40 +101,47 @@ class Seat:
         self.agent_steps += count
         return count
 
-    def _answer(self, step: EnvStep, version: int) -> NDArray[np.int64]:
+    def _answer(self, step: EnvStep, version: int) -> NDArray[Any]:
         count = len(step.env_id)
         size = next(size for size in self.sizes if size >= count)
         ids = self._upload(_padded(step.env_id, size, self._table.spare_row).astype(np.int64))
         frames = self._upload(_padded(step.observation, size))
         reward = self._upload(_padded(step.reward, size))
         reset = self._upload(_padded(step.reset, size))
+        mask = None if step.action_mask is None else self._upload(_padded(step.action_mask, size))
         state = self._table.gather(ids)
         bootstrap = None
         if self.unrolls is not None and step.truncated.any():
-            bootstrap = self._final_value(step, state, reward, size)
+            bootstrap = self._final_value(step, state, reward, mask)
         if step.reset.any():
             state = cleared(state, reset)
-        done, after = self.actor.act(state, frames, reward, reset)
+        done, after = self.actor.act(state, frames, reward, reset, mask)
         self._table.scatter(ids, after)
         if self.unrolls is not None:
             self.unrolls.append(
                 step,
                 frames[:count],
-                type(done)(*(field[:count] for field in done)),
+                PolicyStep(done.action[:count], done.log_prob[:count], done.value[:count]),
                 previous_action=state.previous_action[:count],
                 recurrent=tuple(part[:count] for part in state.recurrent),
                 version=version,
                 bootstrap=bootstrap,
+                action_mask=None if mask is None else mask[:count],
             )
         # The one wait for the device: actions must reach the host.
-        return done.action[:count].cpu().numpy()
+        told = done.action if done.env_action is None else done.env_action
+        actions: NDArray[Any] = told[:count].cpu().numpy()
+        return actions
 
-    def _final_value(self, step: EnvStep, state: PolicyState, reward: Tensor, size: int) -> Tensor:
+    def _final_value(
+        self, step: EnvStep, state: PolicyState, reward: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Values of final observations, with the old episode's stack, state and action."""
         if step.final_observation is None:
             raise RuntimeError("a truncated step came without its final observation")
-        final = self._upload(_padded(step.final_observation, size))
-        done, _ = self.actor.act(state, final, reward, torch.zeros_like(reward, dtype=torch.bool))
+        final = self._upload(_padded(step.final_observation, len(reward)))
+        going_on = torch.zeros_like(reward, dtype=torch.bool)
+        done, _ = self.actor.act(state, final, reward, going_on, mask)  # a mask changes no value
         # A copy: a captured actor writes its next outputs where these are.
         return done.value[: len(step.env_id)].clone()
 
@@ -139,9 +149,12 @@ class Seat:
         env = step.env_id
         started = self._length[env] > 0  # the first observation of all ends nothing
         self._return[env] += np.where(started, step.reward, 0.0)
-        ended = env[step.reset & started]
-        if ended.size:
-            self._on_episodes(ended, self._return[ended], self._length[ended])
+        # A reset alone is an environment started anew: its episode ended nowhere.
+        over = np.flatnonzero(step.reset & started & (step.terminated | step.truncated))
+        if over.size:
+            ended, infos = env[over], step.episode_info or {}
+            given = [infos.get(int(row), {}) for row in over]
+            self._on_episodes(ended, self._return[ended], self._length[ended], given)
         first = env[step.reset]
         self._return[first], self._length[first] = 0.0, 0
         self._length[env] += 1

@@ -1,0 +1,332 @@
+"""PPO: several passes over a batch, each step held close to the policy that acted.
+
+Source: Schulman et al. 2017, "Proximal policy optimization algorithms", arXiv:1707.06347; details
+as in Huang et al. 2022, "The 37 implementation details of proximal policy optimization".
+
+Advantages assume that the policy that acted is the one that learns: run it in turns.
+
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls. A sample is
+[R, C]: one row of a column where the network has no recurrent state (R = 1, C = T B), else a whole
+unroll (R = T, C = B); M of the C columns are a minibatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headrace.algorithms.acting import act_by_policy
+from headrace.algorithms.base import ActionMode, ExperienceSpec, Model
+from headrace.algorithms.optimizers import (
+    OptimizerConfig,
+    clipped_step,
+    learning_rate_at,
+    load_optimizer,
+    make_optimizer,
+)
+from headrace.algorithms.rewards import RewardRule
+from headrace.errors import ConfigError
+from headrace.networks.normalizer import Observer
+from headrace.ops import losses
+from headrace.ops.distributions import make_distribution
+from headrace.ops.gae import gae_targets
+from headrace.ops.rewards import RewardTransform
+from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.specs import EnvSpec
+
+
+def _default_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam", learning_rate=2.5e-4, optimizer_eps=1e-5, max_gradient_norm=0.5
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoConfig:
+    """The learning rule's settings."""
+
+    unroll_steps: int = 128
+    """T: agent steps per unroll."""
+    batch_unrolls: int = 8
+    """B: unrolls per update; as many as there are environments, for the published algorithm."""
+    epochs: int = 4
+    """Passes over a batch."""
+    minibatches: int = 4
+    """Gradient steps per pass; each takes an equal share of the samples, or of the unrolls where
+    the network is recurrent."""
+    discount: float = 0.99
+    """gamma, per agent step."""
+    gae_lambda: float = 0.95
+    """Decay of the advantage over more steps: 0 trusts values, 1 rewards."""
+    clip_range: float = 0.2
+    """How far the ratio of probabilities may leave 1 before its gradient stops."""
+    clip_range_schedule: Literal["linear", "constant"] = "constant"
+    """linear: to zero at the end of the run."""
+    value_clip_range: float = 0.0
+    """How far a value may move in an update before its gradient stops; 0 for any distance."""
+    normalize_advantage: bool = True
+    """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
+    entropy_cost: float = 0.01
+    """Weight of the entropy bonus."""
+    value_cost: float = 0.5
+    """Weight of the value loss, which is half the mean squared error."""
+    reward_transform: RewardTransform = "none"
+    """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
+    normalize (by the running deviation of the discounted return)."""
+    reward_scale: float = 1.0
+    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    """How gradients become steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1 or not 0 <= self.gae_lambda <= 1:
+            raise ConfigError("discount and gae_lambda must be in [0, 1]")
+        if self.epochs < 1 or self.minibatches < 1:
+            raise ConfigError("epochs and minibatches must be at least 1")
+        if self.clip_range <= 0 or self.value_clip_range < 0 or self.entropy_cost < 0:
+            raise ConfigError(
+                "clip_range must be positive, value_clip_range and entropy_cost not negative"
+            )
+
+
+class Samples(NamedTuple):
+    """What gradients are taken of; dimension 1 is what minibatches are drawn from."""
+
+    inputs: PolicyInput  # [R, C, ...]
+    recurrent: tuple[Tensor, ...]  # each [C, ...] state fed to row 0; empty without one
+    action: Tensor  # [R, C, ...]
+    log_prob: Tensor  # [R, C] of the policy that acted
+    advantage: Tensor  # [R, C]
+    target: Tensor  # [R, C] of the value
+    value: Tensor  # [R, C] before the update
+
+
+class Ppo:
+    """Acts by sampling the policy; learns by the clipped surrogate objective."""
+
+    config_type = PpoConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PpoConfig,
+        *,
+        spec: EnvSpec,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        """Takes the network that learns.
+
+        Args:
+            model: `networks.models.PolicyValueNet`, or anything that is called alike.
+            config: The learning rule's settings.
+            spec: Of the environment: its actions say what kind of policy the model's output is.
+            precision: dtype of the torso's arithmetic in updates; weights stay float32.
+
+        Raises:
+            ConfigError: minibatches of equal size cannot be made.
+        """
+        self.model = model
+        self.experience = ExperienceSpec(
+            unroll_steps=config.unroll_steps,
+            batch_unrolls=config.batch_unrolls,
+            passes=config.epochs,
+        )
+        self._config = config
+        self._precision = precision
+        device = next(model.parameters()).device
+        self._device_type = device.type
+        self._distribution = make_distribution(spec.action_space)
+        self._rewards = RewardRule(
+            config.reward_transform,
+            scale=config.reward_scale,
+            discount=config.discount,
+            batch_unrolls=config.batch_unrolls,
+            device=device,
+        )
+        stateful: Any = model
+        self._is_recurrent = bool(stateful.initial_state(1))
+        self._columns = config.batch_unrolls
+        if not self._is_recurrent:
+            self._columns *= config.unroll_steps
+        if self._columns % config.minibatches:
+            what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
+            raise ConfigError(
+                f"minibatches={config.minibatches} must divide {what}={self._columns}"
+            )
+        self._optimizer = make_optimizer(model.parameters(), config.optimizer)
+        # The same numbers in every run: what they shuffle is not.
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(0)
+
+    def act(
+        self,
+        model: Model,
+        inputs: PolicyInput,
+        recurrent: tuple[Tensor, ...],
+        *,
+        mode: ActionMode,
+        generator: torch.Generator | None = None,
+        epsilon: float = 0.0,
+    ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
+        """Acts by the policy; see `act_by_policy`."""
+        return act_by_policy(
+            self._distribution,
+            model,
+            inputs,
+            recurrent,
+            mode=mode,
+            generator=generator,
+            epsilon=epsilon,
+        )
+
+    @torch.no_grad()
+    def samples(self, batch: Batch) -> Samples:
+        """Returns what gradients are taken of: advantages and targets are fixed for all passes.
+
+        Values are those of the weights that learn. Unrolls store none; in turns they would be the
+        same, and where the policy that acted is older, these are the better estimates.
+        """
+        output, _ = self._forward(batch.inputs, batch.recurrent)
+        reward_TB, discount_TB = self._rewards(batch)
+        targets = gae_targets(reward_TB, discount_TB, output.value, lambda_=self._config.gae_lambda)
+        samples = Samples(
+            inputs=_mapped_inputs(batch.inputs, lambda x: x[:-1]),
+            recurrent=batch.recurrent,
+            action=batch.action,
+            log_prob=batch.log_prob,
+            advantage=targets.advantage_TB,
+            target=targets.value_TB,
+            value=output.value[:-1],
+        )
+        if self._is_recurrent:
+            return samples
+        return _mapped(samples, lambda x: x.flatten(0, 1).unsqueeze(0))
+
+    def loss(self, samples: Samples, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a minibatch [R, M] and its parts, detached."""
+        config = self._config
+        output, _ = self._forward(samples.inputs, samples.recurrent)
+        parameters = self._distribution.masked(output.parameters, samples.inputs.action_mask)
+        log_ratio = self._distribution.log_prob(parameters, samples.action) - samples.log_prob
+        advantage = samples.advantage
+        if config.normalize_advantage:
+            centred = advantage - advantage.mean()
+            advantage = centred / (advantage.std(correction=0) + 1e-8)
+        policy_loss = losses.clipped_surrogate_loss(log_ratio, advantage, clip_range)
+        if config.value_clip_range:
+            value_loss = losses.clipped_value_loss(
+                output.value, samples.target, samples.value, config.value_clip_range
+            )
+        else:
+            value_loss = losses.value_loss(output.value, samples.target)
+        entropy = self._distribution.entropy(parameters).mean()
+        total = policy_loss + config.value_cost * value_loss - config.entropy_cost * entropy
+        ratio = log_ratio.detach().exp()
+        return total, {
+            "loss/total": total.detach(),
+            "loss/policy": policy_loss.detach(),
+            "loss/value": value_loss.detach(),
+            "loss/entropy": entropy.detach(),
+            "value_mean": output.value.detach().mean(),
+            "importance_ratio_mean": ratio.mean(),
+            # Low in variance and never negative, unlike the mean of the log ratio.
+            "kl_divergence": (ratio - 1.0 - log_ratio.detach()).mean(),
+            "clipped_share": ((ratio - 1.0).abs() > clip_range).float().mean(),
+        }
+
+    def update(self, batch: Batch, *, progress: float) -> Update:
+        """Takes all gradient steps on a batch; metrics are means over them."""
+        config = self._config
+        learning_rate = learning_rate_at(config.optimizer, progress)
+        clip_range = config.clip_range
+        if config.clip_range_schedule == "linear":
+            clip_range *= max(0.0, 1.0 - progress)
+        self._rewards.observe(batch)
+        samples = self.samples(batch)
+        steps = []
+        for _ in range(config.epochs):
+            for index_M in self._shuffled().view(config.minibatches, -1).unbind():
+                total, metrics = self.loss(self._chosen(samples, index_M), clip_range=clip_range)
+                metrics["gradient_norm"] = clipped_step(
+                    self._optimizer,
+                    total,
+                    learning_rate=learning_rate,
+                    max_norm=config.optimizer.max_gradient_norm,
+                )
+                steps.append(metrics)
+        # Last: the policy that acted saw by the statistics that the passes have just seen by; new
+        # ones would move every ratio away from 1 before the first step.
+        if isinstance(self.model, Observer):
+            self.model.observe(batch.inputs.observation[:-1, :, -1])
+        means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+        means["learning_rate"] = torch.tensor(learning_rate)
+        return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
+
+    def warm_up(self, batch: Batch) -> None:
+        """Runs values, and one minibatch's loss and gradient, and forgets them."""
+        samples = self.samples(batch)
+        index_M = torch.arange(
+            self._columns // self._config.minibatches, device=samples.value.device
+        )
+        total, _ = self.loss(self._chosen(samples, index_M), clip_range=self._config.clip_range)
+        torch.autograd.backward(total)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the optimiser, the state of the shuffles and the deviation of returns."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "rewards": self._rewards.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        load_optimizer(self._optimizer, state["optimizer"])
+        self._generator.set_state(state["generator"].cpu())
+        self._rewards.load_state_dict(state["rewards"])
+
+    def _forward(self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]) -> Any:
+        with torch.autocast(
+            self._device_type, self._precision, enabled=self._precision != torch.float32
+        ):
+            return self.model(inputs, recurrent)
+
+    def _shuffled(self) -> Tensor:
+        """A permutation of the columns, drawn where they lie."""
+        key_C = torch.rand(self._columns, device=self._generator.device, generator=self._generator)
+        return key_C.argsort()
+
+    def _chosen(self, samples: Samples, index_M: Tensor) -> Samples:
+        chosen = _mapped(samples, lambda x: x.index_select(1, index_M))
+        return chosen._replace(
+            recurrent=tuple(part.index_select(0, index_M) for part in samples.recurrent)
+        )
+
+
+def _mapped(samples: Samples, change: Callable[[Tensor], Tensor]) -> Samples:
+    """Applies `change` to all that is [R, C, ...]."""
+    return Samples(
+        inputs=_mapped_inputs(samples.inputs, change),
+        recurrent=samples.recurrent,
+        action=change(samples.action),
+        log_prob=change(samples.log_prob),
+        advantage=change(samples.advantage),
+        target=change(samples.target),
+        value=change(samples.value),
+    )
+
+
+def _mapped_inputs(inputs: PolicyInput, change: Callable[[Tensor], Tensor]) -> PolicyInput:
+    mask = inputs.action_mask
+    return PolicyInput(
+        observation=change(inputs.observation),
+        reward=change(inputs.reward),
+        previous_action=change(inputs.previous_action),
+        reset=change(inputs.reset),
+        action_mask=None if mask is None else change(mask),
+    )

@@ -1,0 +1,61 @@
+"""Running moments of a stream that comes in batches, and division by them.
+
+Source of the merge: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
+computing sample variances". Moments are float64: a mean over 10^9 rows moves by less than float32
+can hold.
+
+Shape suffixes: N = rows; features of any shape, written `...`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LIMIT = 10.0
+"""Normalised numbers are clipped to this on both sides (Huang et al. 2022, "The 37 implementation
+details of PPO", for continuous actions, 5)."""
+_EPSILON = 1e-8
+
+
+class Moments(NamedTuple):
+    """Moments of all rows seen so far."""
+
+    total: Tensor  # [] float64 number of rows
+    mean: Tensor  # [...] float64
+    variance: Tensor  # [...] float64, of the population: divided by the total
+
+
+def no_moments(shape: tuple[int, ...], device: torch.device | None = None) -> Moments:
+    """Moments of nothing, under which `normalized` is all but the identity."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    mean = torch.zeros(shape, dtype=torch.float64, device=device)
+    return Moments(total, mean, torch.ones_like(mean))
+
+
+def merged(moments: Moments, rows: Tensor) -> Moments:
+    """Moments of what was seen before and of `rows` [N, ...] together."""
+    rows = rows.double()
+    added = rows.shape[0]
+    mean, variance = rows.mean(dim=0), rows.var(dim=0, correction=0)
+    total = moments.total + added
+    share = added / total
+    apart = mean - moments.mean
+    # Written as a mean of the two, which needs no sum of squares to overflow or to cancel.
+    return Moments(
+        total,
+        moments.mean + share * apart,
+        (1 - share) * moments.variance + share * variance + share * (1 - share) * apart.square(),
+    )
+
+
+def normalized(x: Tensor, moments: Moments) -> Tensor:
+    """Returns (x - mean) / deviation in float32, clipped to +-LIMIT."""
+    return ((x.float() - moments.mean.float()) / deviation(moments)).clamp(-LIMIT, LIMIT)
+
+
+def deviation(moments: Moments) -> Tensor:
+    """Standard deviation in float32; 1 before anything was seen."""
+    return (moments.variance + _EPSILON).sqrt().float()

@@ -1,0 +1,137 @@
+"""The worker: steps groups of environments, and knows nothing of policies.
+
+    control pipe --- group --->  reads the actions of the group's rows
+                                 steps the group's environments
+    ready pipe  <--- record ---  writes what they showed into the same rows
+
+Run as a program by `pools.shm`. It imports no torch: a worker is ready in a second and small. An
+exception ends it; `pools.processes` tells the parent, which decides whether to start it again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headrace import catalog
+from headrace.envs.base import BatchEnv
+from headrace.errors import ConfigError, PeerLost
+from headrace.pools.processes import WorkerEnd
+from headrace.pools.shm_layout import GROUP, INFO_NBYTES, RECORD, Rows, Table, layout, write_step
+
+RUN_IDS = 1 << 32
+"""Run ids of one generation of workers; an environment may use them up by itself."""
+
+
+class Group(NamedTuple):
+    """Environments that step together."""
+
+    env: BatchEnv
+    rows: Rows
+    record: bytes
+
+
+def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_offset: int) -> None:
+    """Steps one group while the others wait for actions, until the parent is gone.
+
+    Args:
+        end: pipes to the parent.
+        groups: environments, their rows, and what to write when these are ready.
+        ready_fd: the pipe that all workers write into.
+        run_offset: added to run ids.
+    """
+    all_ids = [np.arange(group.env.num_envs, dtype=np.int32) for group in groups]
+    too_long = 0
+    for group in groups:
+        too_long += write_step(group.rows, group.env.reset(), run_offset=run_offset)
+        os.write(ready_fd, group.record)
+    while True:
+        try:
+            asked = end.receive()
+        except PeerLost:
+            return
+        for (number,) in GROUP.iter_unpack(asked or b""):
+            env, rows, record = groups[number]
+            step = env.step(all_ids[number], rows.action.copy())
+            left_out = write_step(rows, step, run_offset=run_offset)
+            os.write(ready_fd, record)
+            if left_out and not too_long:
+                end.status({"note": f"a final info of over {INFO_NBYTES} bytes was left out"})
+            too_long += left_out
+
+
+def make_groups(settings: Mapping[str, Any]) -> list[Group]:
+    """Makes the environments of a worker.
+
+    Raises:
+        ConfigError: they are not those that the parent has laid the table for.
+    """
+    family = catalog.environment_family(settings["env"])
+    config = family.config_type(
+        **{name: _as_tuples(value) for name, value in settings["settings"].items()}
+    )
+    seed = generation_seed(settings["seed"], settings["generation"])
+    envs = [
+        _make(family, settings["env"], config, num_envs=end - first, first_env=first, seed=seed)
+        for first, end in settings["groups"]
+    ]
+    plan = layout(envs[0].spec, settings["num_envs"])
+    if plan.nbytes != settings["nbytes"]:
+        raise ConfigError(f"{settings['env']} has another spec in a worker than in its parent")
+    table = Table(mmap.mmap(settings["block_fd"], plan.nbytes), plan)
+    return [
+        Group(
+            env,
+            table.rows(first, end),
+            RECORD.pack(settings["worker"], number, settings["generation"]),
+        )
+        for number, (env, (first, end)) in enumerate(zip(envs, settings["groups"], strict=True))
+    ]
+
+
+def _make(
+    family: Any, name: str, config: Any, *, num_envs: int, first_env: int, seed: int
+) -> BatchEnv:
+    places = {"first_env": first_env}
+    if "first_env" not in inspect.signature(family.make).parameters:
+        places, seed = {}, generation_seed(seed, first_env)
+    env: BatchEnv = family.make(
+        name, config, num_envs=num_envs, batch_size=num_envs, threads=1, seed=seed, **places
+    )
+    return env
+
+
+def generation_seed(seed: int, generation: int) -> int:
+    """Returns the run's own seed for the first start, and another one for each later start."""
+    if not generation:
+        return seed
+    return int(np.random.SeedSequence((seed, generation)).generate_state(1)[0] >> 1)
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has made lists of tuples; configs are frozen and have no lists."""
+    if isinstance(value, list):
+        return tuple(_as_tuples(item) for item in value)
+    return value
+
+
+def main() -> None:
+    """Takes the settings from the parent and works until it leaves."""
+    end = WorkerEnd.open()
+    settings = end.settings
+    groups = make_groups(settings)
+    run_worker(
+        end,
+        groups,
+        ready_fd=settings["ready_fd"],
+        run_offset=settings["generation"] * RUN_IDS,
+    )
+
+
+if __name__ == "__main__":
+    main()
