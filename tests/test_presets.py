@@ -17,6 +17,7 @@ from headrace.presets import DEFAULT_PRESETS, PRESETS, default_for, find
 # Espeholt et al. 2018, arXiv:1802.01561, Table G.1: a loss summed over T = 20 and B = 32.
 SAMPLES = 20 * 32
 PAPER_LEARNING = {
+    "reward_scale": 1.0,
     "unroll_steps": 20,
     "batch_unrolls": 32,
     "discount": 0.99,

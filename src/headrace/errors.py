@@ -9,6 +9,10 @@ class ConfigError(HeadraceError):
     """Something was wrong before anything started; the message is one sentence with the fix."""
 
 
+class EnvironmentFault(HeadraceError):
+    """An environment broke the Gymnasium contract or raised; names it, the index and the value."""
+
+
 class TransportError(HeadraceError):
     """A peer (a worker, a native environment, a queue's other end) is gone or late."""
 

@@ -1,16 +1,32 @@
-"""Stop 10: weights of version n go from the learner to the server, whole or not at all.
+"""Stop 10: weights of version n go from the learner to whoever acts, whole or not at all.
 
-The learner copies into one staging set under a lock. Between two batches the server copies staging
-into its own fixed tensors, so their addresses never change and captured graphs stay valid. Staging
-has the server's
-dtypes: the cast to bfloat16 happens once, on publication.
+In one process (`Weights`) the learner copies into one staging set under a lock. Between two batches
+the server copies staging into its own fixed tensors, so their addresses never change and captured
+graphs stay valid. Staging has the server's dtypes: the cast to bfloat16 happens once, on
+publication.
+
+Between processes (`SharedWeights`, `WeightsCopy`) there is no lock, since a worker that is stopped
+while it holds one would stop the learner:
+
+    block    | sequence, sum | version | tensor 0 | tensor 1 | ...  each at a multiple of 64 bytes
+    learner  sequence odd; version and tensors; their sum; sequence even
+    worker   copies to memory of its own, and believes the copy if the sequence was even, has not
+             moved, and the copy has the sum; else it tries again, or acts with what it has
+
+The sequence alone is exact where a core's stores, and its loads, are seen in their order (x86).
+Where they are not (ARM) there is no fence that Python can ask for, and the sum finds the torn copy:
+it does not depend on any order. It costs less than the copy does.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -59,3 +75,113 @@ def _event() -> torch.cuda.Event:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+_ALIGNMENT = 64  # bytes: a cache line, and a multiple of every dtype's size
+_SEQUENCE, _SUM = 0, 1
+_TRIES = 3
+
+
+def shared_nbytes(model: nn.Module) -> int:
+    """Bytes of the block that `SharedWeights` needs for models like this one."""
+    return _ALIGNMENT + _offsets(model)[-1]
+
+
+class SharedWeights:
+    """The learner's end of a block of weights. For one thread."""
+
+    def __init__(self, model: nn.Module, block: Any, *, local: Weights | None = None) -> None:
+        """Takes the block over; nothing is published.
+
+        Args:
+            model: Like the workers': shapes and dtypes.
+            block: Writable buffer of `shared_nbytes(model)` zeroed bytes.
+            local: Weights of a server in this process (evaluation), published along with these.
+        """
+        self._flat = _Flat(model)
+        self._header, self._shared = _parts(block)
+        self._header[_SEQUENCE] = 0
+        self._local = local
+
+    def publish(self, learner_model: nn.Module, version: int) -> None:
+        """Copies the learner's weights into the block; on a GPU this waits for the update."""
+        if self._local is not None:
+            self._local.publish(learner_model, version)
+        flat = self._flat
+        with torch.no_grad():
+            torch._foreach_copy_(flat.tensors, _tensors(learner_model))
+        flat.version[0] = version
+        self._header[_SEQUENCE] += 1
+        np.copyto(self._shared, flat.row)
+        self._header[_SUM] = _sum(flat.row)
+        self._header[_SEQUENCE] += 1
+
+    def pull(self) -> int:
+        """For the server in this process: see `Weights.pull`."""
+        if self._local is None:
+            raise RuntimeError("no server in this process was announced")
+        return self._local.pull()
+
+
+class WeightsCopy:
+    """A worker's end: a model that follows the block."""
+
+    def __init__(self, model: nn.Module, block: Any) -> None:
+        """Follows `block` with `model`, at version -1: nothing pulled."""
+        self._flat = _Flat(model)
+        self._target = _tensors(model)
+        self._header, self._shared = _parts(block)
+        self._seen = 0  # sequence of the copy that the model has
+        self._version = -1
+
+    def pull(self) -> int:
+        """Copies the block into the model if newer; returns the version the model has.
+
+        A copy that was torn is thrown away; after a few the model keeps what it has until the next
+        call, which costs a batch, nothing else.
+        """
+        for _ in range(_TRIES):
+            sequence = int(self._header[_SEQUENCE])
+            if sequence == self._seen:
+                break
+            np.copyto(self._flat.row, self._shared)
+            if (
+                sequence % 2 == 0
+                and sequence == int(self._header[_SEQUENCE])
+                and _sum(self._flat.row) == int(self._header[_SUM])
+            ):
+                with torch.no_grad():
+                    torch._foreach_copy_(self._target, self._flat.tensors)
+                self._version = int(self._flat.version[0])
+                self._seen = sequence
+                break
+        return self._version
+
+
+class _Flat:
+    """Version and tensors of a model in one row of bytes, in memory of this process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        *offsets, nbytes = _offsets(model)
+        self.row = np.zeros(nbytes, np.uint8)
+        self.version = self.row[:8].view(np.int64)
+        whole = torch.from_numpy(self.row)
+        self.tensors = [
+            whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            for start, like in zip(offsets, _tensors(model), strict=True)
+        ]
+
+
+def _offsets(model: nn.Module) -> list[int]:
+    """Where each tensor begins in the row, the version before them; last, where the row ends."""
+    sizes = [_ALIGNMENT, *(tensor.nbytes for tensor in _tensors(model))]
+    return list(itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+
+
+def _parts(block: Any) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    row = np.frombuffer(block, np.uint8)
+    return row[:_ALIGNMENT].view(np.uint64), row[_ALIGNMENT:]
+
+
+def _sum(row: NDArray[np.uint8]) -> int:
+    return int(row.view(np.uint64).sum())

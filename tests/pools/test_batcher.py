@@ -1,4 +1,4 @@
-"""The line of waiting environments: by size, by age, in order."""
+"""The line of waiting blocks: by size, by age, in order, never cut."""
 
 import pytest
 
@@ -17,14 +17,18 @@ def clock() -> Clock:
     return Clock()
 
 
+def singles(count: int, *, max_envs: int, max_wait_s: float, clock: Clock) -> Batcher:
+    return Batcher([1] * count, max_envs=max_envs, max_wait_s=max_wait_s, now_s=clock)
+
+
 def test_nothing_waits(clock: Clock) -> None:
-    batcher = Batcher(max_envs=4, max_wait_s=0.0, now_s=clock)
+    batcher = singles(8, max_envs=4, max_wait_s=0.0, clock=clock)
     assert batcher.due_in_s() is None
     assert batcher.take() == []
 
 
 def test_a_full_batch_is_due_at_once(clock: Clock) -> None:
-    batcher = Batcher(max_envs=2, max_wait_s=100.0, now_s=clock)
+    batcher = singles(8, max_envs=2, max_wait_s=100.0, clock=clock)
     batcher.add([7])
     assert batcher.take() == []
     batcher.add([3])
@@ -34,7 +38,7 @@ def test_a_full_batch_is_due_at_once(clock: Clock) -> None:
 
 
 def test_a_small_batch_is_due_by_the_age_of_its_oldest(clock: Clock) -> None:
-    batcher = Batcher(max_envs=4, max_wait_s=0.002, now_s=clock)
+    batcher = singles(8, max_envs=4, max_wait_s=0.002, clock=clock)
     batcher.add([0])
     clock.now_s = 0.0019
     batcher.add([1])
@@ -45,7 +49,7 @@ def test_a_small_batch_is_due_by_the_age_of_its_oldest(clock: Clock) -> None:
 
 
 def test_what_is_left_over_keeps_its_age(clock: Clock) -> None:
-    batcher = Batcher(max_envs=2, max_wait_s=1.0, now_s=clock)
+    batcher = singles(8, max_envs=2, max_wait_s=1.0, clock=clock)
     batcher.add([0, 1, 2])
     assert batcher.take() == [0, 1]
     assert batcher.take() == []
@@ -57,12 +61,43 @@ def test_what_is_left_over_keeps_its_age(clock: Clock) -> None:
 
 
 def test_a_batch_is_never_larger_than_its_maximum(clock: Clock) -> None:
-    batcher = Batcher(max_envs=3, max_wait_s=0.0, now_s=clock)
+    batcher = singles(8, max_envs=3, max_wait_s=0.0, clock=clock)
     batcher.add(range(8))
-    assert batcher.ids() == list(range(8))
+    assert batcher.blocks() == list(range(8))
     assert [batcher.take() for _ in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7], []]
 
 
-def test_a_batch_of_none_is_refused(clock: Clock) -> None:
+def test_a_batch_is_full_when_not_even_the_smallest_block_fits(clock: Clock) -> None:
+    batcher = Batcher([3, 3, 2], max_envs=7, max_wait_s=1.0, now_s=clock)
+    batcher.add([0])
+    assert batcher.due_in_s() == 1.0
+    batcher.add([1])  # 6 of 7, and the smallest has 2
+    assert batcher.due_in_s() == 0.0
+    assert len(batcher) == 6
+    assert batcher.take() == [0, 1]
+
+
+def test_a_block_that_does_not_fit_waits_with_its_age(clock: Clock) -> None:
+    batcher = Batcher([4, 3, 1], max_envs=6, max_wait_s=1.0, now_s=clock)
+    batcher.add([0, 1, 2])
+    assert batcher.take() == [0]  # 2 come in the order in which they stand, not around 1
+    assert len(batcher) == 4
+    assert batcher.take() == []
+    clock.now_s = 1.0
+    assert batcher.take() == [1, 2]
+
+
+def test_the_blocks_of_the_dead_leave_the_line(clock: Clock) -> None:
+    batcher = Batcher([2, 2, 2], max_envs=4, max_wait_s=1.0, now_s=clock)
+    batcher.add([0, 1])
+    batcher.drop([1, 2])
+    assert batcher.blocks() == [0]
+    assert len(batcher) == 2
+    assert batcher.take() == []
+    batcher.drop([0])
+    assert batcher.due_in_s() is None
+
+
+def test_a_block_larger_than_any_batch_is_refused(clock: Clock) -> None:
     with pytest.raises(ValueError, match="max_envs"):
-        Batcher(max_envs=0, max_wait_s=0.0, now_s=clock)
+        Batcher([1, 3], max_envs=2, max_wait_s=0.0, now_s=clock)

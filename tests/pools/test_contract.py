@@ -1,7 +1,11 @@
 """What every pool promises the server."""
 
+import gc
+import os
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,74 +14,121 @@ import pytest
 from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.base import Pool
+from headrace.pools.inline import InlinePool
+from headrace.pools.native import NativePool
+from headrace.pools.settings import WorkerConfig
+from headrace.pools.shm import ShmPool, WorkerEnvs
 from headrace.steps import EnvStep
 
 NUM_ENVS, BATCH = 4, 2
-NAMES = ["ALE/Pong-v5", "catch", "recall"]
+CASES = [
+    ("native", "ALE/Pong-v5"),
+    ("inline", "catch"),
+    ("inline", "recall"),
+    ("inline", "worker_envs:ECHO"),
+    ("shm", "catch"),
+    ("shm", "worker_envs:ECHO"),
+]
+WORKERS = WorkerConfig(num_workers=2, batch_wait_ms=5000.0)
+# Columns of what Echo shows; the module is not on the path when this one is collected.
+COUNT, ACTION = 1, 2
 
 
-def make_env(name: str, *, num_envs: int = NUM_ENVS, batch_size: int = BATCH, seed: int = 1) -> Any:
+def make_pool(kind: str, name: str, tap: Any, *, batch_size: int = BATCH, seed: int = 1) -> Pool:
     if name.startswith("ALE/"):
         pytest.importorskip("ale_py")
     family = catalog.environment_family(name)
-    return family.make(
-        name, family.config_type(), num_envs=num_envs, batch_size=batch_size, threads=2, seed=seed
-    )
-
-
-def make_pool(name: str, env: Any) -> Pool:
-    kind = catalog.environment_family(name).pool
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(env, batch_size=BATCH)
+    config = family.config_type()
+    if kind == "shm":
+        spec = family.spec(name, config)
+        recipe = WorkerEnvs(env=name, settings={}, spec=spec, num_envs=NUM_ENVS, seed=seed)
+        return Heard(ShmPool(recipe, batch_size=batch_size, workers=WORKERS), tap)
+    env = family.make(name, config, num_envs=NUM_ENVS, batch_size=BATCH, threads=2, seed=seed)
+    tap.env = env
+    pool: Pool = {"inline": InlinePool, "native": NativePool}[kind](tap, batch_size=batch_size)
     return pool
 
 
 class Tap:
     """Stands between a pool and its environments, and notes which action went to which of them."""
 
-    def __init__(self, env: Any) -> None:
-        self._env = env
+    def __init__(self) -> None:
+        self.env: Any = None
         self.reached: list[tuple[int, int]] = []
         self._due = np.empty(0, dtype=np.int32)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._env, name)
+        return getattr(self.env, name)
 
     def reset(self) -> EnvStep:
-        return self._seen(self._env.reset())
+        return self._seen(self.env.reset())
 
     def recv(self) -> EnvStep:
-        return self._seen(self._env.recv())
+        return self._seen(self.env.recv())
 
     def send(self, action: np.ndarray) -> None:
-        self._note(self._due, action)
-        self._env.send(action)
+        self.note(self._due, action)
+        self.env.send(action)
 
     def step(self, env_id: np.ndarray, action: np.ndarray) -> EnvStep:
-        self._note(env_id, action)
-        step: EnvStep = self._env.step(env_id, action)
+        self.note(env_id, action)
+        step: EnvStep = self.env.step(env_id, action)
         return step
+
+    def note(self, env_id: np.ndarray, action: np.ndarray) -> None:
+        self.reached += zip(env_id.tolist(), action.tolist(), strict=True)
 
     def _seen(self, step: EnvStep) -> EnvStep:
         self._due = step.env_id.copy()
         return step
 
-    def _note(self, env_id: np.ndarray, action: np.ndarray) -> None:
-        self.reached += zip(env_id.tolist(), action.tolist(), strict=True)
+
+class Heard:
+    """A pool whose environments live elsewhere: they tell by what they show what reached them."""
+
+    def __init__(self, pool: ShmPool, tap: Tap) -> None:
+        self._pool = pool
+        self._tap = tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def receive(self, timeout_s: float) -> EnvStep | None:
+        step = self._pool.receive(timeout_s)
+        if step is not None and self._pool.spec.name == "worker_envs:ECHO":
+            stepped = step.observation[:, COUNT] > 0
+            self._tap.note(step.env_id[stepped], step.observation[stepped, ACTION].astype(np.int64))
+        return step
 
 
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    kind, name = request.param
+    return kind, name
 
 
 @pytest.fixture
-def tap(name: str) -> Tap:
-    return Tap(make_env(name))
+def tap() -> Tap:
+    return Tap()
 
 
 @pytest.fixture
-def pool(name: str, tap: Tap) -> Pool:
-    return make_pool(name, tap)
+def pool(case: tuple[str, str], tap: Tap) -> Iterator[Pool]:
+    pool = make_pool(*case, tap)
+    yield pool
+    pool.close()
+
+
+def tells(case: tuple[str, str]) -> bool:
+    """Whether the tap can tell what reached the environments."""
+    return case[0] != "shm" or case[1] == "worker_envs:ECHO"
+
+
+def by_environment(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
+    actions = defaultdict(list)
+    for env_id, action in pairs:
+        actions[env_id].append(action)
+    return actions
 
 
 def receive(pool: Pool) -> EnvStep:
@@ -95,7 +146,9 @@ def play(pool: Pool, rounds: int, choose: Callable[[EnvStep], np.ndarray]) -> li
     return steps
 
 
-def test_every_action_reaches_its_environment(pool: Pool, tap: Tap) -> None:
+def test_every_action_reaches_its_environment(pool: Pool, tap: Tap, case: tuple[str, str]) -> None:
+    if not tells(case):
+        pytest.skip("these do not show what reached them")
     rng = np.random.default_rng(0)
     sent = []
 
@@ -106,7 +159,12 @@ def test_every_action_reaches_its_environment(pool: Pool, tap: Tap) -> None:
 
     play(pool, 30, choose)
     assert len(sent) == 30 * BATCH
-    assert tap.reached == sent
+    reached = by_environment(tap.reached)
+    for env_id, actions in by_environment(sent).items():
+        # What shows its last action shows it one row later.
+        missing = len(actions) - len(reached[env_id])
+        assert 0 <= missing <= (case[0] == "shm")
+        assert reached[env_id] == actions[: len(reached[env_id])]
 
 
 def test_first_row_of_each_environment_and_no_other_is_a_fresh_reset(pool: Pool) -> None:
@@ -177,16 +235,30 @@ def test_receive_and_reply_alternate(pool: Pool) -> None:
     ids=["above", "below", "too few", "column", "float"],
 )
 def test_a_wrong_reply_is_refused_before_anything_steps(
-    pool: Pool, tap: Tap, spoil: Callable[[np.ndarray, int], np.ndarray]
+    pool: Pool,
+    tap: Tap,
+    case: tuple[str, str],
+    spoil: Callable[[np.ndarray, int], np.ndarray],
 ) -> None:
+    if not tells(case):
+        pytest.skip("these do not show what reached them")
     action = np.zeros(BATCH, dtype=np.int64)
-    receive(pool)
+    first = receive(pool)
     with pytest.raises(ValueError, match="actions"):
         pool.reply(spoil(action, pool.spec.num_actions))
     assert tap.reached == []
     pool.reply(action)
-    receive(pool)
-    assert len(tap.reached) == BATCH
+    if case[0] != "shm":
+        receive(pool)
+        assert len(tap.reached) == BATCH
+        return
+    answered = np.zeros(NUM_ENVS)
+    answered[first.env_id] += 1
+    for _ in range(4):  # each has made as many steps as it got good answers
+        step = receive(pool)
+        np.testing.assert_array_equal(step.observation[:, COUNT], answered[step.env_id])
+        pool.reply(action)
+        answered[step.env_id] += 1
 
 
 def test_a_received_batch_stays_as_it_was_until_the_reply(pool: Pool) -> None:
@@ -209,8 +281,34 @@ def test_close_is_final_and_may_come_twice(pool: Pool) -> None:
         pool.reply(np.zeros(BATCH, dtype=np.int64))
 
 
-def test_a_batch_size_that_cannot_be_is_refused(name: str) -> None:
+def test_a_batch_size_that_cannot_be_is_refused(case: tuple[str, str], tap: Tap) -> None:
     with pytest.raises(ConfigError, match="batch_size"):
-        catalog.resolve("pool", catalog.POOLS, catalog.environment_family(name).pool)(
-            make_env(name), batch_size=NUM_ENVS + 1
-        )
+        make_pool(*case, tap, batch_size=NUM_ENVS + 1)
+
+
+def open_fds() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def shared_blocks() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:headrace")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("started", [False, True])
+def test_nothing_is_left_behind(case: tuple[str, str], tap: Tap, started: bool) -> None:
+    gc.collect()
+    fds, blocks = open_fds(), shared_blocks()
+    pool = make_pool(*case, tap)
+    if started:
+        play(pool, 5, lambda step: np.zeros(len(step.env_id), dtype=np.int64))
+    pids = getattr(pool, "worker_pids", [])
+    assert len(pids) == (2 if case[0] == "shm" else 0)
+    pool.close()
+    del pool
+    gc.collect()
+    assert open_fds() <= fds
+    assert shared_blocks() == blocks
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

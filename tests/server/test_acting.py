@@ -113,7 +113,7 @@ def make_policy(env: str, network: str, *, lstm_size: int, seed: int = 1) -> Pol
     with torch.no_grad():
         # A fresh policy is nearly uniform: scaled up, its choices depend on all that it sees.
         model.policy.weight.mul_(1000)
-    return Policy(config, make_algorithm(config, model, torch.float32), spec, CPU)
+    return Policy(config, make_algorithm(config, model, spec, torch.float32), spec, CPU)
 
 
 class Recorded:

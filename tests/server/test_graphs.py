@@ -18,7 +18,8 @@ from headrace.telemetry.metrics import Waits
 
 def _tensors(outputs: Outputs) -> list[Tensor]:
     step, state = outputs
-    return [*step, state.stack, *state.recurrent, state.previous_action]
+    done = [field for field in step if field is not None]
+    return [*done, state.stack, *state.recurrent, state.previous_action]
 
 
 def called_again(batch: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -38,7 +39,7 @@ def make_actor(device: str) -> tuple[Actor, EnvSpec]:
 
     spec = RECALL.spec("recall", config.environment)
     model = make_model(config, spec, torch.device(device))
-    algorithm = make_algorithm(config, model, torch.float32)
+    algorithm = make_algorithm(config, model, spec, torch.float32)
     return Actor(algorithm=algorithm, model=model, mode="greedy"), spec
 
 

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from headrace.telemetry.metrics import EpisodeStats, Quantiles, Rate, Waits
+from headrace.telemetry.metrics import EpisodeStats, Quantiles, Rate, Waits, clean_name
 
 
 def test_rate_is_since_the_last_read() -> None:
@@ -61,6 +61,64 @@ def test_episode_stats_go_on_after_a_resume() -> None:
     stats = EpisodeStats(episodes=40, return_max=21.0)
     stats.add([3.0], [5])
     assert (stats.read()["episodes"], stats.read()["return_max"]) == (41, 21.0)
+
+
+def test_numbers_of_the_environment_are_means_over_the_episodes_that_gave_them() -> None:
+    stats = EpisodeStats()
+    stats.add([0.0], [1])
+    stats.add([0.0, 0.0, 0.0], [1, 1, 1], [{"won": 1.0, "x": 4.0}, {}, {"won": 0.0}])
+    read = stats.read()
+    assert {name: read[name] for name in read if name.startswith("episode/")} == {
+        "episode/won": 0.5,
+        "episode/x": 4.0,
+    }
+    for _ in range(98):  # the episode that gave x is now the 100th last but one
+        stats.add([0.0], [1], [{"won": 0.0}])
+    read = stats.read()
+    assert "episode/x" not in read
+    assert read["episode/won"] == 0.0
+    assert read["episodes"] == 102
+
+
+def test_infos_must_be_as_many_as_episodes() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        EpisodeStats().add([0.0, 1.0], [1, 1], [{"won": 1.0}])
+
+
+def test_number_that_is_not_finite_spoils_no_mean() -> None:
+    stats = EpisodeStats()
+    stats.add([0.0] * 3, [1] * 3, [{"x": float("nan")}, {"x": 2.0}, {"x": float("-inf")}])
+    assert stats.read()["episode/x"] == 2.0
+
+
+def test_names_beyond_64_are_left_out_and_said_once() -> None:
+    said: list[str] = []
+    stats = EpisodeStats(on_message=said.append)
+    stats.add([0.0], [1], [{f"name_{index}": 1.0 for index in range(64)}])
+    assert said == []
+    for index in range(64, 70):
+        stats.add([0.0], [1], [{f"name_{index}": 1.0, "name_3": 3.0}])
+    read = stats.read()
+    assert sum(name.startswith("episode/") for name in read) == 64
+    assert read["episode/name_3"] == pytest.approx((1.0 + 6 * 3.0) / 7)
+    [message] = said
+    assert "episode/name_64" in message
+    EpisodeStats().add([0.0], [1], [{str(index): 1.0 for index in range(70)}])  # nobody to tell
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("won", "won"),
+        ("score/left-2.b", "score/left-2.b"),
+        ("/a b\n{c}", "a_b__c_"),
+        ("h\u00f6he", "h_he"),
+        ("//", "_"),
+        ("a" * 200, "a" * 100),
+    ],
+)
+def test_names_are_such_as_every_reader_takes(given: str, name: str) -> None:
+    assert clean_name(given) == name
 
 
 def test_waits_are_since_the_last_read_and_keep_their_names() -> None:

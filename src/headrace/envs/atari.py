@@ -156,6 +156,7 @@ class AtariFamily:
         batch_size: int,
         threads: int,
         seed: int,
+        first_env: int = 0,
     ) -> AtariVector:
         """Starts `num_envs` emulators on `threads` threads (0: as many as there are cores)."""
         if not 1 <= batch_size <= num_envs:
@@ -163,7 +164,7 @@ class AtariFamily:
         spec, frame = self.spec(name, config), (config.frame_size, config.frame_size)
         copies = {"num_envs": num_envs, "batch_size": batch_size, "num_threads": threads}
         emulators = _start(name, config, frame=frame, grayscale=True, **copies)
-        return AtariVector(emulators, spec, seed=seed)
+        return AtariVector(emulators, spec, seed=seed, first_env=first_env)
 
     def make_view(self, name: str, config: AtariConfig, *, seed: int) -> AtariVector:
         """Starts one emulator that shows the screen of the Atari in its colours."""

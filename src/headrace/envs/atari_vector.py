@@ -42,13 +42,13 @@ class Emulators(Protocol):
 class AtariVector:
     """N emulators of one game, `batch_size` are due at a time (a `pools.native.NativeEnv`)."""
 
-    def __init__(self, emulators: Any, spec: EnvSpec, *, seed: int) -> None:
+    def __init__(self, emulators: Any, spec: EnvSpec, *, seed: int, first_env: int = 0) -> None:
         self.spec = spec
         self._emulators: Emulators = emulators
         self.num_envs = self._emulators.num_envs
         self.batch_size = self._emulators.batch_size
         # int32 on the other side; consecutive seeds would make run 1 share games with run 0.
-        words = np.random.SeedSequence(seed).generate_state(self.num_envs)
+        words = np.random.SeedSequence(seed).generate_state(first_env + self.num_envs)[first_env:]
         self._seeds = (words >> 1).astype(np.int64)
         # Frame of its episode where each emulator will be if it just goes on; -1 before it started.
         self._next_frame = np.full(self.num_envs, -1, dtype=np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,13 @@ class BatchEnv(Protocol):
     def reset(self) -> EnvStep:
         """Starts every copy; all rows have `reset`."""
 
-    def step(self, env_id: NDArray[np.int32], action: NDArray[np.int64]) -> EnvStep:
+    def step(self, env_id: NDArray[np.int32], action: NDArray[Any]) -> EnvStep:
         """Steps the named copies and returns their rows in the same order."""
+
+
+@runtime_checkable
+class RestorableEnv(BatchEnv, Protocol):
+    """A `BatchEnv` whose whole state can be saved."""
 
     def snapshot(self) -> dict[str, NDArray[np.generic]]:
         """Returns the state of all copies and of their random numbers."""
@@ -47,10 +52,29 @@ class Family(Protocol):
     def evaluation(self, config: Any) -> Any:
         """Returns the settings under which an agent trained with `config` is judged."""
 
-    def make(
-        self, name: str, config: Any, *, num_envs: int, batch_size: int, threads: int, seed: int
+    def make(  # noqa: PLR0913 - each is one fact that only the pool knows
+        self,
+        name: str,
+        config: Any,
+        *,
+        num_envs: int,
+        batch_size: int,
+        threads: int,
+        seed: int,
+        first_env: int = 0,
     ) -> Any:
-        """Starts `num_envs` copies for the family's pool, `batch_size` due at a time."""
+        """Starts `num_envs` copies for the family's pool, `batch_size` due at a time.
+
+        Args:
+            name: what the user typed.
+            config: settings of the family.
+            num_envs: copies, counted from 0 in every step.
+            batch_size: rows of a step; for native pools only.
+            threads: of a native pool.
+            seed: of the run.
+            first_env: number of the first copy within the run. What a copy does depends on `seed`
+                and on its own number, so not on how the copies are spread over workers.
+        """
 
     def make_view(self, name: str, config: Any, *, seed: int) -> Any | None:
         """Starts one copy whose observations are what a person would see, else what `make` gives.

@@ -39,11 +39,13 @@ class CatchConfig:
 class Catch:
     """N boards; where a ball starts depends only on seed, board and number of the episode."""
 
-    def __init__(self, spec: EnvSpec, *, num_envs: int, truncate_after: int, seed: int) -> None:
+    def __init__(
+        self, spec: EnvSpec, *, num_envs: int, truncate_after: int, seed: int, first_env: int = 0
+    ) -> None:
         self.spec = spec
         self.num_envs = num_envs
         self._truncate_after = truncate_after
-        self._key = stream_keys(seed, num_envs)
+        self._key = stream_keys(seed, first_env + num_envs)[first_env:]
         self._episode = np.full(num_envs, -1, dtype=np.int64)
         self._ball_row = np.zeros(num_envs, dtype=np.int64)
         self._ball_column = np.zeros(num_envs, dtype=np.int64)
@@ -153,10 +155,17 @@ class CatchFamily:
         batch_size: int,
         threads: int,
         seed: int,
+        first_env: int = 0,
     ) -> Catch:
         """Starts `num_envs` boards; the pool cuts batches, and steps them in its own thread."""
         spec = self.spec(name, config)
-        return Catch(spec, num_envs=num_envs, truncate_after=config.truncate_after, seed=seed)
+        return Catch(
+            spec,
+            num_envs=num_envs,
+            truncate_after=config.truncate_after,
+            seed=seed,
+            first_env=first_env,
+        )
 
     def make_view(self, name: str, config: CatchConfig, *, seed: int) -> None:
         """A person sees what the agent sees."""

@@ -41,12 +41,14 @@ class RecallConfig:
 class Recall:
     """N copies; a cue depends only on seed, copy and number of the episode."""
 
-    def __init__(self, spec: EnvSpec, *, num_envs: int, delay_steps: int, seed: int) -> None:
+    def __init__(
+        self, spec: EnvSpec, *, num_envs: int, delay_steps: int, seed: int, first_env: int = 0
+    ) -> None:
         self.spec = spec
         self.num_envs = num_envs
         self._question_at = delay_steps + 1
         self._num_cues = spec.num_actions
-        self._key = stream_keys(seed, num_envs)
+        self._key = stream_keys(seed, first_env + num_envs)[first_env:]
         self._episode = np.full(num_envs, -1, dtype=np.int64)
         self._steps = np.zeros(num_envs, dtype=np.int64)
         self._cue = np.zeros(num_envs, dtype=np.int64)
@@ -146,10 +148,13 @@ class RecallFamily:
         batch_size: int,
         threads: int,
         seed: int,
+        first_env: int = 0,
     ) -> Recall:
         """Starts `num_envs` copies; the pool cuts batches, and steps them in its own thread."""
         spec = self.spec(name, config)
-        return Recall(spec, num_envs=num_envs, delay_steps=config.delay_steps, seed=seed)
+        return Recall(
+            spec, num_envs=num_envs, delay_steps=config.delay_steps, seed=seed, first_env=first_env
+        )
 
     def make_view(self, name: str, config: RecallConfig, *, seed: int) -> None:
         """A person sees what the agent sees."""

@@ -89,7 +89,7 @@ def unpacked(rows: Tensor, leaf: tree.Leaf) -> Tensor:
 
 def is_image(leaf: tree.Leaf) -> bool:
     """Whether a part goes through convolutions: bytes in [H, W] or [H, W, colours]."""
-    is_bytes = leaf.kind == "box" and leaf.dtype.name == "uint8"
+    is_bytes: bool = leaf.kind == "box" and leaf.dtype == np.uint8
     return is_bytes and len(leaf.shape) in (2, 3) and min(leaf.shape[:2]) >= _MIN_IMAGE
 
 

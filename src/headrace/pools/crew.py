@@ -110,6 +110,10 @@ class Crew:
         """Number of starts before the present one."""
         return self._members[worker].generation
 
+    def pids(self) -> list[int]:
+        """Process ids of the workers that live."""
+        return [member.process.pid for member in self._members if member.process is not None]
+
     def ask(self, worker: int, data: bytes, groups: int) -> None:
         """Sends a worker so many groups' actions; one that is dead does not mind."""
         member = self._members[worker]

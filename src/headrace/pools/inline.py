@@ -6,6 +6,7 @@ their newest rows in a table by environment. The line of those that wait says wh
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _PER_ROW = ("run_id", "observation", "reward", "reset", "terminated", "truncated
 
 
 class InlinePool:
-    """A `BatchEnv` as a pool; `Restorable`."""
+    """A `BatchEnv` as a pool; `Restorable` where the environments are."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class InlinePool:
         self.spec = env.spec
         self.num_envs = env.num_envs
         self.max_batch = batch_size
+        self.restorable = hasattr(env, "snapshot") and hasattr(env, "restore")
         self._env: BatchEnv | None = env
         self._lent = np.empty(0, dtype=np.int32)  # environments received and not replied to
         first = env.reset()
@@ -44,6 +46,9 @@ class InlinePool:
             name: np.empty_like(getattr(first, name)) for name in _PER_ROW
         }
         self._table["final_observation"] = np.zeros_like(first.observation)
+        if env.spec.has_action_mask:
+            self._table["action_mask"] = np.zeros_like(first.action_mask, dtype=np.bool_)
+        self._infos: dict[int, dict[str, float]] = {}  # of the rows, by environment
         self._waiting = self._line(first.env_id)
         self._store(first)
 
@@ -59,11 +64,16 @@ class InlinePool:
             raise RuntimeError("receive came twice: reply to the last batch first")
         self._lent = np.array(self._waiting.take(), dtype=np.int32)
         rows: dict[str, Any] = {name: column[self._lent] for name, column in self._table.items()}
-        step = EnvStep(env_id=self._lent.copy(), **rows)
+        infos = {
+            row: self._infos[env_id]
+            for row, env_id in enumerate(self._lent.tolist())
+            if env_id in self._infos
+        }
+        step = EnvStep(env_id=self._lent.copy(), **rows, episode_info=infos or None)
         ended = step.reset & (step.terminated | step.truncated)
         return step if ended.any() else step._replace(final_observation=None)
 
-    def reply(self, action: NDArray[np.int64]) -> None:
+    def reply(self, action: NDArray[Any]) -> None:
         """Steps the environments received last.
 
         Raises:
@@ -85,19 +95,22 @@ class InlinePool:
 
     def snapshot(self) -> dict[str, NDArray[np.generic]]:
         """Returns environments, newest rows and the line; lent rows stand first in it again."""
-        env = self._open_env()
-        state = {f"env/{name}": value for name, value in env.snapshot().items()}
+        state = {f"env/{name}": value for name, value in self._restorable_env().snapshot().items()}
         state |= {f"row/{name}": column.copy() for name, column in self._table.items()}
+        if self._infos:
+            state["infos"] = np.frombuffer(json.dumps(self._infos).encode(), np.uint8)
         state["waiting"] = np.concatenate([self._lent, np.array(self._waiting.blocks(), np.int32)])
         return state
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Puts back what `snapshot` gave. The next call is `receive`, also where rows were lent."""
-        env = self._open_env()
+        env = self._restorable_env()
         parts = {name: value for name, value in state.items() if name.startswith("env/")}
         env.restore({name.removeprefix("env/"): value for name, value in parts.items()})
         for name, column in self._table.items():
             column[:] = state[f"row/{name}"]
+        infos = json.loads(state["infos"].tobytes()) if "infos" in state else {}
+        self._infos = {int(env_id): scalars for env_id, scalars in infos.items()}
         self._waiting = self._line(state["waiting"])
         self._lent = np.empty(0, dtype=np.int32)
 
@@ -110,8 +123,21 @@ class InlinePool:
     def _store(self, step: EnvStep) -> None:
         for name in _PER_ROW:
             self._table[name][step.env_id] = getattr(step, name)
+        if "action_mask" in self._table:
+            self._table["action_mask"][step.env_id] = step.action_mask
         if step.final_observation is not None:
             self._table["final_observation"][step.env_id] = step.final_observation
+        if self._infos:
+            for env_id in step.env_id.tolist():
+                self._infos.pop(env_id, None)
+        for row, scalars in (step.episode_info or {}).items():
+            self._infos[int(step.env_id[row])] = dict(scalars)
+
+    def _restorable_env(self) -> Any:
+        env = self._open_env()
+        if not self.restorable:
+            raise RuntimeError(f"{self.spec.name} cannot be saved")
+        return env
 
     def _open_env(self) -> BatchEnv:
         if self._env is None:

@@ -152,6 +152,11 @@ class ShmPool:
         """Lines that workers have printed so far."""
         return self._crew.lines_printed
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that live."""
+        return self._crew.pids()
+
     def receive(self, timeout_s: float) -> EnvStep | None:
         """Returns the rows of a batch that is due; None after `timeout_s`.
 
@@ -221,9 +226,7 @@ class ShmPool:
             if generation == self._crew.generation(worker):  # else a dead worker's
                 self._crew.returned(worker)
                 blocks.append(group * self._workers + worker)
-        # Of those that came together, one group of each worker goes first: then every worker has
-        # another group to step while these wait for actions, and they stand side by side.
-        self._line.add(sorted(blocks))
+        self._line.add(blocks)
 
     def _lend(self, table: Table) -> EnvStep:
         first, end = self._blocks[self._lent[0]][0], self._blocks[self._lent[-1]][1]

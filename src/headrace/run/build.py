@@ -137,7 +137,7 @@ def make_pool(
         batch_size=batch_size,
         threads=threads,
         seed=seed,
-        first_env=first_env,
+        **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
     )
     kind = "inline" if kind == "shm" else kind
     pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)

@@ -6,14 +6,17 @@ Nothing here reads a clock: time is an argument.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 _EPISODES_AVERAGED = 100
+_MOST_NAMES = 64  # of numbers that environments report: each is a column of every row from then on
+_LONGEST_NAME = 100
 
 
 class Rate:
@@ -61,26 +64,51 @@ class Quantiles:
 
 
 class EpisodeStats:
-    """Raw returns and lengths of finished episodes."""
+    """Raw returns and lengths of finished episodes, and what environments report of them."""
 
-    def __init__(self, episodes: int = 0, return_max: float = math.nan) -> None:
-        """Goes on from what `read` gave before a resume."""
+    def __init__(
+        self,
+        episodes: int = 0,
+        return_max: float = math.nan,
+        *,
+        on_message: Callable[[str], None] | None = None,
+    ) -> None:
+        """Goes on from what `read` gave before a resume.
+
+        Args:
+            episodes: How many there were.
+            return_max: Of them.
+            on_message: Told once, by the thread that adds, that there were too many names.
+        """
         self._lock = threading.Lock()  # guards everything below
         self._episodes = episodes
         self._return_max = return_max
         self._returns: deque[float] = deque(maxlen=_EPISODES_AVERAGED)
         self._lengths: deque[float] = deque(maxlen=_EPISODES_AVERAGED)
+        self._infos: deque[dict[str, float]] = deque(maxlen=_EPISODES_AVERAGED)
+        self._names: set[str] = set()
+        self._on_message = on_message
 
     def add(
         self,
         returns: Sequence[float] | NDArray[np.floating],
         lengths: Sequence[int] | NDArray[np.integer],
+        infos: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """Adds episodes that just ended: raw returns [N], undiscounted, and agent_steps [N]."""
+        """Adds episodes that just ended.
+
+        Args:
+            returns: [N] raw, undiscounted.
+            lengths: [N] agent_steps.
+            infos: N times the numbers of the final `info`; nothing for none. Numbers that are not
+                finite are left out, as are names beyond the first 64 of the run.
+        """
+        given = infos or [{}] * len(returns)
         with self._lock:
-            for value, length in zip(returns, lengths, strict=True):
+            for value, length, info in zip(returns, lengths, given, strict=True):
                 self._returns.append(float(value))
                 self._lengths.append(float(length))
+                self._infos.append(self._kept(info))
                 # fmax: the first maximum is NaN, and any number replaces it.
                 self._return_max = float(np.fmax(self._return_max, value))
             self._episodes += len(returns)
@@ -88,18 +116,54 @@ class EpisodeStats:
     def read(self) -> dict[str, float | int]:
         """Returns episodes and return_max of the whole run, and means of the last 100 episodes.
 
-        Numbers that no episode has given yet are NaN.
+        Numbers that no episode has given yet are NaN. episode/NAME is the mean over those of the
+        100 that reported NAME, and is missing where none did.
         """
         with self._lock:
+            reported: dict[str, list[float]] = {}
+            for info in self._infos:
+                for name, value in info.items():
+                    reported.setdefault(f"episode/{name}", []).append(value)
             return {
                 "episodes": self._episodes,
                 "return_mean": _mean(self._returns),
                 "return_max": self._return_max,
                 "length_mean": _mean(self._lengths),
+                **{name: _mean(values) for name, values in sorted(reported.items())},
             }
 
+    def _kept(self, info: Mapping[str, float]) -> dict[str, float]:
+        kept: dict[str, float] = {}
+        for given, value in info.items():
+            name = clean_name(given)
+            if not math.isfinite(value):
+                continue
+            if name not in self._names:
+                if len(self._names) == _MOST_NAMES:
+                    self._say_too_many(name)
+                    continue
+                self._names.add(name)
+            kept[name] = float(value)
+        return kept
 
-def _mean(values: deque[float]) -> float:
+    def _say_too_many(self, name: str) -> None:
+        if self._on_message is not None:
+            self._on_message(
+                f"the environment reports more than {_MOST_NAMES} numbers at the ends of its "
+                f"episodes: episode/{name} and every other new name is left out of the metrics"
+            )
+            self._on_message = None
+
+
+def clean_name(name: str) -> str:
+    """Returns `name` as all readers of metrics take it: ASCII letters, digits and _ - . / alone.
+
+    Names that differ only in what is replaced become one.
+    """
+    return re.sub(r"[^\w./-]", "_", str(name), flags=re.ASCII).strip("/")[:_LONGEST_NAME] or "_"
+
+
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 

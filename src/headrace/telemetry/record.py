@@ -2,6 +2,7 @@
 
 ```
 runs/NAME/  config.toml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  lock
+            wandb/  wandb-id.txt
 ```
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from headrace.errors import ConfigError
+from headrace.telemetry.wandb_log import WandbLog
 
 _PID_BYTES = 32
 _BLOCK_NBYTES = 1 << 16
@@ -124,26 +126,33 @@ else:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and, if wanted, to TensorBoard. One thread writes."""
+    """Appends rows to metrics.jsonl and, if wanted, to TensorBoard and W&B. One thread writes."""
 
     def __init__(
-        self, run: RunDirectory, tensorboard: bool = True, resumed_at: int | None = None
+        self,
+        run: RunDirectory,
+        tensorboard: bool = True,
+        resumed_at: int | None = None,
+        *,
+        wandb: WandbLog | None = None,
     ) -> None:
-        """Opens both for appending; cuts off the line that a killed run left half written.
+        """Opens files for appending; cuts off the line that a killed run left half written.
 
         A run that was killed has rows from after its checkpoint: in metrics.jsonl they stay, with
         those of the resumed run behind them; TensorBoard hides what lies beyond `resumed_at`
-        env_frames.
+        env_frames. `wandb` is closed with the rest.
         """
         _cut_half_line(run.metrics_path)
+        self._wandb = wandb
+        self._rows = 0 if wandb is None else _count_lines(run.metrics_path)
         self._file = run.metrics_path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(run.tensorboard, resumed_at) if tensorboard else None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error_type is not None)
 
     def write(
         self,
@@ -151,34 +160,39 @@ class MetricsWriter:
         row: Mapping[str, float | int | str],
         histograms: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Writes one row; numbers that are not finite become null and are kept from TensorBoard.
+        """Writes one row; numbers that are not finite become null, and no curve gets them.
 
         Args:
             step_env_frames: env_frames of the whole run so far, the x axis of every curve.
             row: values by name, such as loss/policy.
-            histograms: by name, how often each whole number came, from 0 on.
+            histograms: by name, how often each whole number came, from 0 on; not for W&B.
         """
         counted = histograms or {}
         finite = {name: None if _is_wild(value) else value for name, value in row.items()}
         line = json.dumps({"env_frames": step_env_frames, **finite, **counted}, allow_nan=False)
         self._file.write(f"{line}\n")
         self._file.flush()
+        numbers = {name: value for name, value in finite.items() if isinstance(value, int | float)}
+        if self._wandb is not None:
+            self._wandb.write(self._rows, {**numbers, "env_frames": step_env_frames})
+        self._rows += 1
         if self._tensorboard is None:
             return
-        for name, value in finite.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, global_step=step_env_frames)
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, global_step=step_env_frames)
         for name, counts in counted.items():
             if any(counts):
                 self._tensorboard.add_histogram_raw(
                     name, **_buckets(counts), global_step=step_env_frames
                 )
 
-    def close(self) -> None:
-        """Flushes and closes both files."""
+    def close(self, failed: bool = False) -> None:
+        """Flushes and closes everything; W&B shows whether the run failed."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(failed)
 
 
 def _buckets(counts: Sequence[int]) -> dict[str, Any]:
@@ -221,6 +235,13 @@ def _cut_half_line(path: Path) -> None:
                 return
             end = start
         file.truncate(0)
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_NBYTES), b""))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

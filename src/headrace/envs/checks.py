@@ -1,0 +1,302 @@
+"""What environments return, made into arrays, and refused in one sentence where it breaks a promise.
+
+All rows are looked at together; only when something is wrong is the row looked for.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace import tree
+from headrace.errors import EnvironmentFault
+
+Strictness = Literal["strict", "normal", "off"]
+Call = Literal["reset", "step"]
+
+_MOST_SHOWN = 120  # characters of a value in a message
+
+
+class Part(NamedTuple):
+    """What one part of an observation must be."""
+
+    leaf: tree.Leaf
+    declared: np.dtype[Any]
+    low: NDArray[Any] | None  # None where every value of the dtype is allowed
+    high: NDArray[Any] | None
+
+
+def parts_of(space: gym.Space[Any]) -> tuple[Part, ...]:
+    """Returns what the parts of an observation must be."""
+    parts = []
+    for leaf in tree.leaves(space):
+        inner: Any = space
+        for key in leaf.keys:
+            inner = inner[key]
+        low: Any = None
+        high: Any = None
+        if leaf.kind == "box":
+            low, high = inner.low, inner.high
+            if leaf.dtype.kind == "f":  # values are compared as they are stored
+                low, high = (_stored(bound, leaf.dtype) for bound in (low, high))
+            low, high = (None if _is_free(bound, inner.dtype) else bound for bound in (low, high))
+        elif leaf.kind == "multi_binary":
+            low, high = np.int64(0), np.int64(1)
+        else:
+            low = np.reshape(leaf.start, leaf.shape)
+            high = low + np.reshape(leaf.choices, leaf.shape) - 1
+        parts.append(Part(leaf, np.dtype(inner.dtype), low, high))
+    return tuple(parts)
+
+
+class Checks:
+    """The checks of one group of environments, and what they have noticed."""
+
+    def __init__(self, name: str, *, first_env: int, strictness: Strictness) -> None:
+        self.name = name
+        self.notices: list[str] = []
+        """What is wrong but can be lived with; each is said once."""
+        self._first_env = first_env
+        self._strictness = strictness
+        self._said: set[str] = set()
+
+    def fault(self, env: int, text: str) -> EnvironmentFault:
+        """Returns the error that names an environment of the group."""
+        return EnvironmentFault(f"environment {self._first_env + env} ({self.name}): {text}")
+
+    def raised(self, env: int, call: Call, error: BaseException) -> EnvironmentFault:
+        """Returns the error for an exception that an environment's own code raised."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        line = f": {last.line}" if last.line else ""
+        return self.fault(env, f"{call} raised {type(error).__name__}: {error} ({place}{line})")
+
+    def observations(
+        self, part: Part, values: Sequence[Any], envs: Sequence[int], call: Call
+    ) -> NDArray[Any]:
+        """Returns one part of all observations, [N, *shape] in the dtype in which it is stored.
+
+        Args:
+            part: what it must be.
+            values: whole observations.
+            envs: whose they are.
+            call: which method returned them.
+
+        Raises:
+            EnvironmentFault: what cannot be used, or in the strict setting is not as declared.
+        """
+        leaf = part.leaf
+        if leaf.keys:
+            values = self._at(leaf, values, envs, call)
+        try:
+            array = np.array(values)
+        except (ValueError, TypeError):
+            array = np.empty(0, np.object_)
+        if array.shape[1:] != leaf.shape or array.dtype.kind not in "fiub":
+            raise self._wrong_form(part, values, envs, call)
+        stored = array
+        if array.dtype != part.declared:
+            stored = self._cast(part, array, envs, call)
+        if stored.dtype != leaf.dtype:
+            stored = _stored(stored, leaf.dtype)
+        if self._strictness != "off":
+            self._check_values(
+                part, array if stored.dtype.kind != "f" else stored, values, envs, call
+            )
+        if any(leaf.start):
+            stored = stored - np.reshape(leaf.start, leaf.shape)
+        return stored
+
+    def rewards(self, values: Sequence[Any], envs: Sequence[int]) -> NDArray[np.float32]:
+        """Returns rewards as float32 [N].
+
+        Raises:
+            EnvironmentFault: one is not a finite number.
+        """
+        array = _scalars(values)
+        if array is not None:
+            rewards = array.astype(np.float32)
+            if self._strictness == "off" or np.isfinite(rewards).all():
+                return rewards
+        for env, value in zip(envs, values, strict=True):
+            one = _scalars([value])
+            if one is None or not np.isfinite(one.astype(np.float32)).all():
+                text = f"step returned the reward {show(value)}, which is not a finite number"
+                raise self.fault(env, text)
+        raise self.fault(envs[0], "step returned a reward that is not a number")
+
+    def flags(self, name: str, values: Sequence[Any], envs: Sequence[int]) -> NDArray[np.bool_]:
+        """Returns terminated or truncated as bool [N].
+
+        Raises:
+            EnvironmentFault: one is neither a bool nor a number.
+        """
+        array = _scalars(values)
+        if array is not None and array.dtype == np.bool_:
+            return array
+        for env, value in zip(envs, values, strict=True):
+            one = _scalars([value])
+            text = f"step returned {name} = {show(value)}, which is not a bool"
+            if one is None:
+                raise self.fault(env, text)
+            if one.dtype != np.bool_:
+                self._notice(env, f"{name} dtype", text)
+        return np.array(values, np.bool_)
+
+    def masks(
+        self, infos: Sequence[Mapping[str, Any]], choices: Sequence[int], envs: Sequence[int]
+    ) -> NDArray[np.bool_]:
+        """Returns action masks as bool [N, A], A = the sum of `choices`.
+
+        Raises:
+            EnvironmentFault: one is missing, has another size, or allows no choice.
+        """
+        size = sum(choices)
+        found = np.empty((len(infos), size), np.bool_)
+        for row, (env, info) in enumerate(zip(envs, infos, strict=True)):
+            mask = info.get("action_mask")
+            if isinstance(mask, tuple | list) and mask and np.ndim(mask[0]):
+                mask = np.concatenate(mask)
+            mask = np.asarray(mask)
+            if mask.size != size or mask.dtype.kind not in "fiub":
+                shown = show(info.get("action_mask"))
+                text = f"info['action_mask'] must have {size} flags, not {shown}"
+                raise self.fault(env, text)
+            found[row] = mask.reshape(size)
+        if self._strictness != "off":
+            starts = np.cumsum([0, *choices[:-1]])
+            allowed = np.logical_or.reduceat(found, starts, axis=1)
+            if not allowed.all():
+                row = int(np.flatnonzero(~allowed.all(axis=1))[0])
+                text = f"info['action_mask'] allows no action: {show(found[row])}"
+                raise self.fault(envs[row], text)
+        return found
+
+    def _at(
+        self, leaf: tree.Leaf, values: Sequence[Any], envs: Sequence[int], call: Call
+    ) -> list[Any]:
+        """Returns what every observation has where the leaf is."""
+        found: list[Any] = []
+        try:
+            if len(leaf.keys) == 1:
+                key = leaf.keys[0]
+                for value in values:
+                    found.append(value[key])  # noqa: PERF401 - its length says who broke it
+            else:
+                for value in values:
+                    found.append(tree.part_of(leaf, value))  # noqa: PERF401
+        except (KeyError, IndexError, TypeError) as error:
+            row = len(found)
+            text = f"{call} returned an observation without {leaf.path!r}: {show(values[row])}"
+            raise self.fault(envs[row], text) from error
+        return found
+
+    def _wrong_form(
+        self, part: Part, values: Sequence[Any], envs: Sequence[int], call: Call
+    ) -> EnvironmentFault:
+        """Returns the error for the first row that is no array of numbers of the right shape."""
+        shape, what = part.leaf.shape, _what(part.leaf)
+        for env, value in zip(envs, values, strict=True):
+            try:
+                array = np.array(value)
+            except (ValueError, TypeError):
+                array = np.empty(0, np.object_)
+            if array.dtype.kind not in "fiub":
+                return self.fault(
+                    env, f"{call} returned {what} that is not an array of numbers: {show(value)}"
+                )
+            if array.shape != shape:
+                text = f"{call} returned {what} of shape {array.shape}, but its space says {shape}"
+                return self.fault(env, f"{text}: {show(value)}")
+        return self.fault(envs[0], f"{call} returned {what} that cannot be read")
+
+    def _cast(
+        self, part: Part, array: NDArray[Any], envs: Sequence[int], call: Call
+    ) -> NDArray[Any]:
+        """Says that a dtype is not the declared one, if that can lose something."""
+        chosen = part.leaf.kind != "box" and array.dtype.kind in "iu"
+        if not chosen and not np.can_cast(array.dtype, part.declared):
+            text = f"{call} returned {_what(part.leaf)} of {array.dtype}, but its space says "
+            self._notice(envs[0], f"dtype of {part.leaf.path}", f"{text}{part.declared}")
+        return _stored(array, part.leaf.dtype)
+
+    def _check_values(
+        self, part: Part, array: NDArray[Any], values: Sequence[Any], envs: Sequence[int], call: Call
+    ) -> None:
+        """Looks for NaN, infinity, and numbers out of their range."""
+        what = f"{call} returned {_what(part.leaf)}"
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row, *index = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            bad = array[row][tuple(index)]
+            text = f"{what} with {bad} at index {tuple(index)}: {show(values[row])}"
+            raise self.fault(envs[row], text)
+        topic = f"range of {part.leaf.path}"
+        if topic in self._said:
+            return
+        for bound, side, compare in ((part.low, "below", np.less), (part.high, "above", np.greater)):
+            if bound is None:
+                continue
+            outside = compare(array, bound)
+            if outside.any():
+                row, *index = (int(i) for i in np.argwhere(outside)[0])
+                limit = np.broadcast_to(bound, array.shape[1:])[tuple(index)]
+                bad = array[row][tuple(index)]
+                text = f"{what} with {bad} at index {tuple(index)}, {side} the {limit} of its space"
+                if part.leaf.choices:  # no network has an input for a choice that is not there
+                    raise self.fault(envs[row], text)
+                self._notice(envs[row], topic, f"{text}: {show(values[row])}")
+                return
+
+    def _notice(self, env: int, topic: str, text: str) -> None:
+        """Says something once, or refuses it in the strict setting."""
+        if self._strictness == "off" or topic in self._said:
+            return
+        fault = self.fault(env, text)
+        if self._strictness == "strict":
+            raise fault
+        self._said.add(topic)
+        self.notices.append(str(fault))
+
+
+def show(value: Any) -> str:
+    """Returns a value as text that fits into a sentence."""
+    if isinstance(value, np.ndarray):
+        text = np.array2string(value, separator=", ", threshold=12, edgeitems=3)
+    else:
+        text = repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
+def _what(leaf: tree.Leaf) -> str:
+    return f"an observation part {leaf.path!r}" if leaf.path else "an observation"
+
+
+def _scalars(values: Sequence[Any]) -> NDArray[Any] | None:
+    """Returns numbers or bools as an array [N]; None if there is anything else among them."""
+    try:
+        array = np.array(values)
+    except (ValueError, TypeError):
+        return None
+    return array if array.ndim == 1 and array.dtype.kind in "fiub" else None
+
+
+def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+        return array.astype(dtype)
+
+
+def _is_free(bound: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether a bound forbids nothing that the dtype can say."""
+    if dtype.kind == "f":
+        return bool(np.isinf(bound).all())
+    if dtype.kind == "b":
+        return True
+    limits = np.iinfo(dtype)
+    return bool((bound == limits.min).all() or (bound == limits.max).all())

@@ -1,0 +1,247 @@
+"""Gymnasium environments of one kind as a `BatchEnv`: a plain loop, arrays afterwards.
+
+The loop does nothing but call `step`; what is rare (ends, errors, prints) is looked at after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace import tree
+from headrace.envs.checks import Call, Checks, Strictness, parts_of, show
+from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
+from headrace.errors import ConfigError
+from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
+
+
+class GymnasiumBatch:
+    """N environments, reset by us in the step in which they end.
+
+    What a copy does depends on the seed and on `first_env` plus its place, on nothing else of the
+    batch: its first reset is seeded, later ones go on with the environment's own random numbers.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one fact
+        self,
+        envs: Sequence[gym.Env[Any, Any]],
+        *,
+        name: str,
+        seed: int,
+        first_env: int = 0,
+        strictness: Strictness = "normal",
+        frame_stack: int = 1,
+        action_repeat: int = 1,
+    ) -> None:
+        """Takes the environments, which it owns, and resets the first: its info has the mask.
+
+        Raises:
+            ConfigError: spaces that are not supported.
+            EnvironmentFault: the reset went wrong.
+        """
+        self.num_envs = len(envs)
+        self._envs = list(envs)
+        self._steps = [env.step for env in envs]
+        self._checks = Checks(name, first_env=first_env, strictness=strictness)
+        self.notices = self._checks.notices
+        """What is wrong with the environments but can be lived with, one sentence each."""
+        self._first_env = first_env
+        words = np.random.SeedSequence(seed).generate_state(first_env + len(envs))[first_env:]
+        self._seeds: list[int] | None = (words >> 1).tolist()  # int32 in some environments
+        self._whose: Sequence[int] = ()
+        self._results: list[Any] = []
+
+        space = envs[0].observation_space
+        observed, structure = _named(name, lambda: observation_space(space))
+        own_actions = envs[0].action_space
+        self._to_actions = action_converter(own_actions)
+        self._parts = parts_of(structure or space)
+        self._packed = structure is not None
+        for dropped in without_text(space)[1]:
+            self.notices.append(f"{name}: {dropped!r} of the observation is text and is left out")
+        actions = _named(name, lambda: action_space(own_actions))
+        self._first = self._reset([0])
+        has_mask = "action_mask" in self._first[1][0] and not isinstance(actions, gym.spaces.Box)
+        self.spec = EnvSpec(
+            name=name,
+            observation_space=observed,
+            action_space=actions,
+            action_repeat=action_repeat,
+            frame_stack=frame_stack,
+            structure=structure,
+            has_action_mask=has_mask,
+        )
+        self._choices = self.spec.action_choices if has_mask else ()
+
+    @property
+    def current_env(self) -> int | None:
+        """Number within the run of the environment whose code runs now; None between calls."""
+        place = len(self._results)
+        return self._first_env + self._whose[place] if place < len(self._whose) else None
+
+    def reset(self) -> EnvStep:
+        """Starts every copy."""
+        envs = range(self.num_envs)
+        if self._first is None:
+            observations, infos = self._reset(envs)
+        else:
+            observations, infos = self._first
+            rest = self._reset(envs[1:])
+            observations, infos = [*observations, *rest[0]], [*infos, *rest[1]]
+            self._first = self._seeds = None
+        never = np.zeros(self.num_envs, np.bool_)
+        return EnvStep(
+            env_id=np.arange(self.num_envs, dtype=np.int32),
+            run_id=np.zeros(self.num_envs, np.int64),
+            observation=self._gather(observations, envs, "reset"),
+            reward=np.zeros(self.num_envs, np.float32),
+            reset=~never,
+            terminated=never,
+            truncated=never.copy(),
+            final_observation=None,
+            action_mask=self._masks(infos, envs),
+        )
+
+    def step(self, env_id: NDArray[np.int32], action: NDArray[Any]) -> EnvStep:
+        """Steps the named copies, and resets those that end."""
+        envs = env_id.tolist()
+        self._whose = envs
+        self._results = results = []
+        append, steps = results.append, self._steps
+        with _Blame(self, "step"):
+            for env, own_action in zip(envs, self._to_actions(action), strict=True):
+                append(steps[env](own_action))
+        try:
+            observations, rewards, ended_well, cut, infos = zip(*results, strict=True)
+        except (TypeError, ValueError) as error:
+            raise self._wrong_result(results, envs) from error
+        terminated = self._checks.flags("terminated", ended_well, envs)
+        truncated = self._checks.flags("truncated", cut, envs)
+        reward = self._checks.rewards(rewards, envs)
+        observation = self._gather(observations, envs, "step")
+        reset = terminated | truncated
+        final_observation, episode_info = None, None
+        if reset.any():
+            rows = np.flatnonzero(reset).tolist()
+            episode_info = self._final_infos(infos, rows, envs)
+            final_observation = np.zeros_like(observation)
+            final_observation[rows] = observation[rows]
+            observation[rows], infos = self._restart(rows, envs, infos)
+            truncated &= ~terminated
+        return EnvStep(
+            env_id=env_id,
+            run_id=np.zeros(len(envs), np.int64),
+            observation=observation,
+            reward=reward,
+            reset=reset,
+            terminated=terminated,
+            truncated=truncated,
+            final_observation=final_observation,
+            action_mask=self._masks(infos, envs),
+            episode_info=episode_info,
+        )
+
+    def close(self) -> None:
+        """Closes the environments."""
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, envs: Sequence[int]) -> tuple[list[Any], list[Mapping[str, Any]]]:
+        """Resets copies, with their seeds if it is the first time."""
+        seeds = self._seeds
+        self._whose = envs
+        self._results = results = []
+        with _Blame(self, "reset"):
+            for env in envs:
+                results.append(self._envs[env].reset(seed=seeds[env] if seeds else None))
+        for env, result in zip(envs, results, strict=True):
+            if (
+                not isinstance(result, tuple)
+                or len(result) != 2
+                or not isinstance(result[1], Mapping)
+            ):
+                text = f"reset must return (observation, info), not {show(result)}"
+                raise self._checks.fault(env, text)
+        return [result[0] for result in results], [result[1] for result in results]
+
+    def _restart(
+        self, rows: Sequence[int], envs: Sequence[int], infos: Sequence[Any]
+    ) -> tuple[NDArray[Any], Sequence[Any]]:
+        """Resets copies that ended; returns what they show, and the infos that hold now."""
+        whose = [envs[row] for row in rows]
+        observations, fresh = self._reset(whose)
+        if self._choices:
+            now = dict(zip(rows, fresh, strict=True))
+            infos = [now.get(row, info) for row, info in enumerate(infos)]
+        return self._gather(observations, whose, "reset"), infos
+
+    def _gather(
+        self, observations: Sequence[Any], envs: Sequence[int], call: Call
+    ) -> NDArray[Any]:
+        """Returns observations as they travel, [N, ...]."""
+        if not self._packed:
+            return self._checks.observations(self._parts[0], observations, envs, call)
+        packed = np.zeros((len(envs), *self.spec.observation_space.shape), np.uint8)
+        views = tree.unpack([part.leaf for part in self._parts], packed)
+        for part in self._parts:
+            views[part.leaf.path][...] = self._checks.observations(part, observations, envs, call)
+        return packed
+
+    def _masks(
+        self, infos: Sequence[Mapping[str, Any]], envs: Sequence[int]
+    ) -> NDArray[np.bool_] | None:
+        return self._checks.masks(infos, self._choices, envs) if self._choices else None
+
+    def _final_infos(
+        self, infos: Sequence[Any], rows: Sequence[int], envs: Sequence[int]
+    ) -> dict[int, dict[str, float]] | None:
+        """Returns the numbers of the final infos, by row; None if there are none."""
+        found = {}
+        for row in rows:
+            if not isinstance(infos[row], Mapping):
+                text = f"step returned the info {show(infos[row])}, which is not a dictionary"
+                raise self._checks.fault(envs[row], text)
+            numbers = {
+                name: float(value)
+                for name, value in infos[row].items()
+                if isinstance(value, int | float | np.number | np.bool_)
+                and name != "TimeLimit.truncated"
+                and isinstance(name, str)
+                and math.isfinite(value)
+            }
+            if numbers:
+                found[row] = numbers
+        return found or None
+
+    def _wrong_result(self, results: Sequence[Any], envs: Sequence[int]) -> Exception:
+        for env, result in zip(envs, results, strict=True):
+            if not isinstance(result, tuple | list) or len(result) != 5:
+                what = "observation, reward, terminated, truncated, info"
+                return self._checks.fault(env, f"step must return ({what}), not {show(result)}")
+        return self._checks.fault(envs[0], "step returned what cannot be read")
+
+
+class _Blame:
+    """Makes an exception in an environment's code an error that names the environment."""
+
+    def __init__(self, batch: GymnasiumBatch, call: Call) -> None:
+        self._batch = batch
+        self._call = call
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        # A worker must not end in silence because an environment calls sys.exit.
+        if isinstance(error, Exception | SystemExit):
+            env = self._batch._whose[len(self._batch._results)]
+            raise self._batch._checks.raised(env, self._call, error) from error

@@ -1,0 +1,139 @@
+"""The acting worker: steps its share of the environments and acts for them, in one loop.
+
+    block of weights ---- pull ----> model
+                                       |
+    environments <--- actions --- seat: act      the same functions as in the server
+         |                             |
+         +------ steps --------------> rows ---> its slots of the shared table
+    pipe of full slots <--- put ----------------+
+    control pipe ---------> slots that are free again; at its end the parent is gone
+
+Run as a program by `run.acting_workers`. An exception ends it; the parent decides whether to start
+it again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headrace.config import RunConfig, from_dict
+from headrace.errors import PeerLost
+from headrace.experience.shared import Columns, Share, WorkerSlots
+from headrace.networks.models import lower_precision
+from headrace.pools.processes import WorkerEnd
+from headrace.run.acting_workers import BEATS, DROPPED, STEPS, UNFINISHED, make_table, tally_of
+from headrace.run.build import derived_seed, make_algorithm, make_model, make_pool
+from headrace.run.system import choose_precision, keep_memory
+from headrace.run.worker import generation_seed
+from headrace.server.acting import Actor, initial_state
+from headrace.server.server import Seat
+from headrace.telemetry.metrics import Waits
+from headrace.weights import WeightsCopy
+
+_CPU = torch.device("cpu")
+_WAIT_S = 0.1  # longest wait without a beat
+_REPORT_S = 0.2
+
+
+class Reports:
+    """What the parent is told from time to time: episodes, waits, turnaround."""
+
+    def __init__(self, end: WorkerEnd) -> None:
+        self.waits = Waits()
+        self._end = end
+        self._episodes: list[tuple[int, float, int, Mapping[str, float]]] = []
+        self._reported_s = time.monotonic()
+
+    def on_episodes(
+        self,
+        env_id: NDArray[np.int32],
+        returns: NDArray[np.float64],
+        lengths: NDArray[np.int64],
+        infos: Sequence[Mapping[str, float]],
+    ) -> None:
+        """Keeps episodes that ended."""
+        ended = zip(env_id.tolist(), returns.tolist(), lengths.tolist(), infos, strict=True)
+        self._episodes += ended
+
+    def report(self, seat: Seat) -> None:
+        """Tells what has come up, if it is time to."""
+        now_s = time.monotonic()
+        if now_s - self._reported_s < _REPORT_S:
+            return
+        self._reported_s = now_s
+        self._end.status(
+            {
+                "episodes": self._episodes,
+                "waits": self.waits.read(),
+                "turnaround_s": seat.turnaround_s.read(),
+            }
+        )
+        self._episodes = []
+
+
+def run_acting_worker(
+    seat: Seat,
+    weights: WeightsCopy,
+    slots: WorkerSlots,
+    *,
+    tally: NDArray[np.int64],
+    reports: Reports,
+) -> None:
+    """Acts for its environments until the parent is gone.
+
+    Args:
+        seat: The environments, and what is kept for them.
+        weights: Of the model that acts.
+        slots: Where unrolls go.
+        tally: The worker's row.
+        reports: To the parent.
+
+    Raises:
+        PeerLost: the parent is done or gone.
+    """
+    unrolls = seat.unrolls
+    if unrolls is None:
+        raise RuntimeError("an acting worker has nothing to do but to fill unrolls")
+    tally[BEATS] += 1  # ready
+    while weights.pull() < 0:
+        slots.listen(_WAIT_S)
+        tally[BEATS] += 1
+    while True:
+        seat.serve(weights.pull, _WAIT_S, reports.waits)
+        tally[STEPS] = seat.agent_steps
+        tally[UNFINISHED] = unrolls.unfinished()
+        tally[DROPPED] = unrolls.dropped_unrolls
+        tally[BEATS] += 1
+        before_s = time.perf_counter()
+        while not slots.wait_for_space(_WAIT_S):
+            tally[BEATS] += 1
+        reports.waits.add("server_for_slots", time.perf_counter() - before_s)
+        reports.report(seat)
+
+
+def make_worker(
+    config: RunConfig, settings: Mapping[str, Any], end: WorkerEnd
+) -> tuple[Seat, WeightsCopy, WorkerSlots, Reports]:
+    """Builds what `run_acting_worker` needs, the environments last."""
+    share, generation = Share(*settings["share"]), settings["generation"]
+    resume_count, full_fd = settings["resume_count"], settings["full_fd"]
+    slots = WorkerSlots(
+        settings["free"],
+        reserve=share.max_batch,
+        generation=generation,
+        full_fd=full_fd,
+        receive=end.receive,
+    )
+    family_spec = spec_of(config)
+    precision = choose_precision(config.precision, _CPU)
+    model: Any = make_model(config, family_spec, _CPU).requires_grad_(False)
+    algorithm = make_algorithm(config, model, family_spec, precision)
+    return None
