@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from headrace.weights import Weights
+from headrace.weights import SharedWeights, Weights, WeightsCopy, shared_nbytes
 
 
 class Model(nn.Module):
@@ -101,3 +106,135 @@ def test_no_thread_ever_sees_two_versions_mixed() -> None:
             assert {float(t.detach().mean()) for t in tensors} == {float(versions[-1])}
     assert versions == sorted(versions)
     assert len(set(versions)) > 2
+
+
+def shared(worker: Model) -> tuple[SharedWeights, WeightsCopy, bytearray]:
+    block = bytearray(shared_nbytes(worker))
+    return SharedWeights(worker, block), WeightsCopy(worker, block), block
+
+
+def test_a_worker_has_nothing_until_something_is_published() -> None:
+    worker = Model()
+    worker.fill(5.0)
+    _, copy, _ = shared(worker)
+    assert copy.pull() == -1
+    assert worker.numbers() == {5.0}
+
+
+def test_a_worker_copies_the_newest_version_once() -> None:
+    learner, worker = Model(), Model()
+    weights, copy, _ = shared(worker)
+    for version in (3, 4):
+        learner.fill(version)
+        weights.publish(learner, version)
+    learner.fill(99.0)
+    assert copy.pull() == 4
+    assert worker.numbers() == {4.0}
+    worker.fill(-1.0)
+    assert copy.pull() == 4
+    assert worker.numbers() == {-1.0}, "what is not newer is not copied again"
+
+
+def test_a_worker_gets_weights_in_its_own_dtypes() -> None:
+    learner, worker = Model(), Model()
+    worker.layers[0].to(torch.bfloat16)
+    worker.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    learner.register_buffer("count", torch.tensor(2**40))
+    weights, copy, _ = shared(worker)
+    learner.layers[0].weight.data.normal_()
+    weights.publish(learner, 0)
+    copy.pull()
+    assert torch.equal(worker.layers[0].weight, learner.layers[0].weight.to(torch.bfloat16))
+    assert torch.equal(worker.layers[1].weight, learner.layers[1].weight)
+    assert worker.count.item() == 2**40
+
+
+def test_a_block_that_is_being_written_is_not_believed() -> None:
+    learner, worker = Model(), Model()
+    weights, copy, block = shared(worker)
+    learner.fill(1.0)
+    weights.publish(learner, 1)
+    assert copy.pull() == 1
+    header = np.frombuffer(block, np.uint64)
+    header[0] += 1  # as in the middle of `publish`
+    assert copy.pull() == 1
+    assert worker.numbers() == {1.0}
+    learner.fill(2.0)
+    header[0] -= 1
+    weights.publish(learner, 2)
+    assert copy.pull() == 2
+
+
+def test_a_torn_copy_is_found_by_its_sum_whatever_the_sequence_says() -> None:
+    learner, worker = Model(), Model()
+    weights, copy, block = shared(worker)
+    learner.fill(1.0)
+    weights.publish(learner, 1)
+    half = len(block) // 2
+    old = bytes(block[half:])
+    copy.pull()
+    learner.fill(2.0)
+    weights.publish(learner, 2)
+    new = bytes(block[half:])
+    block[half:] = old  # these stores are seen late
+    assert copy.pull() == 1
+    assert worker.numbers() == {1.0}
+    block[half:] = new
+    assert copy.pull() == 2
+    assert worker.numbers() == {2.0}
+
+
+def test_a_server_beside_the_workers_gets_the_same_weights() -> None:
+    learner, worker, server = Model(), Model(), Model()
+    block = bytearray(shared_nbytes(worker))
+    weights = SharedWeights(worker, block, local=Weights(server))
+    learner.fill(7.0)
+    weights.publish(learner, 7)
+    assert weights.pull() == WeightsCopy(worker, block).pull() == 7
+    assert server.numbers() == worker.numbers() == {7.0}
+    with pytest.raises(RuntimeError, match="no server"):
+        SharedWeights(worker, block).pull()
+
+
+HAMMER = """
+import mmap, os, sys, torch
+from headrace.weights import SharedWeights
+fd, size = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(4)))
+weights = SharedWeights(model, mmap.mmap(fd, os.fstat(fd).st_size))
+version = 0
+while True:
+    version += 1
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.fill_(version)
+    weights.publish(model, version)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the test's own block is a memfd")
+def test_no_process_ever_sees_two_versions_mixed() -> None:
+    size = 128
+    worker = nn.Sequential(*(nn.Linear(size, size) for _ in range(4)))
+    fd = os.memfd_create("weights")
+    os.ftruncate(fd, shared_nbytes(worker))
+    copy = WeightsCopy(worker, mmap.mmap(fd, shared_nbytes(worker)))
+    writer = subprocess.Popen(
+        [sys.executable, "-c", HAMMER, str(fd), str(size)],
+        pass_fds=[fd],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        versions = [-1]
+        while len(set(versions)) < 200:
+            assert writer.poll() is None
+            versions.append(copy.pull())
+            if versions[-1] > 0:
+                ends = [torch.aminmax(part.detach()) for part in worker.parameters()]
+                assert {float(end) for pair in ends for end in pair} == {float(versions[-1])}
+        assert versions == sorted(versions)
+    finally:
+        writer.kill()
+        writer.wait()
+        os.close(fd)

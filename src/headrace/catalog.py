@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,6 +90,15 @@ def environment_family(env: str, *, trust_code: bool = True) -> Any:
         own = resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
         if hasattr(own, "config_type"):
             return own
+    elif not re.search(r"/|-v\d+$", env):  # no name that Gymnasium could know
+        ours = [name for name in ENVIRONMENTS if name[-1] not in "/:"]
+        near = difflib.get_close_matches(env.lower(), ours, 1)
+        atari = f"ALE/{env[:1].upper()}{env[1:]}-v5"
+        raise ConfigError(
+            f"no environment named {env!r}; did you mean {near[0] if near else atari}? Ours: "
+            f"{', '.join(ours)}; all others have names such as ALE/Pong-v5, CartPole-v1 or "
+            "my_module:factory; see `headrace envs`"
+        )
     return import_attribute("environment", GYMNASIUM)
 
 

@@ -1,7 +1,7 @@
 """Nested observations as one row of bytes, so that every pool and table holds plain arrays.
 
-A leaf is a Box, Discrete, MultiDiscrete or MultiBinary somewhere in Dicts and Tuples. Leaves lie one
-after the other, each at a multiple of 8 bytes, so that a row can be viewed as any of their dtypes.
+A leaf is a Box, Discrete, MultiDiscrete or MultiBinary somewhere in Dicts and Tuples. Leaves lie
+one after the other, each at a multiple of 8 bytes, so that a row can be viewed as any dtype.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def _leaf(space: gym.Space[Any], keys: tuple[Any, ...], offset: int) -> Leaf:
         )
     at |= {"low": 0.0, "high": 1.0}
     if isinstance(space, gym.spaces.Discrete):
-        choices, start = (int(space.n),), (int(space.start),)
+        choices: tuple[int, ...] = (int(space.n),)
+        start: tuple[int, ...] = (int(space.start),)
         return Leaf(kind="discrete", shape=(), dtype=integer, choices=choices, start=start, **at)
     if isinstance(space, gym.spaces.MultiDiscrete):
         choices = tuple(int(count) for count in space.nvec.flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,17 +13,18 @@ from headrace.algorithms.ppo import Ppo, PpoConfig
 from headrace.networks.models import NetworkConfig, mlp
 from headrace.ops.distributions import make_distribution
 from headrace.records import PolicyInput
-from tests.algorithms.conftest import ACTIONS, spec_of
+from headrace.specs import EnvSpec
 
 N = 2000
+KINDS = ["discrete", "multi", "continuous"]
+MakeSpec = Callable[..., EnvSpec]
 RULES = [
     pytest.param(Impala, ImpalaConfig(), id="impala"),
     pytest.param(Ppo, PpoConfig(), id="ppo"),
 ]
 
 
-def inputs_of(kind: str, mask: torch.Tensor | None = None) -> PolicyInput:
-    spec = spec_of(kind)
+def inputs_of(spec: EnvSpec, mask: torch.Tensor | None = None) -> PolicyInput:
     floats = spec.action_dtype.__name__ == "float32"
     previous = torch.zeros(1, N, *spec.action_shape) if floats else None
     if previous is None:
@@ -34,15 +36,15 @@ def inputs_of(kind: str, mask: torch.Tensor | None = None) -> PolicyInput:
 
 
 @pytest.mark.parametrize("mode", ["sample", "greedy", "epsilon"])
-@pytest.mark.parametrize("kind", ACTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rule", "config"), RULES)
 def test_what_is_done_is_what_is_learned_from(
-    rule: Any, config: Any, kind: str, mode: Any
+    spec_of: MakeSpec, rule: Any, config: Any, kind: str, mode: Any
 ) -> None:
     spec = spec_of(kind)
     model = mlp(spec, NetworkConfig(lstm_size=4))
     algorithm = rule(model, config, spec=spec)
-    inputs, state = inputs_of(kind), model.initial_state(N)
+    inputs, state = inputs_of(spec), model.initial_state(N)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         step, after = algorithm.act(
@@ -66,12 +68,12 @@ def test_what_is_done_is_what_is_learned_from(
         assert all(spec.action_space.contains(row) for row in step.action.numpy()[:50])
 
 
-@pytest.mark.parametrize("kind", ACTIONS)
-def test_epsilon_is_the_share_of_random_actions(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_epsilon_is_the_share_of_random_actions(spec_of: MakeSpec, kind: str) -> None:
     spec = spec_of(kind)
     model = mlp(spec, NetworkConfig())
     algorithm = Impala(model, ImpalaConfig(), spec=spec)
-    inputs = inputs_of(kind)
+    inputs = inputs_of(spec)
     with torch.no_grad():
         greedy, _ = algorithm.act(model, inputs, (), mode="greedy")
         differs = []
@@ -86,7 +88,7 @@ def test_epsilon_is_the_share_of_random_actions(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sample", "greedy", "epsilon"])
 @pytest.mark.parametrize("kind", ["discrete", "multi"])
-def test_no_mode_takes_what_the_mask_forbids(kind: str, mode: Any) -> None:
+def test_no_mode_takes_what_the_mask_forbids(spec_of: MakeSpec, kind: str, mode: Any) -> None:
     spec = spec_of(kind, mask=True)
     model = mlp(spec, NetworkConfig())
     mask = torch.rand(1, N, spec.action_mask_size) < 0.5
@@ -97,7 +99,7 @@ def test_no_mode_takes_what_the_mask_forbids(kind: str, mode: Any) -> None:
     with torch.no_grad():
         model.policy.bias[0] = 100.0  # the likeliest, where it may
         step, _ = Impala(model, ImpalaConfig(), spec=spec).act(
-            model, inputs_of(kind, mask), (), mode=mode, epsilon=0.5
+            model, inputs_of(spec, mask), (), mode=mode, epsilon=0.5
         )
     columns = step.action.view(N, -1).unbind(-1)
     parts = mask[0].split(spec.action_choices, dim=-1)

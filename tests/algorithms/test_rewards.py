@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,21 @@ import torch
 from headrace.algorithms.impala import Impala, ImpalaConfig
 from headrace.algorithms.rewards import RewardRule
 from headrace.networks.models import NetworkConfig, mlp
-from tests.algorithms.conftest import random_batch, spec_of
+from headrace.records import Batch
+from headrace.specs import EnvSpec
 
 T, B = 6, 3
-SPEC = spec_of("discrete")
+MakeBatch = Callable[[int], Batch]
+
+
+@pytest.fixture
+def spec(spec_of: Callable[..., EnvSpec]) -> EnvSpec:
+    return spec_of("discrete")
+
+
+@pytest.fixture
+def batch_of(spec: EnvSpec, random_batch: Callable[..., Batch]) -> MakeBatch:
+    return lambda seed: random_batch(spec, (), T=T, B=B, seed=seed)
 
 
 def rule_of(transform: Any, *, scale: float = 1.0) -> RewardRule:
@@ -22,8 +34,10 @@ def rule_of(transform: Any, *, scale: float = 1.0) -> RewardRule:
     )
 
 
-def test_the_scale_comes_before_the_clip_and_the_bootstrap_after() -> None:
-    batch = random_batch(SPEC, (), T=T, B=B)
+def test_the_scale_comes_before_the_clip_and_the_bootstrap_after(
+    spec: EnvSpec, batch_of: MakeBatch
+) -> None:
+    batch = batch_of(0)
     reward_TB, discount_TB = rule_of("clip", scale=2.0)(batch)
     expected = (2.0 * batch.reward).clamp(-1, 1) + 0.9 * batch.bootstrap
     torch.testing.assert_close(reward_TB, expected)
@@ -34,9 +48,9 @@ def test_the_scale_comes_before_the_clip_and_the_bootstrap_after() -> None:
     assert batch.terminated.any()
 
 
-def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far() -> None:
+def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(batch_of: MakeBatch) -> None:
     rule = rule_of("normalize")
-    batches = [random_batch(SPEC, (), T=T, B=B, seed=seed) for seed in range(4)]
+    batches = [batch_of(seed) for seed in range(4)]
     returns: list[float] = []
     running = [0.0] * B
     for batch in batches:
@@ -53,8 +67,8 @@ def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far() -> None:
     torch.testing.assert_close(reward_TB, expected)
 
 
-def test_the_running_deviation_is_saved() -> None:
-    batches = [random_batch(SPEC, (), T=T, B=B, seed=seed) for seed in range(3)]
+def test_the_running_deviation_is_saved(spec: EnvSpec, batch_of: MakeBatch) -> None:
+    batches = [batch_of(seed) for seed in range(3)]
     straight, resumed = rule_of("normalize"), rule_of("normalize")
     for batch in batches[:2]:
         straight.observe(batch)
@@ -69,14 +83,12 @@ def test_the_running_deviation_is_saved() -> None:
     assert rule_of("clip").state_dict() == {}
 
 
-def test_impala_normalises_too() -> None:
+def test_impala_normalises_too(spec: EnvSpec, batch_of: MakeBatch) -> None:
     torch.manual_seed(0)
     config = ImpalaConfig(reward_transform="normalize", unroll_steps=T, batch_unrolls=B)
-    algorithm = Impala(mlp(SPEC, NetworkConfig()), config, spec=SPEC)
-    batch = random_batch(SPEC, (), T=T, B=B)
-    batch = batch._replace(
-        reward=batch.reward * 1000, bootstrap=torch.zeros(T, B)
-    )
+    algorithm = Impala(mlp(spec, NetworkConfig()), config, spec=spec)
+    batch = batch_of(0)
+    batch = batch._replace(reward=batch.reward * 1000, bootstrap=torch.zeros(T, B))
     before = algorithm.loss(batch)[1]["loss/value"]  # nothing seen yet: only clipped, to 10
     update = algorithm.update(batch, progress=0.0)
     assert update.finite
@@ -84,17 +96,17 @@ def test_impala_normalises_too() -> None:
     assert algorithm.state_dict()["rewards"]["total"] == T * B
 
 
-def test_runs_that_kept_no_deviation_load() -> None:
-    algorithm = Impala(mlp(SPEC, NetworkConfig()), ImpalaConfig(), spec=SPEC)
+def test_runs_that_kept_no_deviation_load(spec: EnvSpec, batch_of: MakeBatch) -> None:
+    algorithm = Impala(mlp(spec, NetworkConfig()), ImpalaConfig(), spec=spec)
     state = algorithm.state_dict()
     del state["rewards"]
     algorithm.load_state_dict(state)
 
 
 @pytest.mark.parametrize("transform", ["none", "clip", "soft_asymmetric", "normalize"])
-def test_every_transform_is_finite_on_extreme_rewards(transform: Any) -> None:
+def test_every_transform_is_finite_on_extreme_rewards(transform: Any, batch_of: MakeBatch) -> None:
     rule = rule_of(transform)
-    batch = random_batch(SPEC, (), T=T, B=B)
+    batch = batch_of(0)
     batch.reward[0, 0], batch.reward[1, 1] = 1e18, -1e18
     rule.observe(batch)
     assert rule(batch)[0].isfinite().all()

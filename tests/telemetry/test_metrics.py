@@ -72,7 +72,7 @@ def test_numbers_of_the_environment_are_means_over_the_episodes_that_gave_them()
         "episode/won": 0.5,
         "episode/x": 4.0,
     }
-    for _ in range(98):  # the episode that gave x is now the 100th last but one
+    for _ in range(98):  # the one that gave x is now the 101st last
         stats.add([0.0], [1], [{"won": 0.0}])
     read = stats.read()
     assert "episode/x" not in read

@@ -73,6 +73,21 @@ def test_table_of_a_row_without_numbers_shows_dashes() -> None:
     assert text.count("\N{EN DASH}") > 15
 
 
+def test_worker_deaths_are_shown_once_there_are_some() -> None:
+    none, some = {**FULL, "worker_deaths": 0}, {**FULL, "worker_deaths": 3}
+    for row, shown in ((FULL, False), (none, False), (some, True)):
+        lines = drawn(row)
+        assert any("worker deaths" in line and line.split()[-2] == "3" for line in lines) is shown
+        assert len(lines) == len(drawn(FULL))
+        assert ("worker deaths 3" in plain_line(row, 10_000_000, 1.0)) is shown
+
+
+def test_numbers_of_the_environment_take_no_place() -> None:
+    reported: Row = {**FULL, **{f"episode/name_{index}": 0.5 for index in range(64)}}
+    assert drawn(reported) == drawn(FULL)
+    assert plain_line(reported, 10_000_000, 1.0) == plain_line(FULL, 10_000_000, 1.0)
+
+
 def test_table_stays_readable_on_a_wide_terminal() -> None:
     assert max(len(line.rstrip()) for line in drawn(FULL, width=200)) == 100
 

@@ -52,7 +52,7 @@ class Family(Protocol):
     def evaluation(self, config: Any) -> Any:
         """Returns the settings under which an agent trained with `config` is judged."""
 
-    def make(  # noqa: PLR0913 - each is one fact that only the pool knows
+    def make(
         self,
         name: str,
         config: Any,

@@ -1,13 +1,15 @@
-"""What environments return, made into arrays, and refused in one sentence where it breaks a promise.
+"""What environments return, made into arrays, or refused in one sentence.
 
 All rows are looked at together; only when something is wrong is the row looked for.
 """
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace import tree
-from headrace.errors import EnvironmentFault
+from headrace.errors import EnvironmentFault, HeadraceError
 
 Strictness = Literal["strict", "normal", "off"]
 Call = Literal["reset", "step"]
@@ -122,7 +124,7 @@ class Checks:
         array = _scalars(values)
         if array is not None:
             rewards = array.astype(np.float32)
-            if self._strictness == "off" or np.isfinite(rewards).all():
+            if self._strictness == "off" or _all_finite(rewards):
                 return rewards
         for env, value in zip(envs, values, strict=True):
             one = _scalars([value])
@@ -137,6 +139,11 @@ class Checks:
         Raises:
             EnvironmentFault: one is neither a bool nor a number.
         """
+        try:
+            if values.count(False) == len(values):
+                return np.zeros(len(values), np.bool_)
+        except ValueError:  # an array among them
+            pass
         array = _scalars(values)
         if array is not None and array.dtype == np.bool_:
             return array
@@ -227,11 +234,16 @@ class Checks:
         return _stored(array, part.leaf.dtype)
 
     def _check_values(
-        self, part: Part, array: NDArray[Any], values: Sequence[Any], envs: Sequence[int], call: Call
+        self,
+        part: Part,
+        array: NDArray[Any],
+        values: Sequence[Any],
+        envs: Sequence[int],
+        call: Call,
     ) -> None:
         """Looks for NaN, infinity, and numbers out of their range."""
         what = f"{call} returned {_what(part.leaf)}"
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not _all_finite(array):
             row, *index = (int(i) for i in np.argwhere(~np.isfinite(array))[0])
             bad = array[row][tuple(index)]
             text = f"{what} with {bad} at index {tuple(index)}: {show(values[row])}"
@@ -239,11 +251,14 @@ class Checks:
         topic = f"range of {part.leaf.path}"
         if topic in self._said:
             return
-        for bound, side, compare in ((part.low, "below", np.less), (part.high, "above", np.greater)):
+        for bound, side, compare in (
+            (part.low, "below", np.less),
+            (part.high, "above", np.greater),
+        ):
             if bound is None:
                 continue
             outside = compare(array, bound)
-            if outside.any():
+            if np.count_nonzero(outside):
                 row, *index = (int(i) for i in np.argwhere(outside)[0])
                 limit = np.broadcast_to(bound, array.shape[1:])[tuple(index)]
                 bad = array[row][tuple(index)]
@@ -262,6 +277,25 @@ class Checks:
             raise fault
         self._said.add(topic)
         self.notices.append(str(fault))
+
+
+class Translated:
+    """Around code that is not ours: whatever it raises becomes an error that says whose it is."""
+
+    def __init__(self, say: Callable[[BaseException], HeadraceError]) -> None:
+        self._say = say
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, HeadraceError):
+            return
+        # A worker must not end in silence because an environment calls sys.exit.
+        if isinstance(error, Exception | SystemExit):
+            raise self._say(error) from error
 
 
 def show(value: Any) -> str:
@@ -285,6 +319,15 @@ def _scalars(values: Sequence[Any]) -> NDArray[Any] | None:
     except (ValueError, TypeError):
         return None
     return array if array.ndim == 1 and array.dtype.kind in "fiub" else None
+
+
+def _all_finite(array: NDArray[Any]) -> bool:
+    """Whether there is no NaN and no infinity; the square of the norm is the quickest way to ask.
+
+    It may be infinite where they are only large, so then they are looked at one by one.
+    """
+    flat = array.reshape(-1)
+    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
 
 
 def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -14,6 +14,8 @@ import difflib
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +118,12 @@ class _Task:
     def __init__(self, name: str, config: EnvpoolConfig) -> None:
         self.task = _task(name)
         own = _parsed(config.env_kwargs)
-        # float32 has fewer digits than some bounds, of which Gymnasium would warn each time.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fields = _engine_spec(name, self.task, {}).config
+        with _refusals(name):
+            fields = _package().make_spec(self.task).config
             self.kwargs = {**_our_defaults(fields), **own}
             if config.max_episode_steps:
                 self.kwargs["max_episode_steps"] = config.max_episode_steps
-            asked = _engine_spec(name, self.task, self.kwargs)
+            asked = _package().make_spec(self.task, **self.kwargs)
             if asked.config.max_num_players > 1:
                 raise ConfigError(f"{name}: environments with several players are not supported")
             self.observations: Observations = observations(asked.observation_space)
@@ -153,16 +153,21 @@ def _our_defaults(fields: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in fields._fields}
 
 
-def _engine_spec(name: str, task: str, kwargs: dict[str, Any]) -> Any:
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Turns what EnvPool says of a user's mistake into one sentence."""
     try:
-        return _package().make_spec(task, **kwargs)
+        # float32 has fewer digits than some bounds, of which Gymnasium would warn each time.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except ImportError as missing:
         raise ConfigError(
             f"{name}: EnvPool lacks a library of the system: {missing} "
             "(Procgen: apt-get install libqt5gui5)"
         ) from missing
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"{name}: EnvPool refuses these settings: {error}") from error
+        raise ConfigError(f"{name}: EnvPool refuses: {error}") from error
 
 
 class EnvpoolFamily:
@@ -201,8 +206,7 @@ class EnvpoolFamily:
         task = _Task(name, config)
         # int32 on the other side; consecutive seeds would make run 1 share episodes with run 0.
         words = np.random.SeedSequence(seed).generate_state(first_env + num_envs)[first_env:]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _refusals(name):
             engine = _package().make_gymnasium(
                 task.task,
                 num_envs=num_envs,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import gymnasium as gym
@@ -15,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace import tree
-from headrace.envs.checks import Call, Checks, Strictness, parts_of, show
+from headrace.envs.checks import Call, Checks, Strictness, Translated, parts_of, show
 from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, EnvironmentFault
 from headrace.specs import EnvSpec
 from headrace.steps import EnvStep
 
@@ -29,7 +28,7 @@ class GymnasiumBatch:
     batch: its first reset is seeded, later ones go on with the environment's own random numbers.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one fact
+    def __init__(
         self,
         envs: Sequence[gym.Env[Any, Any]],
         *,
@@ -57,18 +56,25 @@ class GymnasiumBatch:
         self._seeds: list[int] | None = (words >> 1).tolist()  # int32 in some environments
         self._whose: Sequence[int] = ()
         self._results: list[Any] = []
+        self._translated = {
+            "reset": Translated(lambda error: self._raised("reset", error)),
+            "step": Translated(lambda error: self._raised("step", error)),
+        }
 
-        space = envs[0].observation_space
-        observed, structure = _named(name, lambda: observation_space(space))
-        own_actions = envs[0].action_space
+        space, own_actions = envs[0].observation_space, envs[0].action_space
+        try:
+            actions = action_space(own_actions)
+            observed, structure = observation_space(space)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         self._to_actions = action_converter(own_actions)
         self._parts = parts_of(structure or space)
         self._packed = structure is not None
         for dropped in without_text(space)[1]:
             self.notices.append(f"{name}: {dropped!r} of the observation is text and is left out")
-        actions = _named(name, lambda: action_space(own_actions))
-        self._first = self._reset([0])
-        has_mask = "action_mask" in self._first[1][0] and not isinstance(actions, gym.spaces.Box)
+        first = self._reset([0])
+        self._first: tuple[list[Any], list[Mapping[str, Any]]] | None = first
+        has_mask = "action_mask" in first[1][0] and not isinstance(actions, gym.spaces.Box)
         self.spec = EnvSpec(
             name=name,
             observation_space=observed,
@@ -113,13 +119,14 @@ class GymnasiumBatch:
         """Steps the named copies, and resets those that end."""
         envs = env_id.tolist()
         self._whose = envs
-        self._results = results = []
+        results: list[Any] = []
+        self._results = results
         append, steps = results.append, self._steps
-        with _Blame(self, "step"):
+        with self._translated["step"]:
             for env, own_action in zip(envs, self._to_actions(action), strict=True):
                 append(steps[env](own_action))
         try:
-            observations, rewards, ended_well, cut, infos = zip(*results, strict=True)
+            observations, rewards, ended_well, cut, last_infos = zip(*results, strict=True)
         except (TypeError, ValueError) as error:
             raise self._wrong_result(results, envs) from error
         terminated = self._checks.flags("terminated", ended_well, envs)
@@ -128,7 +135,8 @@ class GymnasiumBatch:
         observation = self._gather(observations, envs, "step")
         reset = terminated | truncated
         final_observation, episode_info = None, None
-        if reset.any():
+        infos: Sequence[Any] = last_infos
+        if np.count_nonzero(reset):
             rows = np.flatnonzero(reset).tolist()
             episode_info = self._final_infos(infos, rows, envs)
             final_observation = np.zeros_like(observation)
@@ -157,10 +165,12 @@ class GymnasiumBatch:
         """Resets copies, with their seeds if it is the first time."""
         seeds = self._seeds
         self._whose = envs
-        self._results = results = []
-        with _Blame(self, "reset"):
+        results: list[Any] = []
+        self._results = results
+        append = results.append
+        with self._translated["reset"]:
             for env in envs:
-                results.append(self._envs[env].reset(seed=seeds[env] if seeds else None))
+                append(self._envs[env].reset(seed=seeds[env] if seeds else None))
         for env, result in zip(envs, results, strict=True):
             if (
                 not isinstance(result, tuple)
@@ -182,9 +192,7 @@ class GymnasiumBatch:
             infos = [now.get(row, info) for row, info in enumerate(infos)]
         return self._gather(observations, whose, "reset"), infos
 
-    def _gather(
-        self, observations: Sequence[Any], envs: Sequence[int], call: Call
-    ) -> NDArray[Any]:
+    def _gather(self, observations: Sequence[Any], envs: Sequence[int], call: Call) -> NDArray[Any]:
         """Returns observations as they travel, [N, ...]."""
         if not self._packed:
             return self._checks.observations(self._parts[0], observations, envs, call)
@@ -220,28 +228,12 @@ class GymnasiumBatch:
                 found[row] = numbers
         return found or None
 
-    def _wrong_result(self, results: Sequence[Any], envs: Sequence[int]) -> Exception:
+    def _raised(self, call: Call, error: BaseException) -> EnvironmentFault:
+        return self._checks.raised(self._whose[len(self._results)], call, error)
+
+    def _wrong_result(self, results: Sequence[Any], envs: Sequence[int]) -> EnvironmentFault:
         for env, result in zip(envs, results, strict=True):
             if not isinstance(result, tuple | list) or len(result) != 5:
                 what = "observation, reward, terminated, truncated, info"
                 return self._checks.fault(env, f"step must return ({what}), not {show(result)}")
         return self._checks.fault(envs[0], "step returned what cannot be read")
-
-
-class _Blame:
-    """Makes an exception in an environment's code an error that names the environment."""
-
-    def __init__(self, batch: GymnasiumBatch, call: Call) -> None:
-        self._batch = batch
-        self._call = call
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        # A worker must not end in silence because an environment calls sys.exit.
-        if isinstance(error, Exception | SystemExit):
-            env = self._batch._whose[len(self._batch._results)]
-            raise self._batch._checks.raised(env, self._call, error) from error

@@ -1,4 +1,4 @@
-"""PointMass: a point on a square is pushed to its middle. The smallest task with continuous actions.
+"""PointMass: push a point to the middle of a square. The smallest task with continuous actions.
 
 The point moves by `STEP` times the action along each axis, and stops at the walls; the reward is
 minus its distance to the middle, once it has moved. An episode ends by the clock alone: it is
@@ -29,10 +29,10 @@ STEP = 0.1
 """Distance along an axis that an action of 1 moves the point; the square is [-1, 1] x [-1, 1]."""
 START_PLACES = 201
 """Places on each axis, 0.01 apart and equally likely, where an episode may start."""
-BEST_RETURN = 0.0
+BEST_RETURN = -2.3999
 """Mean over all starts of the best return of an episode of 50 steps."""
-RANDOM_RETURN = 0.0
-"""Mean return of an episode of 50 steps with actions uniform on [-1, 1]^2, as measured."""
+RANDOM_RETURN = -38.85
+"""Mean return of 50 steps with actions uniform on the square, from 200 000 episodes (+- 0.03)."""
 
 
 def best_return(start: NDArray[np.floating[Any]], episode_steps: int) -> NDArray[np.float64]:

@@ -49,6 +49,8 @@ def action_converter(space: gym.Space[Any]) -> Actions:
     shape, dtype = (space.shape or ()), space.dtype
     if isinstance(space, gym.spaces.Discrete):
         start = int(space.start)
+        if start == 0 and dtype == np.int64:
+            return list
         return lambda action: list((action + start).astype(dtype, copy=False))
     if isinstance(space, gym.spaces.MultiDiscrete):
         first = np.asarray(space.start)
@@ -87,7 +89,7 @@ def without_text(space: gym.Space[Any]) -> tuple[gym.Space[Any], list[str]]:
         return space, []
     kept, dropped = {}, []
     for key, part in space.spaces.items():
-        if isinstance(part, gym.spaces.Text):
+        if part.dtype is not None and np.dtype(part.dtype).kind == "U":  # MiniGrid has its own
             dropped.append(str(key))
             continue
         kept[key], inner = without_text(part)

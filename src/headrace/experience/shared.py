@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from headrace.errors import DeadlineExceeded, PeerLost
 from headrace.experience.unrolls import Allocate
@@ -328,12 +327,10 @@ def on_device(unrolls: Unrolls, device: torch.device) -> Unrolls:
     if device.type == "cpu":
         return unrolls
 
-    def moved(part: Tensor) -> Tensor:
-        return part if part.device == device else upload(part.numpy(), device)
-
-    mask = unrolls.action_mask
-    return Unrolls(
-        *map(moved, unrolls[: Unrolls._fields.index("recurrent")]),
-        recurrent=tuple(map(moved, unrolls.recurrent)),
-        action_mask=None if mask is None else moved(mask),
-    )
+    fields: dict[str, Any] = {
+        name: upload(part.numpy(), device)
+        for name, part in unrolls._asdict().items()
+        if isinstance(part, torch.Tensor)
+    }
+    recurrent = tuple(upload(part.numpy(), device) for part in unrolls.recurrent)
+    return unrolls._replace(recurrent=recurrent, **fields)

@@ -2,12 +2,15 @@
 
 Bytes become tensors where the network runs: a view of the row, no copy on the host.
 
-Shape suffixes: N = rows, K = stacked frames, V = numbers of one frame that are no image.
+Shape suffixes: N = rows, K = stacked frames, D = numbers of one part, V = what is made of
+them: one-hots are longer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,22 @@ from headrace.specs import EnvSpec
 
 IMAGE_FEATURES = 256
 _MIN_IMAGE, _MIN_NATURE = 20, 36  # pixels that the small and the large convolutions need
+
+
+class Part(NamedTuple):
+    """Where a leaf lies, and what is made of it, in terms that a compiler can trace."""
+
+    dtype: torch.dtype
+    start: int  # numbers of that dtype from the start of the row
+    size: int  # numbers of one frame
+    shape: tuple[int, ...]
+    choices: tuple[int, ...]  # of each number that becomes one-hot, else empty
+    scale: float
+
+    @property
+    def width(self) -> int:
+        """V: numbers that `numbers` makes of one frame."""
+        return sum(self.choices) if self.choices else self.size
 
 
 class StructuredTorso(nn.Module):
@@ -44,31 +63,33 @@ class StructuredTorso(nn.Module):
         if spec.structure is None:
             raise ValueError(f"{spec.name} has no structure")
         leaves = tree.leaves(spec.structure)
-        self._images = [leaf for leaf in leaves if is_image(leaf)]
-        self._floats = [leaf for leaf in leaves if _is_float(leaf)]
-        self._others = [leaf for leaf in leaves if not is_image(leaf) and not _is_float(leaf)]
         stack = spec.frame_stack
-        self.encoders = nn.ModuleList(_encoder(leaf, stack) for leaf in self._images)
-        num_floats = sum(_count(leaf) for leaf in self._floats)
+        self._images = [part_of(leaf) for leaf in leaves if is_image(leaf)]
+        self._floats = [part_of(leaf) for leaf in leaves if is_float(leaf)]
+        self._others = [
+            part_of(leaf) for leaf in leaves if not is_image(leaf) and not is_float(leaf)
+        ]
+        self.encoders = nn.ModuleList(_encoder(part, stack) for part in self._images)
+        num_floats = sum(part.size for part in self._floats)
         self.normalizer = ObservationNormalizer((num_floats,)) if normalize and num_floats else None
-        numbers = num_floats + sum(_width(leaf) for leaf in self._others)
-        inputs = IMAGE_FEATURES * len(self._images) + stack * numbers
+        numbers_V = num_floats + sum(part.width for part in self._others)
+        inputs = IMAGE_FEATURES * len(self._images) + stack * numbers_V
         self.mlp = MlpTorso(inputs, sizes, activation=activation)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes uint8 [N, K, nbytes]."""
         rows = observation.contiguous()  # a view as wider numbers needs whole rows
-        parts = [
-            encoder(unpacked(rows, leaf).view(*rows.shape[:2], *leaf.shape)).float()
-            for leaf, encoder in zip(self._images, self.encoders, strict=True)
+        features = [
+            encoder(unpacked(rows, part).view(*rows.shape[:2], *part.shape)).float()
+            for part, encoder in zip(self._images, self.encoders, strict=True)
         ]
         if self._floats:
             floats_NKV = self._float_features(rows)
             if self.normalizer is not None:
                 floats_NKV = self.normalizer(floats_NKV)
-            parts.append(floats_NKV.flatten(1))
-        parts += [_numbers(unpacked(rows, leaf), leaf).flatten(1) for leaf in self._others]
-        return self.mlp(torch.cat(parts, dim=1))  # type: ignore[no-any-return]
+            features.append(floats_NKV.flatten(1))
+        features += [numbers(unpacked(rows, part), part).flatten(1) for part in self._others]
+        return self.mlp(torch.cat(features, dim=1))  # type: ignore[no-any-return]
 
     def observe(self, frames: Tensor) -> None:
         """Merges uint8 [..., nbytes] into the statistics of the floats, where they are kept."""
@@ -77,14 +98,33 @@ class StructuredTorso(nn.Module):
             self.normalizer.observe(self._float_features(rows))
 
     def _float_features(self, rows: Tensor) -> Tensor:
-        return torch.cat([unpacked(rows, leaf) for leaf in self._floats], dim=2).float()
+        return torch.cat([unpacked(rows, part).float() for part in self._floats], dim=2)
 
 
-def unpacked(rows: Tensor, leaf: tree.Leaf) -> Tensor:
+def part_of(leaf: tree.Leaf) -> Part:
+    """Returns what the network needs to know of a leaf."""
+    is_bytes = leaf.kind == "box" and leaf.dtype == np.uint8
+    return Part(
+        dtype=torch.from_numpy(np.empty(0, leaf.dtype)).dtype,
+        start=leaf.offset // leaf.dtype.itemsize,
+        size=math.prod(leaf.shape),
+        shape=leaf.shape,
+        choices=leaf.choices,
+        scale=1.0 / max(1.0, leaf.high) if is_bytes else 1.0,
+    )
+
+
+def unpacked(rows: Tensor, part: Part) -> Tensor:
     """Returns one flattened part [N, K, count] of contiguous rows uint8 [N, K, nbytes], a view."""
-    dtype = torch.from_numpy(np.empty(0, leaf.dtype)).dtype
-    start = leaf.offset // leaf.dtype.itemsize
-    return rows.view(dtype)[..., start : start + _count(leaf)]
+    return rows.view(part.dtype)[..., part.start : part.start + part.size]
+
+
+def numbers(part_NKD: Tensor, part: Part) -> Tensor:
+    """Makes float32 [N, K, V] of an unpacked part."""
+    if part.choices:
+        columns = zip(part_NKD.unbind(-1), part.choices, strict=True)
+        return torch.cat([one_hot(index, count) for index, count in columns], dim=-1)
+    return part_NKD.float() * part.scale
 
 
 def is_image(leaf: tree.Leaf) -> bool:
@@ -93,32 +133,15 @@ def is_image(leaf: tree.Leaf) -> bool:
     return is_bytes and len(leaf.shape) in (2, 3) and min(leaf.shape[:2]) >= _MIN_IMAGE
 
 
-def _is_float(leaf: tree.Leaf) -> bool:
+def is_float(leaf: tree.Leaf) -> bool:
+    """Whether a part may be normalised."""
     return leaf.kind == "box" and leaf.dtype.kind == "f"
 
 
-def _encoder(leaf: tree.Leaf, stack: int) -> ConvTorso:
-    height, width, *colours = leaf.shape
+def _encoder(part: Part, stack: int) -> ConvTorso:
+    height, width, *colours = part.shape
     convs = NATURE_CONVS if min(height, width) >= _MIN_NATURE else SHALLOW_CONVS
-    return ConvTorso((stack * (colours or [1])[0], height, width), convs, IMAGE_FEATURES)
-
-
-def _count(leaf: tree.Leaf) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64))
-
-
-def _width(leaf: tree.Leaf) -> int:
-    """Numbers that `_numbers` makes of one frame of a part."""
-    return sum(leaf.choices) if leaf.choices else _count(leaf)
-
-
-def _numbers(part_NKV: Tensor, leaf: tree.Leaf) -> Tensor:
-    """Makes float32 [N, K, V] of an unpacked part."""
-    if leaf.choices:
-        columns = zip(part_NKV.unbind(-1), leaf.choices, strict=True)
-        return torch.cat([one_hot(index, count) for index, count in columns], dim=-1)
-    scale = 1.0 / max(1.0, leaf.high) if leaf.kind == "box" and leaf.dtype == np.uint8 else 1.0
-    return part_NKV.float() * scale
+    return ConvTorso((stack * math.prod(colours), height, width), convs, IMAGE_FEATURES)
 
 
 def structured(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:

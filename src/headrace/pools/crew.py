@@ -218,15 +218,8 @@ class Crew:
         if not member.busy or self._now_s() - member.since_s <= limit_s:
             return
         what = "was not ready" if member.resets_left else "gave no step"
-        where = process.stack()
-        process.kill(
-            f"{what} after {limit_s:g} s "
-            + (
-                f"and was killed at {where}"
-                if where
-                else "and was killed; it may have been stopped"
-            )
-        )
+        where = process.stack() or "somebody may have stopped it"
+        process.kill(f"{what} in {limit_s:g} s and was killed: {where}")
         member.given_up = True
 
     def _bury(self, member: Member, process: WorkerProcess, cause: str) -> None:

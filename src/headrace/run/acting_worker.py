@@ -14,6 +14,8 @@ it again.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import mmap
 import os
 import time
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headrace import catalog
 from headrace.config import RunConfig, from_dict
 from headrace.errors import PeerLost
 from headrace.experience.shared import Columns, Share, WorkerSlots
@@ -35,6 +38,7 @@ from headrace.run.system import choose_precision, keep_memory
 from headrace.run.worker import generation_seed
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
+from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits
 from headrace.weights import WeightsCopy
 
@@ -120,20 +124,69 @@ def run_acting_worker(
 
 
 def make_worker(
-    config: RunConfig, settings: Mapping[str, Any], end: WorkerEnd
-) -> tuple[Seat, WeightsCopy, WorkerSlots, Reports]:
-    """Builds what `run_acting_worker` needs, the environments last."""
+    config: RunConfig, settings: Mapping[str, Any], slots: WorkerSlots, reports: Reports
+) -> tuple[Seat, WeightsCopy]:
+    """Builds what acts; starts the environments last."""
     share, generation = Share(*settings["share"]), settings["generation"]
-    resume_count, full_fd = settings["resume_count"], settings["full_fd"]
+    worker, resume_count = settings["worker"], settings["resume_count"]
+    spec: EnvSpec = catalog.environment_family(config.env).spec(config.env, config.environment)
+    model: Any = make_model(config, spec, _CPU).requires_grad_(False)
+    algorithm = make_algorithm(config, model, spec, torch.float32)  # it acts, and never updates
+    lower_precision(model, choose_precision(config.precision, _CPU))
+    unrolls = make_table(
+        spec,
+        model,
+        slots,
+        num_envs=share.num_envs,
+        unroll_steps=algorithm.experience.unroll_steps,
+        num_slots=settings["num_slots"],
+        allocate=Columns(_mapped(settings["fds"]["unrolls"])),
+    )
+    generator = torch.Generator()
+    generator.manual_seed(derived_seed(config.seed, 4, resume_count, worker, generation))
+    seat = Seat(
+        make_pool(
+            config,
+            num_envs=share.num_envs,
+            batch_size=share.max_batch,
+            seed=generation_seed(derived_seed(config.seed, 2, resume_count), generation),
+            first_env=share.first_env,
+            in_process=True,
+        ),
+        Actor(algorithm=algorithm, model=model, generator=generator),
+        initial_state(spec, model, 1, _CPU),
+        unrolls=unrolls,
+        on_episodes=reports.on_episodes,
+        device=_CPU,
+    )
+    return seat, WeightsCopy(model, _mapped(settings["fds"]["weights"]))
+
+
+def _mapped(fd: int) -> mmap.mmap:
+    return mmap.mmap(fd, os.fstat(fd).st_size)
+
+
+def main() -> None:
+    """Takes the settings from the parent and works until it leaves."""
+    end = WorkerEnd.open()
+    keep_memory()
+    torch.set_num_threads(1)
+    settings = end.settings
+    share, reports = Share(*settings["share"]), Reports(end)
     slots = WorkerSlots(
         settings["free"],
         reserve=share.max_batch,
-        generation=generation,
-        full_fd=full_fd,
+        generation=settings["generation"],
+        full_fd=settings["full_fd"],
         receive=end.receive,
     )
-    family_spec = spec_of(config)
-    precision = choose_precision(config.precision, _CPU)
-    model: Any = make_model(config, family_spec, _CPU).requires_grad_(False)
-    algorithm = make_algorithm(config, model, family_spec, precision)
-    return None
+    seat, weights = make_worker(from_dict(settings["config"]), settings, slots, reports)
+    tally = tally_of(_mapped(settings["fds"]["tally"]))[settings["worker"]]
+    with contextlib.suppress(PeerLost):
+        run_acting_worker(seat, weights, slots, tally=tally, reports=reports)
+    seat.pool.close()
+    gc.freeze()  # else Python's last search for garbage goes through all of torch for a second
+
+
+if __name__ == "__main__":
+    main()

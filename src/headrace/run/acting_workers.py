@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from headrace.config import RunConfig, to_dict
-from headrace.experience.shared import Columns, Share, SharedSlots, shares, table_nbytes
+from headrace.experience.shared import Columns, SharedSlots, shares, table_nbytes
 from headrace.experience.unrolls import Allocate, UnrollTable
-from headrace.networks.models import PolicyValueNet
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
@@ -50,7 +48,7 @@ def tally_of(block: Any) -> NDArray[np.int64]:
 
 def make_table(
     spec: EnvSpec,
-    model: PolicyValueNet,
+    model: Any,
     queue: Any,
     *,
     num_envs: int,
@@ -265,7 +263,7 @@ class ActingWorkers:
             env, returns, lengths, infos = zip(*message["episodes"], strict=True)
             first = self._shares[worker].first_env
             self._on_episodes(
-                np.array(env, np.int32) + first, np.array(returns), np.array(lengths), infos
+                np.array(env, np.int32) + first, np.array(returns), np.array(lengths), list(infos)
             )
 
     def _bury(self, worker: int) -> None:

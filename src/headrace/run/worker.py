@@ -10,9 +10,10 @@ exception ends it; `pools.processes` tells the parent, which decides whether to 
 
 from __future__ import annotations
 
-import inspect
+import io
 import mmap
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,7 +78,15 @@ def make_groups(settings: Mapping[str, Any]) -> list[Group]:
     )
     seed = generation_seed(settings["seed"], settings["generation"])
     envs = [
-        _make(family, settings["env"], config, num_envs=end - first, first_env=first, seed=seed)
+        family.make(
+            settings["env"],
+            config,
+            num_envs=end - first,
+            batch_size=end - first,
+            threads=1,
+            seed=seed,
+            first_env=first,
+        )
         for first, end in settings["groups"]
     ]
     plan = layout(envs[0].spec, settings["num_envs"])
@@ -92,18 +101,6 @@ def make_groups(settings: Mapping[str, Any]) -> list[Group]:
         )
         for number, (env, (first, end)) in enumerate(zip(envs, settings["groups"], strict=True))
     ]
-
-
-def _make(
-    family: Any, name: str, config: Any, *, num_envs: int, first_env: int, seed: int
-) -> BatchEnv:
-    places = {"first_env": first_env}
-    if "first_env" not in inspect.signature(family.make).parameters:
-        places, seed = {}, generation_seed(seed, first_env)
-    env: BatchEnv = family.make(
-        name, config, num_envs=num_envs, batch_size=num_envs, threads=1, seed=seed, **places
-    )
-    return env
 
 
 def generation_seed(seed: int, generation: int) -> int:

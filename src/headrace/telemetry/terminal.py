@@ -191,6 +191,7 @@ def plain_line(row: Row, total_env_frames: int, eta_s: float) -> str:
         ("episodes {}", _short(_number(row, "episodes"))),
         ("loss {}", _plain(_number(row, "loss/policy"))),
         ("lag {}", _plain(_number(row, "policy_lag_mean"))),
+        ("worker deaths {}", _some(_number(row, "worker_deaths"))),
         ("bottleneck {}", str(row.get("bottleneck", _MISSING))),
     ):
         if value != _MISSING:
@@ -273,6 +274,9 @@ def _lag(row: Row) -> Table:
     table.add_row("policy lag, mean / max", _pair(row, "policy_lag_mean", "policy_lag_max"))
     turnaround = _pair(row, "server_turnaround_ms_p50", "server_turnaround_ms_p99")
     table.add_row("server ms, p50 / p99", turnaround)
+    deaths = _some(_number(row, "worker_deaths"))
+    if deaths != _MISSING:
+        table.add_row("worker deaths", Text(deaths, style="bold red"))
     return table
 
 
@@ -332,6 +336,11 @@ def _plain(value: float) -> str:
     if value == 0 or 0.001 <= abs(value) < 1e5:
         return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}".rstrip("0").rstrip(".")
     return f"{value:.2e}"
+
+
+def _some(count: float) -> str:
+    """A count that is worth a place only once there is something to count."""
+    return _short(count) if count > 0 else _MISSING
 
 
 def _pair(row: Row, first: str, second: str) -> str:

@@ -71,7 +71,7 @@ class WandbLog:
             project: W&B project.
             config: The run's settings, as W&B shows them.
             on_message: Told, in the thread, where the curves are, or what failed.
-            patience_s: Longest that `close` waits for what was not sent yet.
+            patience_s: Longest that W&B may take to start, and `close` for what was not sent yet.
         """
         self._folder = folder.resolve()
         self._on_message = on_message
@@ -128,6 +128,7 @@ class WandbLog:
                 settings=wandb.Settings(
                     silent=True,  # the terminal is ours
                     console="off",
+                    init_timeout=self._patience_s,
                     finish_timeout=self._patience_s,  # also of what W&B does when Python ends
                     finish_timeout_raises=True,
                 ),
@@ -145,7 +146,7 @@ class WandbLog:
     def _where(self, session: Any) -> str:
         if session.offline:
             return f"W&B is offline; send it with: wandb sync {self._folder}/wandb/offline-run-*"
-        return f"W&B: {session.url}"
+        return f"W&B: {session.url or 'disabled by WANDB_MODE'}"
 
     def _run_id(self) -> str:
         """Returns the W&B id that belongs to the run directory; makes one at the first call."""

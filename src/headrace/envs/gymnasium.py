@@ -1,0 +1,236 @@
+"""Every environment that speaks Gymnasium: by its id, or made by a function of the user's."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.envs import packages
+from headrace.envs.checks import Translated
+from headrace.envs.gymnasium_batch import GymnasiumBatch
+from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
+from headrace.errors import ConfigError, EnvironmentFault
+from headrace.specs import EnvSpec
+
+_TRIED_STEPS = 8  # random ones, before a run starts
+
+
+class GymnasiumFamily:
+    """Any Gymnasium id, or "module:factory"; `catalog` asks it for every name that is not ours."""
+
+    config_type: type[Any] = GymnasiumConfig
+    pool = "shm"
+
+    def spec(self, name: str, config: GymnasiumConfig) -> EnvSpec:
+        """Returns the spec; makes one environment, takes a few random steps, and closes it.
+
+        Raises:
+            ConfigError: no such environment, it needs what is not installed, or it breaks the
+                contract at once.
+        """
+        return _tried(name, config)[0]
+
+    def notices(self, name: str, config: GymnasiumConfig) -> list[str]:
+        """Returns what is odd about an environment but can be lived with, one sentence each."""
+        return list(_tried(name, config)[1])
+
+    def evaluation(self, config: GymnasiumConfig) -> GymnasiumConfig:
+        """Judges under the settings of training: each of them says what the task is.
+
+        A time limit stays too, since there are environments that never end without it.
+        """
+        return config
+
+    def make(
+        self,
+        name: str,
+        config: GymnasiumConfig,
+        *,
+        num_envs: int,
+        batch_size: int,
+        threads: int,
+        seed: int,
+        first_env: int = 0,
+    ) -> GymnasiumBatch:
+        """Makes `num_envs` copies, which are stepped one after the other in the caller's thread."""
+        envs = [wrapped(_make(name, config), config, name) for _ in range(num_envs)]
+        return _batch(name, config, envs, seed=seed, first_env=first_env)
+
+    def make_view(self, name: str, config: GymnasiumConfig, *, seed: int) -> GymnasiumBatch | None:
+        """Makes one copy whose observations are its rendered frames; None if it has none.
+
+        Raises:
+            ConfigError: it has, but they cannot be drawn here.
+        """
+        env = _make(name, config)
+        modes = env.metadata.get("render_modes") or ()
+        if env.render_mode != "rgb_array":
+            env.close()
+            if "rgb_array" not in modes or not _takes_render_mode(name):
+                return None
+            env = _make(name, config, render_mode="rgb_array")
+        with Translated(lambda error: ConfigError(f"{name} cannot be drawn here: {_text(error)}")):
+            env = Rendered(wrapped(env, config, name))
+        return _batch(name, config, [env], seed=seed, first_env=0)
+
+
+GYMNASIUM = GymnasiumFamily()
+
+
+def gymnasium_family() -> GymnasiumFamily:
+    """Returns the one family."""
+    return GYMNASIUM
+
+
+def _batch(
+    name: str, config: GymnasiumConfig, envs: list[Env], *, seed: int, first_env: int
+) -> GymnasiumBatch:
+    return GymnasiumBatch(
+        envs,
+        name=name,
+        seed=seed,
+        first_env=first_env,
+        strictness=config.strictness,
+        frame_stack=config.frame_stack,
+        action_repeat=config.frame_skip,
+    )
+
+
+@lru_cache(maxsize=64)
+def _tried(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
+    """Makes one environment and steps it, so that what is wrong is said before anything starts."""
+    rng = np.random.default_rng(0)
+    with packages.quietly():
+        try:
+            env = wrapped(_make(name, config), config, name)
+            batch = _batch(name, config, [env], seed=0, first_env=0)
+            step = batch.reset()
+            for _ in range(_TRIED_STEPS):
+                action = random_action(batch.spec, step.action_mask, rng)
+                step = batch.step(step.env_id, action)
+        except EnvironmentFault as fault:
+            raise ConfigError(str(fault)) from fault
+        batch.close()
+    return batch.spec, tuple(batch.notices)
+
+
+def random_action(
+    spec: EnvSpec, mask: NDArray[np.bool_] | None, rng: np.random.Generator
+) -> NDArray[Any]:
+    """Returns one random allowed action, [1] or [1, D]."""
+    space = spec.action_space
+    if isinstance(space, gym.spaces.Box):
+        return rng.uniform(space.low, space.high)[None].astype(np.float32)
+    ends = np.cumsum(spec.action_choices)
+    allowed = np.ones(ends[-1], np.bool_) if mask is None else mask[0]
+    choices = [
+        int(rng.choice(np.flatnonzero(flags))) for flags in np.split(allowed, ends[:-1].tolist())
+    ]
+    return np.array(choices, np.int64).reshape(1, *spec.action_shape)
+
+
+def _make(name: str, config: GymnasiumConfig, **more: Any) -> Env:
+    """Makes one environment.
+
+    Raises:
+        ConfigError: no such environment, or it cannot be made.
+    """
+    keywords = config.keywords() | more
+    make: Callable[..., Any]
+    if _is_factory(name):
+        make = _factory(name)
+    else:
+        spec = copy.copy(_registered(name))
+        # The batch resets first and checks what comes; both wrappers would cost each step.
+        spec.order_enforce = False
+        keywords |= {"disable_env_checker": True}
+        if config.time_limit:
+            keywords["max_episode_steps"] = -1
+
+        def make(**keywords: Any) -> Env:
+            return gym.make(spec, **keywords)
+
+    with Translated(lambda error: _not_made(name, error)):
+        env = make(**keywords)
+    if not isinstance(env, gym.Env):
+        raise ConfigError(
+            f"{name} gave a {type(env).__module__}.{type(env).__name__}, which is not a "
+            "gymnasium.Env"
+        )
+    return env
+
+
+def _not_made(name: str, error: BaseException) -> ConfigError:
+    if isinstance(error, ImportError | gym.error.DependencyNotInstalled):
+        return ConfigError(_needs(name, error))
+    return ConfigError(f"{name} cannot be made: {_text(error)}")
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_factory(name: str) -> bool:
+    """Whether a name is "module:factory", and not an id, which has a version or a slash."""
+    return name.rpartition(":")[2].isidentifier() and ":" in name
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"cannot import the environment {name!r}: {error} (a module in this folder is found "
+            "with PYTHONPATH=.)"
+        ) from error
+    if not callable(factory):
+        raise ConfigError(f"{name} is not a function or class that makes a gymnasium.Env")
+    return factory  # type: ignore[no-any-return]
+
+
+def _takes_render_mode(name: str) -> bool:
+    if not _is_factory(name):
+        return True
+    parameters = inspect.signature(_factory(name)).parameters
+    return "render_mode" in parameters or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _registered(name: str) -> Any:
+    """Returns Gymnasium's own spec of an id, after importing the package that registers it."""
+    module, _, bare = name.rpartition(":")
+    package = packages.package_of(bare)
+    try:
+        if module:
+            importlib.import_module(module)
+        if bare not in gym.registry and package is not None:
+            packages.register(package)
+    except ImportError as error:
+        raise ConfigError(_needs(name, error)) from error
+    found = gym.registry.get(bare)
+    if found is None:
+        near = difflib.get_close_matches(bare, list(gym.registry), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`headrace envs` lists packages"
+        raise ConfigError(
+            f"no environment named {name!r}; {hint} (your own: module:factory, or module:ID)"
+        )
+    return found
+
+
+def _needs(name: str, error: BaseException) -> str:
+    """Says which package is missing, and how to get it."""
+    package = packages.package_of(name.rpartition(":")[2])
+    if package is None or packages.is_installed(package):
+        return f"{name} needs a package that is missing: {error}"
+    return f"{name} needs {package.distribution}: {package.install}"
