@@ -157,8 +157,9 @@ def test_a_block_that_is_being_written_is_not_believed() -> None:
     assert copy.pull() == 1
     header = np.frombuffer(block, np.uint64)
     header[0] += 1  # as in the middle of `publish`
+    worker.fill(-1.0)
     assert copy.pull() == 1
-    assert worker.numbers() == {1.0}
+    assert worker.numbers() == {-1.0}
     learner.fill(2.0)
     header[0] -= 1
     weights.publish(learner, 2)

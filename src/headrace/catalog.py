@@ -15,10 +15,12 @@ ALGORITHMS = {
     "ppo": "headrace.algorithms.ppo:Ppo",
 }
 NETWORKS = {
+    "football": "headrace.networks.models:football",
     "impala_deep": "headrace.networks.models:impala_deep",
     "impala_shallow": "headrace.networks.models:impala_shallow",
     "mlp": "headrace.networks.models:mlp",
     "nature": "headrace.networks.models:nature",
+    "structured": "headrace.networks.structured:structured",
 }
 ENVIRONMENTS = {  # a name that ends in / or : stands for all names that begin with it
     "ALE/": "headrace.envs.atari:ATARI",

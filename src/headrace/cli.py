@@ -18,7 +18,7 @@ from rich.table import Table
 from headrace import __version__, catalog, presets
 from headrace.bench import command
 from headrace.config import RunConfig, from_dict, merged, read_toml
-from headrace.envs import atari
+from headrace.envs import atari, packages
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
 from headrace.run import api
 from headrace.run.evaluate import evaluate
@@ -27,6 +27,12 @@ from headrace.run.local import Hooks
 from headrace.run.policy import load
 from headrace.telemetry.record import RunDirectory
 from headrace.telemetry.terminal import open_display
+
+OWN_ENVIRONMENTS = {
+    "catch": "a ball falls, a paddle catches it; best return 1",
+    "recall": "act on a cue seen steps ago, which needs a recurrent policy; best return 1",
+    "pointmass": "push a point to the middle of a plane, continuous actions; best return known",
+}
 
 USAGE = """\
 usage: headrace COMMAND …
@@ -285,15 +291,20 @@ def envs_command(argv: list[str]) -> None:
         _nothing, args=argv, prog="headrace envs", description="Lists what can be trained here."
     )
 
-    print("catch    a ball falls, a paddle catches it; best return 1")
-    print("recall   act on a cue seen steps ago, which needs a recurrent policy; best return 1")
+    for name, what in OWN_ENVIRONMENTS.items():
+        print(f"{name:<18}{what}")
+    rows = packages.available()
+    width = max(len(example) for _, example, _ in rows)
+    print("\nPackages of environments, each with an example of what to train:")
+    for name, example, state in rows:
+        print(f"  {name:<18}{example:<{width}}  {state}")
+    print("Any other Gymnasium environment: its id, or my_module:factory.")
     try:
-        names = atari.games()
-    except ConfigError as missing:
-        print(f"ALE/…    not here: {missing}")
+        games = atari.games()
+    except ConfigError:
         return
-    print(f"ALE/…    {len(names)} Atari games:")
-    Console().print("  ".join(names), highlight=False)
+    print(f"\n{len(games)} Atari games:")
+    Console().print("  ".join(games), highlight=False)
 
 
 def presets_command(argv: list[str]) -> None:

@@ -70,6 +70,9 @@ class RunConfig:
     """Newest checkpoints that are kept; 0 for all."""
     tensorboard: bool = True
     """Write curves for TensorBoard."""
+    wandb: str = ""
+    """Project at Weights & Biases to send curves to; empty for none. WANDB_MODE=offline keeps them
+    here."""
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     """Worker processes."""
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -101,7 +104,8 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {
         *("total_frames", "device", "precision", "compile", "compute_threads", "env_threads"),
-        *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard", "workers"),
+        *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
+        *("wandb", "workers"),
     }
 )
 """Settings that a resumed run may change; every other one is the run's."""

@@ -1,5 +1,7 @@
 """The inline pool: everyone is served, in order, and a saved pool goes on bit for bit."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -84,5 +86,61 @@ def test_a_final_observation_rides_beside_its_row_only() -> None:
     assert ended > 10
 
 
-def test_it_can_be_saved() -> None:
-    assert isinstance(make_pool("catch"), Restorable)
+def test_it_can_be_saved_where_the_environments_can() -> None:
+    pool = make_pool("catch")
+    assert isinstance(pool, Restorable)
+    assert pool.restorable
+    echo = make_echo()
+    assert not echo.restorable
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        echo.snapshot()
+
+
+def make_echo(env_type: Any = None) -> InlinePool:
+    family = catalog.environment_family("worker_envs:ECHO")
+    config = family.config_type(mask=True)
+    env = family.make("worker_envs:ECHO", config, num_envs=3, batch_size=2, threads=1, seed=0)
+    return InlinePool(env if env_type is None else env_type(env), batch_size=2)
+
+
+def test_masks_and_infos_ride_with_their_rows() -> None:
+    infos = 0
+    for step in play(make_echo(), 40, seed=0):
+        count = step.observation[:, 1]
+        assert step.action_mask is not None
+        np.testing.assert_array_equal(step.action_mask, (np.arange(4) + count[:, None]) % 2 == 0)
+        ended = np.flatnonzero(step.terminated | step.truncated).tolist()
+        expected = {row: {"count": float(count[row])} for row in ended}
+        assert step.episode_info == (expected or None)
+        infos += len(ended)
+    assert infos > 10
+
+
+class Saved:
+    """Echo that can be saved."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"count": self._env._count.copy()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._env._count[:] = state["count"]
+
+
+def test_infos_that_wait_are_saved() -> None:
+    pool, twin = make_echo(Saved), make_echo(Saved)
+    for _ in range(20):
+        play(pool, 1, seed=0)
+        twin.restore(pool.snapshot())
+        row = pool.receive(0.0)
+        other = twin.receive(0.0)
+        assert row is not None
+        assert other is not None
+        assert row.episode_info == other.episode_info
+        pool.reply(np.zeros(len(row.env_id), dtype=np.int64))
+        twin.reply(np.zeros(len(row.env_id), dtype=np.int64))

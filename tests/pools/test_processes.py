@@ -19,6 +19,9 @@ import os, sys, time
 from headrace.errors import HeadraceError, PeerLost
 from headrace.pools.processes import WorkerEnd
 
+def theirs():
+    raise ValueError("no sun")
+
 end = WorkerEnd.open()
 end.status({"settings": end.settings, "torch": "torch" in sys.modules, "path": sys.path[0],
             "threads": os.environ["OMP_NUM_THREADS"]})
@@ -32,6 +35,11 @@ while True:
         raise ValueError("no moon")
     if order == "ours":
         raise HeadraceError("a sentence of ours")
+    if order == "from":
+        try:
+            theirs()
+        except ValueError as error:
+            raise HeadraceError("a sentence of ours") from error
     if order == "exit":
         sys.exit(5)
     if order == "hang":
@@ -109,8 +117,9 @@ def test_the_worker_module_of_the_pool_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("order", "cause"),
     [
-        (b"raise", "ValueError: no moon (some_child.py:16 in <module>)"),
-        (b"ours", "a sentence of ours (some_child.py:18 in <module>)"),
+        (b"raise", "ValueError: no moon (some_child.py:19 in <module>)"),
+        (b"ours", "a sentence of ours"),
+        (b"from", "a sentence of ours (some_child.py:7 in theirs)"),
         (b"exit", "left by itself with exit code 5"),
     ],
 )
@@ -136,7 +145,7 @@ def test_a_hang_can_be_asked_where(start: Start) -> None:
     worker = start()
     message(worker, "settings")
     worker.send(b"hang")
-    where = until(lambda: "line 22" in (stack := worker.stack()) and stack)
+    where = until(lambda: "line 30" in (stack := worker.stack()) and stack)
     assert "some_child.py" in where
     worker.kill("it hung")
     assert until(worker.death) == "it hung"

@@ -104,7 +104,7 @@ class Checks:
             raise self._wrong_form(part, values, envs, call)
         stored = array
         if array.dtype != part.declared:
-            stored = self._cast(part, array, envs, call)
+            stored = self._cast(part, array, values, envs, call)
         if stored.dtype != leaf.dtype:
             stored = _stored(stored, leaf.dtype)
         if self._strictness != "off":
@@ -224,13 +224,23 @@ class Checks:
         return self.fault(envs[0], f"{call} returned {what} that cannot be read")
 
     def _cast(
-        self, part: Part, array: NDArray[Any], envs: Sequence[int], call: Call
+        self,
+        part: Part,
+        array: NDArray[Any],
+        values: Sequence[Any],
+        envs: Sequence[int],
+        call: Call,
     ) -> NDArray[Any]:
-        """Says that a dtype is not the declared one, if that can lose something."""
+        """Converts to the dtype in which it is stored; says so if that can lose something."""
+        topic = f"dtype of {part.leaf.path}"
         chosen = part.leaf.kind != "box" and array.dtype.kind in "iu"
-        if not chosen and not np.can_cast(array.dtype, part.declared):
-            text = f"{call} returned {_what(part.leaf)} of {array.dtype}, but its space says "
-            self._notice(envs[0], f"dtype of {part.leaf.path}", f"{text}{part.declared}")
+        if not (chosen or topic in self._said or np.can_cast(array.dtype, part.declared)):
+            for env, value in zip(envs, values, strict=True):
+                dtype = np.asarray(value).dtype
+                if not np.can_cast(dtype, part.declared):
+                    text = f"{call} returned {_what(part.leaf)} of {dtype}, but its space says "
+                    self._notice(env, topic, f"{text}{part.declared}")
+                    break
         return _stored(array, part.leaf.dtype)
 
     def _check_values(

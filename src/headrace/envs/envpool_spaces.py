@@ -55,9 +55,9 @@ def observations(space: gym.Space[Any]) -> Observations:
     assert isinstance(space, gym.spaces.Box)
     if _is_channel_first(space):
         if space.shape[0] == 1:
-            return Observations(_like(space, space.low[0], space.high[0]), None, _first_channel)
+            return Observations(_image(space.low[0], space.high[0]), None, _first_channel)
         low, high = (np.moveaxis(bound, 0, -1) for bound in (space.low, space.high))
-        return Observations(_like(space, low, high), None, _channels_last)
+        return Observations(_image(low, high), None, _channels_last)
     dtype = tree.stored_dtype(space.dtype)
     low, high = space.low.astype(dtype), space.high.astype(dtype)
     plain = gym.spaces.Box(low, high, dtype=dtype.type)
@@ -78,13 +78,13 @@ def actions(name: str, space: gym.Space[Any]) -> Actions:
         raise ConfigError(f"{name}: actions of {type(space).__name__} are not supported")
     shape = space.shape
     if np.issubdtype(space.dtype, np.integer):
-        low = space.low.reshape(-1).astype(np.int64)
-        counts = space.high.reshape(-1).astype(np.int64) - low + 1
+        first = space.low.reshape(-1).astype(np.int64)
+        counts = space.high.reshape(-1).astype(np.int64) - first + 1
         return Actions(
-            gym.spaces.MultiDiscrete(counts), lambda action: (action + low).reshape(-1, *shape)
+            gym.spaces.MultiDiscrete(counts), lambda action: (action + first).reshape(-1, *shape)
         )
-    bounds = (space.low.reshape(-1), space.high.reshape(-1))
-    flat = gym.spaces.Box(*(bound.astype(np.float32) for bound in bounds), dtype=np.float32)
+    low, high = (bound.astype(np.float32) for bound in (space.low, space.high))
+    flat = gym.spaces.Box(low.reshape(-1), high.reshape(-1), dtype=np.float32)
     return Actions(flat, lambda action: action.reshape(-1, *shape))
 
 
@@ -108,7 +108,7 @@ def _is_channel_first(space: gym.spaces.Box) -> bool:
     return image and shape[0] <= _MAX_CHANNELS < min(shape[1:])
 
 
-def _like(space: gym.spaces.Box, low: Array, high: Array) -> gym.spaces.Box:
+def _image(low: Array, high: Array) -> gym.spaces.Box:
     return gym.spaces.Box(low, high, dtype=np.uint8)
 
 

@@ -1,14 +1,15 @@
 """PointMass: push a point to the middle of a square. The smallest task with continuous actions.
 
-The point moves by `STEP` times the action along each axis, and stops at the walls; the reward is
-minus its distance to the middle, once it has moved. An episode ends by the clock alone: it is
-truncated, never terminated.
+The action is a velocity; a step takes `STEP` of time. The point stops at the walls. The reward is
+minus the distance to the middle, once the point has moved, times the time of the step; so a return
+is an integral, and values stay near 1. An episode ends by the clock alone: it is truncated, never
+terminated.
 
 Best return. No policy can have |x| below max(0, |x_0| - STEP t) after t steps, and the action
 -x / STEP, cut to [-1, 1], has just that on both axes at once. The reward falls with |x| and with
 |y|, so this action is best at every step, for every discount and every length of an episode, and
 
-    best return = - sum over t = 1 .. T of |max(0, |p_0| - STEP t)|,   p_0 the start.
+    best return = - STEP sum over t = 1 .. T of ||max(0, |p_0| - STEP t)||,   p_0 the start.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from headrace.specs import EnvSpec
 from headrace.steps import EnvStep
 
 STEP = 0.1
-"""Distance along an axis that an action of 1 moves the point; the square is [-1, 1] x [-1, 1]."""
+"""Time of a step, so the most that it moves along an axis; the square is [-1, 1] x [-1, 1]."""
 START_PLACES = 201
 """Places on each axis, 0.01 apart and equally likely, where an episode may start."""
-BEST_RETURN = -2.3999
+BEST_RETURN = -0.23999
 """Mean over all starts of the best return of an episode of 50 steps."""
-RANDOM_RETURN = -38.85
-"""Mean return of 50 steps with actions uniform on the square, from 200 000 episodes (+- 0.03)."""
+RANDOM_RETURN = -3.885
+"""Mean return of 50 steps with actions uniform on the square, from 200 000 episodes (+- 0.003)."""
 
 
 def best_return(start: NDArray[np.floating[Any]], episode_steps: int) -> NDArray[np.float64]:
     """Returns the best return [N] of episodes that start at `start` [N, 2]."""
     made = STEP * np.arange(1, episode_steps + 1)
     left = np.maximum(0.0, np.abs(start)[:, None, :] - made[None, :, None])
-    best: NDArray[np.float64] = -np.sqrt((left**2).sum(axis=-1)).sum(axis=-1)
+    best: NDArray[np.float64] = -STEP * np.sqrt((left**2).sum(axis=-1)).sum(axis=-1)
     return best
 
 
@@ -97,7 +98,7 @@ class PointMass:
             env_id=env_id,
             run_id=np.zeros(len(env_id), dtype=np.int64),
             observation=self._position[env_id],
-            reward=-np.sqrt((moved**2).sum(axis=-1)).astype(np.float32),
+            reward=(-STEP * np.sqrt((moved**2).sum(axis=-1))).astype(np.float32),
             reset=ended,
             terminated=np.zeros_like(ended),
             truncated=ended.copy(),

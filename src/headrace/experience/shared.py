@@ -13,12 +13,12 @@ unrolls that it was building are gone with it.
 A worker with n of the N environments, answered m at a time, has
 
     n                  slots under construction,
-    capacity * n / N   that may be full and wait for the learner, rounded up, and
+    capacity * n / N   that may be full and wait for the learner, rounded down, and
     m                  that one batch of steps may fill at once.
 
-It waits while fewer than m are free. If all workers waited, more than `capacity` slots would be
-full, which is at least a batch of the learner's: so it goes on. And no more than capacity + N, plus
-what rounding adds, are ever full, which bounds the policy lag.
+It waits while fewer than m are free, which is when more than its part of the capacity is full. So
+if all workers wait, more than `capacity` are full, which is at least a batch of the learner's: it
+goes on. And no more than capacity + N are ever full, which bounds the policy lag.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ _ALIGNMENT = 64  # bytes: a cache line, so that no two columns share one
 _PIPE_NBYTES = 1 << 16
 _ATOMIC_NBYTES = 512  # POSIX: writes of so much to a pipe are never torn or mixed
 _SLOT = np.dtype("<u4")
-_AT_WORKER, _FULL, _LENT = range(3)
 
 
 class Share(NamedTuple):
@@ -77,7 +76,7 @@ def shares(num_envs: int, *, workers: int, capacity: int, groups: int) -> list[S
     for worker in range(workers):
         count = num_envs * (worker + 1) // workers - env
         batch = -(-count // groups)
-        num_slots = count + math.ceil(capacity * count / num_envs) + batch
+        num_slots = count + capacity * count // num_envs + batch
         result.append(Share(env, count, batch, slot, num_slots))
         env, slot = env + count, slot + num_slots
     return result
@@ -134,7 +133,7 @@ class SharedSlots:
 
         Args:
             shares: Of the workers.
-            capacity: Full slots that may wait before workers do; what rounding adds aside.
+            capacity: Full slots that may wait before the workers do, all together.
             full_fd: Where workers write records; made non-blocking.
             send: Hands bytes to a worker, without waiting.
         """
@@ -145,7 +144,7 @@ class SharedSlots:
         self._shares = shares
         self._send = send
         self._worker = np.repeat(np.arange(len(shares)), [share.num_slots for share in shares])
-        self._state = np.full(len(self._worker), _AT_WORKER, np.int8)
+        self._taken = np.zeros(len(self._worker), np.bool_)  # full or lent, not the worker's
         self._generation = [-1] * len(shares)  # whose records count; -1 for nobody's
         self._full: deque[int] = deque()
         self.capacity = capacity
@@ -161,7 +160,7 @@ class SharedSlots:
         self._generation[worker] = generation
         share = self._shares[worker]
         own = np.arange(share.first_slot, share.first_slot + share.num_slots)
-        return [int(slot) for slot in own[self._state[own] == _AT_WORKER]]
+        return [int(slot) for slot in own[~self._taken[own]]]
 
     def end(self, worker: int) -> None:
         """Takes what a worker that is dead had handed over; its other slots are nobody's."""
@@ -202,12 +201,10 @@ class SharedSlots:
             self._poller.poll(left_s * 1000.0)
             self._collect()
         lent = [self._full.popleft() for _ in range(count)]
-        self._state[lent] = _LENT
         try:
             yield lent
         except BaseException:
             self._full.extendleft(reversed(lent))
-            self._state[lent] = _FULL
             raise
         self._free(lent)
 
@@ -222,7 +219,7 @@ class SharedSlots:
 
     def _free(self, slots: list[int]) -> None:
         """Gives slots back to their workers."""
-        self._state[slots] = _AT_WORKER
+        self._taken[slots] = False
         free = np.asarray(slots)
         for worker in np.unique(self._worker[free]):
             self._send(int(worker), free[self._worker[free] == worker].astype(_SLOT).tobytes())
@@ -236,9 +233,9 @@ class SharedSlots:
                 return
             for slot, generation in RECORD.iter_unpack(data):
                 if generation == self._generation[self._worker[slot]]:
-                    if self._state[slot] != _AT_WORKER:
+                    if self._taken[slot]:
                         raise RuntimeError(f"slot {slot} came twice from its worker")
-                    self._state[slot] = _FULL
+                    self._taken[slot] = True
                     self._full.append(slot)
             if len(data) < _PIPE_NBYTES:
                 return

@@ -318,7 +318,10 @@ class WorkerEnd:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         """What Python calls for an exception that nobody caught."""
-        text = str(error) if isinstance(error, HeadraceError) else f"{kind.__name__}: {error}"
+        text = f"{kind.__name__}: {error}"
+        if isinstance(error, HeadraceError):  # a sentence already; but where did its cause arise?
+            text, cause = str(error), error.__cause__
+            trace = cause.__traceback__ if cause else None
         frames = traceback.extract_tb(trace)[-1:]
         place = "".join(f" ({Path(f.filename).name}:{f.lineno} in {f.name})" for f in frames)
         self.status({"error": text + place})

@@ -27,6 +27,7 @@ from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
 from headrace.telemetry.record import RunDirectory, log_to
+from headrace.telemetry.wandb_log import ensure_wandb
 
 logger = logging.getLogger("headrace")
 
@@ -81,6 +82,8 @@ def prepare(
     if resume is not None and config is None:
         run = RunDirectory.open(Path(resume))
         full = resumed_config(run, changes or {}, trust_code=trust_code)
+        if full.wandb:
+            ensure_wandb()
         return Prepared(full, run, True, trust_code)
     if config is None or resume is not None:
         raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
@@ -88,6 +91,8 @@ def prepare(
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
     check(full)
+    if full.wandb:
+        ensure_wandb()
     return Prepared(full, RunDirectory.create(path, to_toml(full)), False, True)
 
 

@@ -17,7 +17,7 @@ from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
-from headrace.networks.models import lower_precision
+from headrace.networks.models import default_network, lower_precision
 from headrace.pools.base import Pool
 from headrace.pools.shm import ShmPool, WorkerEnvs
 from headrace.run.system import choose_device, choose_precision, usable_cores
@@ -173,13 +173,10 @@ def make_model(
 
 
 def network_name(config: RunConfig, spec: EnvSpec) -> str:
-    """Returns the catalog name of the network; "auto" takes convolutions for images."""
+    """Returns the catalog name of the network; "auto" takes what suits the observations."""
     if config.network.network != "auto":
         return config.network.network
-    if spec.structure is not None:
-        return "structured"
-    shape = spec.observation_space.shape
-    return "nature" if len(shape) >= 2 and min(shape[0], shape[1]) >= 36 else "mlp"
+    return default_network(spec)
 
 
 def make_algorithm(

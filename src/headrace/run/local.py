@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headrace.config import RunConfig, to_toml
+from headrace.config import RunConfig, to_dict, to_toml
 from headrace.errors import DeadlineExceeded
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
@@ -40,6 +40,7 @@ from headrace.run.warmup import own_stream, warm_up
 from headrace.server.server import run_server
 from headrace.telemetry.metrics import EpisodeStats, Waits
 from headrace.telemetry.record import MetricsWriter, RunDirectory
+from headrace.telemetry.wandb_log import WandbLog
 
 _POLL_S = 0.2  # how often a waiting learner looks after the server and the clock
 _SILENCE_S = 120.0  # longest that a native pool may take for one batch
@@ -107,11 +108,11 @@ def run_training(
         stop = stack.enter_context(stop_signals())
         checkpoint = saving.find(run, hooks.on_message) if resume else None
         before = saving.Before.read(checkpoint)
-        episodes = EpisodeStats(before.episodes, before.return_max)
+        messages: SimpleQueue[str] = SimpleQueue()  # from other threads to this one
+        stack.callback(tell, messages, hooks.on_message)
+        episodes = EpisodeStats(before.episodes, before.return_max, on_message=messages.put)
         eval_episodes, waits = EpisodeStats(), Waits()
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        messages: SimpleQueue[str] = SimpleQueue()  # from the server's thread to this one
-        stack.callback(tell, messages, hooks.on_message)
         parts = build(
             config,
             resume_count=before.resume_count,
@@ -150,7 +151,12 @@ def run_training(
             elapsed_s=before.elapsed_s,
         )
         resumed_at = reporter.env_frames if resume else None
-        writer = stack.enter_context(MetricsWriter(run, config.tensorboard, resumed_at))
+        wandb = None
+        if config.wandb:
+            wandb = WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
+        writer = stack.enter_context(
+            MetricsWriter(run, config.tensorboard, resumed_at, wandb=wandb)
+        )
         session = Session(
             config=config,
             run=run,

@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 
 import numpy as np
 
@@ -29,12 +29,43 @@ RUN_IDS = 1 << 32
 """Run ids of one generation of workers; an environment may use them up by itself."""
 
 
+@runtime_checkable
+class Closable(Protocol):
+    """A `BatchEnv` that has something to give back."""
+
+    def close(self) -> None:
+        """Gives it back."""
+
+
 class Group(NamedTuple):
     """Environments that step together."""
 
     env: BatchEnv
     rows: Rows
     record: bytes
+    notices: Sequence[str]  # grows where the environment has something to say of itself
+
+
+class NamedOutput(io.TextIOWrapper):
+    """A stream that says whose code prints, where the environments tell."""
+
+    def __init__(self, stream: TextIO, envs: Sequence[BatchEnv]) -> None:
+        """Writes where `stream` writes."""
+        super().__init__(
+            stream.buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+        self._stream = stream  # it would close what both write to
+        self._envs = envs
+        self._fresh = True  # whether a line begins
+
+    def write(self, text: str) -> int:
+        """Puts the environment's number before each line."""
+        running = [getattr(env, "current_env", None) for env in self._envs]
+        name = "".join(f"environment {env_id}: " for env_id in running if env_id is not None)
+        for line in text.splitlines(keepends=True):
+            super().write(name + line if self._fresh else line)
+            self._fresh = line.endswith("\n")
+        return len(text)
 
 
 def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_offset: int) -> None:
@@ -47,6 +78,7 @@ def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_of
         run_offset: added to run ids.
     """
     all_ids = [np.arange(group.env.num_envs, dtype=np.int32) for group in groups]
+    told = [len(group.notices) for group in groups]  # the parent has seen these for itself
     too_long = 0
     for group in groups:
         too_long += write_step(group.rows, group.env.reset(), run_offset=run_offset)
@@ -55,15 +87,21 @@ def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_of
         try:
             asked = end.receive()
         except PeerLost:
-            return
+            break
         for (number,) in GROUP.iter_unpack(asked or b""):
-            env, rows, record = groups[number]
+            env, rows, record, notices = groups[number]
             step = env.step(all_ids[number], rows.action.copy())
             left_out = write_step(rows, step, run_offset=run_offset)
             os.write(ready_fd, record)
             if left_out and not too_long:
                 end.status({"note": f"a final info of over {INFO_NBYTES} bytes was left out"})
             too_long += left_out
+            for notice in notices[told[number] :]:
+                end.status({"note": notice})
+                told[number] += 1
+    for group in groups:
+        if isinstance(group.env, Closable):
+            group.env.close()
 
 
 def make_groups(settings: Mapping[str, Any]) -> list[Group]:
@@ -98,6 +136,7 @@ def make_groups(settings: Mapping[str, Any]) -> list[Group]:
             env,
             table.rows(first, end),
             RECORD.pack(settings["worker"], number, settings["generation"]),
+            getattr(env, "notices", ()),
         )
         for number, (env, (first, end)) in enumerate(zip(envs, settings["groups"], strict=True))
     ]
@@ -122,6 +161,8 @@ def main() -> None:
     end = WorkerEnd.open()
     settings = end.settings
     groups = make_groups(settings)
+    envs = [group.env for group in groups]
+    sys.stdout, sys.stderr = NamedOutput(sys.stdout, envs), NamedOutput(sys.stderr, envs)
     run_worker(
         end,
         groups,
