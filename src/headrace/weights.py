@@ -22,12 +22,22 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+
+class WeightsEnd(Protocol):
+    """The learner's end, and that of a server in the same process."""
+
+    def publish(self, learner_model: nn.Module, version: int) -> None:
+        """See `Weights.publish`."""
+
+    def pull(self) -> int:
+        """See `Weights.pull`."""
 
 
 class Weights:

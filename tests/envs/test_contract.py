@@ -11,7 +11,7 @@ from headrace.errors import ConfigError
 from headrace.pools.base import Pool
 from headrace.steps import EnvStep
 
-NAMES = ["ALE/Pong-v5", "catch", "recall"]
+NAMES = ["ALE/Pong-v5", "CartPole-v1", "catch", "recall"]
 
 
 @pytest.fixture(params=NAMES)
@@ -21,11 +21,22 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_pool(name: str, *, num_envs: int, seed: int, config: Any = None) -> Pool:
+def make_pool(
+    name: str, *, num_envs: int, seed: int, config: Any = None, first_env: int = 0
+) -> Pool:
     family = catalog.environment_family(name)
     settings = config or family.config_type()
-    env = family.make(name, settings, num_envs=num_envs, batch_size=num_envs, threads=2, seed=seed)
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, family.pool)(env, batch_size=num_envs)
+    env = family.make(
+        name,
+        settings,
+        num_envs=num_envs,
+        batch_size=num_envs,
+        threads=2,
+        seed=seed,
+        first_env=first_env,
+    )
+    kind = "inline" if family.pool == "shm" else family.pool
+    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(env, batch_size=num_envs)
     return pool
 
 
@@ -88,6 +99,25 @@ def test_copies_differ(name: str) -> None:
         pool.reply(np.zeros(2, dtype=np.int64))
     run = np.stack(looks, axis=1)
     assert any((run[0] != other).any() for other in run[1:])
+
+
+def test_a_copy_goes_its_way_wherever_it_runs(name: str) -> None:
+    """Copy 2 of three, and the first copy of a pool that begins at 2."""
+
+    def run(row: int, **settings: int) -> np.ndarray:
+        pool = make_pool(name, seed=4, **settings)
+        looks = []
+        for _ in range(60):
+            step = pool.receive(30.0)
+            assert step is not None
+            (at,) = np.flatnonzero(step.env_id == row)
+            looks.append(step.observation[at].copy())
+            pool.reply(np.ones(len(step.env_id), dtype=np.int64))
+        return np.stack(looks)
+
+    among_others = run(2, num_envs=3)
+    np.testing.assert_array_equal(run(0, num_envs=1, first_env=2), among_others)
+    assert (run(0, num_envs=1) != among_others).any()
 
 
 def test_every_setting_is_frozen_and_explained(name: str) -> None:

@@ -202,7 +202,7 @@ def test_a_worker_that_gives_no_step_is_killed_where_it_hangs(stage_of: Make) ->
     assert stage.crew.deaths == 0  # killed, and seen dead at the next look
     stage.look()
     assert stage.said == [
-        "worker 0 died: gave no step in 5 s and was killed: game.py, line 3 in step; "
+        "worker 0 died: gave no step after 5 s and was killed: game.py, line 3 in step; "
         "its environments start anew"
     ]
 
@@ -228,7 +228,7 @@ def test_a_start_has_a_deadline_of_its_own(stage_of: Make) -> None:
     assert stage.worker.cause is None
     stage.pass_s(2.0)
     stage.look()
-    assert str(stage.worker.cause).startswith("was not ready in 10 s")
+    assert str(stage.worker.cause).startswith("was not ready after 10 s")
 
 
 def test_what_passes_while_nobody_listens_is_no_silence(stage_of: Make) -> None:

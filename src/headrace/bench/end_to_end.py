@@ -35,8 +35,9 @@ from headrace.bench.settings import (
 )
 from headrace.config import RunConfig
 from headrace.learner.loop import Learner
-from headrace.run.build import Parts, build, make_pool, network_name
+from headrace.run.build import Parts, build, network_name
 from headrace.run.local import train_overlapped
+from headrace.run.pools import make_pool
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory, usable_cores
 from headrace.run.warmup import warm_up

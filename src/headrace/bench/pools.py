@@ -22,7 +22,7 @@ from headrace.bench.settings import (
     run_config,
 )
 from headrace.errors import ConfigError
-from headrace.run.build import make_pool, pool_name
+from headrace.run.pools import make_pool, pool_name
 from headrace.run.system import usable_cores
 
 POOLS = ("native", "inline", "shm", "gymnasium-async", "alone")

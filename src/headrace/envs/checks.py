@@ -77,7 +77,7 @@ class Checks:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         line = f": {last.line}" if last.line else ""
-        return self.fault(env, f"{call} raised {type(error).__name__}: {error} ({place}{line})")
+        return self.fault(env, f"{call} raised {error_text(error)} ({place}{line})")
 
     def observations(
         self, part: Part, values: Sequence[Any], envs: Sequence[int], call: Call
@@ -308,14 +308,23 @@ class Translated:
             raise self._say(error) from error
 
 
+def error_text(error: BaseException) -> str:
+    """Returns an exception as text that fits into a sentence."""
+    return f"{type(error).__name__}: {_in_one_line(str(error), 4 * _MOST_SHOWN)}"
+
+
 def show(value: Any) -> str:
     """Returns a value as text that fits into a sentence."""
     if isinstance(value, np.ndarray):
         text = np.array2string(value, separator=", ", threshold=12, edgeitems=3)
     else:
         text = repr(value)
+    return _in_one_line(text, _MOST_SHOWN)
+
+
+def _in_one_line(text: str, most: int) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _what(leaf: tree.Leaf) -> str:

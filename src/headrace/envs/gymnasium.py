@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.envs import packages
-from headrace.envs.checks import Translated
+from headrace.envs.checks import Translated, error_text
 from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
@@ -78,7 +79,7 @@ class GymnasiumFamily:
             if "rgb_array" not in modes or not _takes_render_mode(name):
                 return None
             env = _make(name, config, render_mode="rgb_array")
-        with Translated(lambda error: ConfigError(f"{name} cannot be drawn here: {_text(error)}")):
+        with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
             env = Rendered(wrapped(env, config, name))
         return _batch(name, config, [env], seed=seed, first_env=0)
 
@@ -119,7 +120,8 @@ def _tried(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]
                 step = batch.step(step.env_id, action)
         except EnvironmentFault as fault:
             raise ConfigError(str(fault)) from fault
-        batch.close()
+        with Translated(lambda error: ConfigError(f"{name}: close raised {error_text(error)}")):
+            batch.close()
     return batch.spec, tuple(batch.notices)
 
 
@@ -133,7 +135,8 @@ def random_action(
     ends = np.cumsum(spec.action_choices)
     allowed = np.ones(ends[-1], np.bool_) if mask is None else mask[0]
     choices = [
-        int(rng.choice(np.flatnonzero(flags))) for flags in np.split(allowed, ends[:-1].tolist())
+        int(rng.choice(np.flatnonzero(flags) if flags.any() else len(flags)))
+        for flags in np.split(allowed, ends[:-1].tolist())
     ]
     return np.array(choices, np.int64).reshape(1, *spec.action_shape)
 
@@ -172,11 +175,17 @@ def _make(name: str, config: GymnasiumConfig, **more: Any) -> Env:
 def _not_made(name: str, error: BaseException) -> ConfigError:
     if isinstance(error, ImportError | gym.error.DependencyNotInstalled):
         return ConfigError(_needs(name, error))
-    return ConfigError(f"{name} cannot be made: {_text(error)}")
+    return _failed(name, "be made", error)
 
 
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failed(name: str, what: str, error: BaseException) -> ConfigError:
+    text = error_text(error)
+    no_display = (
+        "; without a display, MuJoCo needs MUJOCO_GL=egl or osmesa"
+        if re.search(r"GL|gl[A-Z]", text)
+        else ""
+    )
+    return ConfigError(f"{name} cannot {what}: {text}{no_display}")
 
 
 def _is_factory(name: str) -> bool:

@@ -10,9 +10,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from headrace.errors import DeadlineExceeded
+
+
+class Slots(Protocol):
+    """What a learner needs of the slots, whoever fills them."""
+
+    capacity: int
+    stale: int
+
+    def __len__(self) -> int:
+        """Full slots that wait."""
+
+    def reading(
+        self, count: int, *, timeout_s: float, keep: Callable[[int], bool] = ...
+    ) -> AbstractContextManager[list[int]]:
+        """See `SlotQueue.reading`."""
+
+    def wait_for_space(self, timeout_s: float) -> bool:
+        """See `SlotQueue.wait_for_space`."""
 
 
 class SlotQueue:

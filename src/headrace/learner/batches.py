@@ -11,6 +11,8 @@ by action     └─ earns reward_1 ─┘ …
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from headrace.records import Batch, PolicyInput, Unrolls
@@ -37,3 +39,18 @@ def align(unrolls: Unrolls) -> Batch:
         bootstrap=torch.where(truncated, unrolls.bootstrap[1:], 0.0),
         version=unrolls.version[:-1],
     )
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Returns a batch on `device`: itself, but where workers filled it in memory that all share."""
+    if batch.log_prob.device == device:
+        return batch
+    return Batch(*(_moved(field, device) for field in batch))
+
+
+def _moved(field: Any, device: torch.device) -> Any:
+    if isinstance(field, PolicyInput):
+        return PolicyInput(*(_moved(part, device) for part in field))
+    if isinstance(field, tuple):
+        return tuple(_moved(part, device) for part in field)
+    return None if field is None else field.to(device)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from headrace.algorithms.base import Algorithm
 from headrace.errors import DeadlineExceeded, TrainingDiverged
-from headrace.experience.fifo import SlotQueue
+from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
-from headrace.learner.batches import align
+from headrace.learner.batches import align, moved
 from headrace.records import Update
 from headrace.telemetry.metrics import Waits
-from headrace.weights import Weights
+from headrace.weights import WeightsEnd
 
 LAG_BINS = 64
 """Bins of the policy-lag histogram: lags of 0, 1, … updates; the last takes all beyond."""
@@ -28,8 +28,8 @@ class Learner:
         self,
         algorithm: Algorithm,
         unrolls: UnrollTable,
-        queue: SlotQueue,
-        weights: Weights,
+        queue: Slots,
+        weights: WeightsEnd,
         *,
         device: torch.device,
         version: int = 0,
@@ -69,7 +69,7 @@ class Learner:
                 experience.batch_unrolls, timeout_s=timeout_s, keep=self._is_fresh
             ) as slots:
                 waits.add("learner_for_unrolls", time.perf_counter() - before_s)
-                batch = align(self._unrolls.gather(slots))
+                batch = moved(align(self._unrolls.gather(slots)), self._device)
         except DeadlineExceeded:
             waits.add("learner_for_unrolls", time.perf_counter() - before_s)
             return None

@@ -115,7 +115,7 @@ def part_of(leaf: tree.Leaf) -> Part:
 
 
 def unpacked(rows: Tensor, part: Part) -> Tensor:
-    """Returns one flattened part [N, K, count] of contiguous rows uint8 [N, K, nbytes], a view."""
+    """Returns one flattened part [N, K, D] of contiguous rows uint8 [N, K, nbytes], a view."""
     return rows.view(part.dtype)[..., part.start : part.start + part.size]
 
 

@@ -163,7 +163,8 @@ class MlpTorso(nn.Module):
 
     Positions and velocities carry more than the 8 bits of bfloat16, and such layers are too small
     to gain from it. With tanh they start as published for continuous control: orthogonal, scaled by
-    the root of 2 (Huang et al. 2022, "The 37 implementation details of PPO", detail 2).
+    the root of 2 (Huang et al. 2022, "The 37 implementation details of proximal policy
+    optimization").
     """
 
     def __init__(

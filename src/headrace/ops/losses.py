@@ -38,7 +38,7 @@ def clipped_value_loss(
 ) -> Tensor:
     """`value_loss` whose gradient stops where the value has moved far towards its target.
 
-    Source: Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
+    Source: Huang et al. 2022, "The 37 implementation details of proximal policy optimization".
 
     Args:
         value: estimates that learn.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 LIMIT = 10.0
-"""Normalised numbers are clipped to this on both sides (Huang et al. 2022, "The 37 implementation
-details of PPO", for continuous actions, 5)."""
+"""Normalised numbers are clipped to this on both sides, as in Huang et al. 2022, "The 37
+implementation details of proximal policy optimization", for continuous actions."""
 _EPSILON = 1e-8
 
 

@@ -22,8 +22,8 @@ def transform_reward(
         mode: "clip" to [-1, 1] (Mnih et al. 2015); "soft_asymmetric" is the "optimistic asymmetric
             clipping" that IMPALA used on DMLab-30: in [-1.5, 5], losses weigh 0.3 of wins. It is
             the published code, which divides by 5 inside the tanh; the paper's text does not.
-            "normalize" divides by `return_std` and clips to [-10, 10] (Huang et al. 2022, "The 37
-            implementation details of PPO", for continuous actions, 6 and 7).
+            "normalize" divides by `return_std` and clips to [-10, 10], as PPO is run on MuJoCo
+            (Huang et al. 2022, "The 37 implementation details of proximal policy optimization").
         return_std: for "normalize": running standard deviation of the discounted return.
 
     Raises:

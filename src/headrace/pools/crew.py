@@ -55,7 +55,7 @@ class Crew:
         start: Callable[[int, int], WorkerProcess],
         labels: Sequence[str],
         *,
-        groups: int,
+        groups: int | Sequence[int],
         config: WorkerConfig,
         on_death: Callable[[int], None],
         on_message: Callable[[str], None],
@@ -66,7 +66,8 @@ class Crew:
         Args:
             start: starts the process of worker i in generation g.
             labels: what messages call each worker.
-            groups: groups of environments of each; each gives one record when it is reset.
+            groups: groups of environments of each, one number if all have as many; each group comes
+                back once when it is reset.
             config: deadlines, and how many deaths are too many.
             on_death: told the worker, as soon as it is certainly dead.
             on_message: told what is worth a line.
@@ -86,7 +87,11 @@ class Crew:
         self._outputs: set[int] = set()  # of these, what they print
         self._next_look_s = 0.0
         self._away_s = now_s()
-        self._members = [Member(index, label, groups) for index, label in enumerate(labels)]
+        counts = [groups] * len(labels) if isinstance(groups, int) else groups
+        self._members = [
+            Member(index, label, count)
+            for index, (label, count) in enumerate(zip(labels, counts, strict=True))
+        ]
         for member in self._members:
             self._begin(member)
 
@@ -219,7 +224,7 @@ class Crew:
             return
         what = "was not ready" if member.resets_left else "gave no step"
         where = process.stack() or "somebody may have stopped it"
-        process.kill(f"{what} in {limit_s:g} s and was killed: {where}")
+        process.kill(f"{what} after {limit_s:g} s and was killed: {where}")
         member.given_up = True
 
     def _bury(self, member: Member, process: WorkerProcess, cause: str) -> None:

@@ -69,7 +69,8 @@ def blocks_of(num_envs: int, *, workers: int, groups: int, max_envs: int) -> lis
         First row and the row behind the last, of each block.
     """
     groups = max(min(groups, num_envs // workers), -(-num_envs // (workers * max_envs)))
-    bounds = [num_envs * block // (workers * groups) for block in range(workers * groups + 1)]
+    count = min(workers * groups, num_envs)  # the last workers may have one group less
+    bounds = [num_envs * block // count for block in range(count + 1)]
     return list(itertools.pairwise(bounds))
 
 
@@ -115,7 +116,6 @@ class ShmPool:
             groups=workers.groups_per_worker,
             max_envs=batch_size,
         )
-        groups = len(self._blocks) // self._workers
         self._line = Batcher(
             [end - first for first, end in self._blocks],
             max_envs=batch_size,
@@ -134,7 +134,7 @@ class ShmPool:
         self._crew = Crew(
             self._start_worker,
             [self._label(worker) for worker in range(self._workers)],
-            groups=groups,
+            groups=[len(self._blocks[w :: self._workers]) for w in range(self._workers)],
             config=workers,
             on_death=self._drop,
             on_message=on_message,

@@ -33,7 +33,8 @@ from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
 from headrace.pools.processes import WorkerEnd
 from headrace.run.acting_workers import BEATS, DROPPED, STEPS, UNFINISHED, make_table, tally_of
-from headrace.run.build import derived_seed, make_algorithm, make_model, make_pool
+from headrace.run.build import make_algorithm, make_model
+from headrace.run.pools import derived_seed, make_pool
 from headrace.run.system import choose_precision, keep_memory
 from headrace.run.worker import generation_seed
 from headrace.server.acting import Actor, initial_state
@@ -138,7 +139,7 @@ def make_worker(
         model,
         slots,
         num_envs=share.num_envs,
-        unroll_steps=algorithm.experience.unroll_steps,
+        unroll_steps=settings["unroll_steps"],
         num_slots=settings["num_slots"],
         allocate=Columns(_mapped(settings["fds"]["unrolls"])),
     )

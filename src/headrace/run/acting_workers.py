@@ -117,6 +117,7 @@ class ActingWorkers:
         threads = config.env_threads or max(1, usable_cores() // workers)
         self._config = dataclasses.replace(config, env_threads=threads)
         self._resume_count = resume_count
+        self._unroll_steps = unroll_steps
         self._shares = shares(num_envs, workers=workers, capacity=capacity, groups=groups)
         self._num_slots = sum(share.num_slots for share in self._shares)
         self._crew: Crew | None = None
@@ -240,6 +241,7 @@ class ActingWorkers:
             "generation": generation,
             "resume_count": self._resume_count,
             "share": share,
+            "unroll_steps": self._unroll_steps,
             "num_slots": self._num_slots,
             "free": self.queue.begin(worker, generation),
             "fds": self._fds,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,16 +13,16 @@ from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
-from headrace.experience.fifo import SlotQueue
+from headrace.experience.fifo import SlotQueue, Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.networks.models import default_network, lower_precision
-from headrace.pools.base import Pool
-from headrace.pools.shm import ShmPool, WorkerEnvs
+from headrace.run.acting_workers import ActingWorkers
+from headrace.run.pools import derived_seed, make_pool, pool_name
 from headrace.run.system import choose_device, choose_precision, usable_cores
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import OnEpisodes, Seat
 from headrace.specs import EnvSpec
-from headrace.weights import Weights
+from headrace.weights import Weights, WeightsEnd
 
 
 class Compute(NamedTuple):
@@ -48,17 +46,49 @@ class Parts(NamedTuple):
     compute: Compute
     algorithm: Algorithm
     server_model: nn.Module
-    weights: Weights
-    queue: SlotQueue
+    weights: WeightsEnd
+    queue: Slots
     unrolls: UnrollTable
-    training: Seat
+    source: Seat | ActingWorkers  # what acts for the environments that train
     evaluation: Seat | None
     generator: torch.Generator  # of the actions
 
     @property
     def seats(self) -> list[Seat]:
-        """All pools, training first."""
-        return [self.training] if self.evaluation is None else [self.training, self.evaluation]
+        """All pools of the server in this process, training first."""
+        return [seat for seat in (self.source, self.evaluation) if isinstance(seat, Seat)]
+
+    @property
+    def training(self) -> Seat:
+        """The training environments' seat at the server in this process."""
+        if not isinstance(self.source, Seat):
+            raise RuntimeError("the workers act themselves")
+        return self.source
+
+    @property
+    def dropped_unrolls(self) -> int:
+        """Unrolls that were never finished, since their environment was started anew."""
+        source = self.source
+        return (self.unrolls if isinstance(source, Seat) else source).dropped_unrolls
+
+    @property
+    def unfinished_unrolls(self) -> int:
+        """Unrolls under construction: what a run that stops here loses."""
+        source = self.source
+        return (self.unrolls if isinstance(source, Seat) else source).unfinished()
+
+    @property
+    def worker_deaths(self) -> int:
+        """Worker processes that have died so far, of training and of evaluation."""
+        pools = [getattr(seat.pool, "deaths", 0) for seat in self.seats]
+        return sum(pools) + (0 if isinstance(self.source, Seat) else self.source.deaths)
+
+    def close(self) -> None:
+        """Ends pools and workers."""
+        for seat in self.seats:
+            seat.pool.close()
+        if not isinstance(self.source, Seat):
+            self.source.close()
 
 
 def choose_compute(config: RunConfig) -> Compute:
@@ -81,82 +111,6 @@ def _compute_threads(config: RunConfig, cores: int) -> int:
     # Server and learner overlap with one thread each until there are cores that environments leave
     # idle.
     return max(1, cores // 4)
-
-
-def derived_seed(*parts: int) -> int:
-    """Returns a 31-bit seed from several numbers, none of them a neighbour's."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
-
-
-def make_pool(
-    config: RunConfig,
-    *,
-    num_envs: int,
-    batch_size: int,
-    seed: int,
-    evaluation: bool = False,
-    first_env: int = 0,
-    in_process: bool = False,
-    on_message: Callable[[str], None] = lambda _: None,
-) -> Pool:
-    """Starts a pool of the config's environment.
-
-    Args:
-        config: The run's settings.
-        num_envs: Environments of the pool.
-        batch_size: Most of them that are due at a time.
-        seed: Of the environments.
-        evaluation: Whether they are as agents are judged.
-        first_env: Number of the first one, among those of all processes.
-        in_process: Start no worker process.
-        on_message: Told what is worth a line, such as a worker that died.
-    """
-    family = catalog.environment_family(config.env)  # trusted, or its spec would not be known
-    settings = family.evaluation(config.environment) if evaluation else config.environment
-    kind = pool_name(config, family.pool)
-    if kind == "shm" and not in_process:
-        recipe = WorkerEnvs(
-            env=config.env,
-            settings=dataclasses.asdict(settings),
-            spec=family.spec(config.env, settings),
-            num_envs=num_envs,
-            seed=seed,
-        )
-        return ShmPool(
-            recipe,
-            batch_size=batch_size,
-            workers=config.workers,
-            on_message=on_message,
-            full_batches=config.turns and batch_size == num_envs,
-        )
-    threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
-    envs = family.make(
-        config.env,
-        settings,
-        num_envs=num_envs,
-        batch_size=batch_size,
-        threads=threads,
-        seed=seed,
-        **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
-    )
-    kind = "inline" if kind == "shm" else kind
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
-    return pool
-
-
-def pool_name(config: RunConfig, own: str) -> str:
-    """Returns the catalog name of the pool for environments whose own is `own`.
-
-    Raises:
-        ConfigError: they step themselves, and another pool was asked for.
-    """
-    if config.pool == "auto":
-        return "inline" if config.lockstep and own == "shm" else own
-    if own == "native":
-        raise ConfigError(f"{config.env} steps in threads of its own: leave out --pool")
-    if config.pool == "shm" and config.lockstep:
-        raise ConfigError("--lockstep steps environments in this process: leave out --pool shm")
-    return config.pool
 
 
 def make_model(
@@ -252,46 +206,54 @@ def build(
     if compute.compiled:
         model.compile(dynamic=False)
         server_model.compile(dynamic=False)
-    server = config.server
-    # Half of them step while the other half is answered; lockstep answers all in their order.
-    batch = server.inference_batch or (server.num_envs + 1) // 2
-    batch = server.num_envs if config.lockstep else batch
-    queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, compute.device)
     generator = torch.Generator(compute.device)
     generator.manual_seed(derived_seed(config.seed, 1, resume_count))
-    example = initial_state(spec, server_model, 1, compute.device)
-    training = Seat(
-        make_pool(
-            config,
-            num_envs=server.num_envs,
-            batch_size=batch,
-            seed=derived_seed(config.seed, 2, resume_count),
-            on_message=on_message,
-        ),
-        Actor(algorithm=algorithm, model=server_model, generator=generator),
-        example,
-        unrolls=unrolls,
-        on_episodes=on_episodes,
-        device=compute.device,
-    )
+    local = Weights(server_model)
+    weights: WeightsEnd = local
+    source: Seat | ActingWorkers
+    if config.inference == "worker":
+        source = _acting_workers(config, algorithm, spec, server_model, resume_count, local)
+        weights = source.weights
+        queue: Slots = source.queue
+        unrolls = source.unrolls
+        source.start(on_episodes, on_message)
+    else:
+        # Half of them step while the other half is answered; lockstep answers all in their order.
+        num_envs = config.server.num_envs
+        batch = config.server.inference_batch or (num_envs + 1) // 2
+        batch = num_envs if config.lockstep else batch
+        queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, compute.device)
+        source = Seat(
+            make_pool(
+                config,
+                num_envs=num_envs,
+                batch_size=batch,
+                seed=derived_seed(config.seed, 2, resume_count),
+                on_message=on_message,
+            ),
+            Actor(algorithm=algorithm, model=server_model, generator=generator),
+            initial_state(spec, server_model, 1, compute.device),
+            unrolls=unrolls,
+            on_episodes=on_episodes,
+            device=compute.device,
+        )
     evaluation = None
-    if server.eval_envs:
+    if config.server.eval_envs:
         evaluation = Seat(
             make_pool(
                 config,
-                num_envs=server.eval_envs,
-                batch_size=server.eval_envs,
+                num_envs=config.server.eval_envs,
+                batch_size=config.server.eval_envs,
                 seed=derived_seed(config.seed, 3, resume_count),
                 evaluation=True,
                 on_message=on_message,
             ),
             Actor(algorithm=algorithm, model=server_model, mode="greedy"),
-            example,
+            initial_state(spec, server_model, 1, compute.device),
             unrolls=None,
             on_episodes=on_eval_episodes,
             device=compute.device,
         )
-    weights = Weights(server_model)
     return Parts(
         spec,
         compute,
@@ -300,9 +262,34 @@ def build(
         weights,
         queue,
         unrolls,
-        training,
+        source,
         evaluation,
         generator,
+    )
+
+
+def _acting_workers(
+    config: RunConfig,
+    algorithm: Algorithm,
+    spec: EnvSpec,
+    server_model: Any,
+    resume_count: int,
+    local: Weights,
+) -> ActingWorkers:
+    """Reserves what acting workers share; they act on processors, whatever learns."""
+    model = copy.deepcopy(server_model).to("cpu").float()
+    lower_precision(model, choose_precision(config.precision, torch.device("cpu")))
+    family = catalog.environment_family(config.env)
+    return ActingWorkers(
+        config,
+        spec,
+        model,
+        unroll_steps=algorithm.experience.unroll_steps,
+        capacity=queue_capacity(config, algorithm),
+        # Environments with threads of their own step while their worker answers the others.
+        groups=2 if family.pool == "native" else 1,
+        resume_count=resume_count,
+        local=local if config.server.eval_envs else None,
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.algorithms.base import ActionMode
-from headrace.run.build import derived_seed
 from headrace.run.policy import Policy
+from headrace.run.pools import derived_seed
 from headrace.telemetry.video import VideoWriter
 
 _FPS = 15  # of agent steps; an Atari game runs at 60 frames per second, 4 to a step

@@ -33,6 +33,7 @@ from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
 from headrace.records import Update
 from headrace.run import saving
+from headrace.run.acting_workers import ActingWorkers
 from headrace.run.build import Parts, build
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory
@@ -121,8 +122,7 @@ def run_training(
             on_message=messages.put,
             trust_code=trust_code,
         )
-        for seat in parts.seats:
-            stack.callback(seat.pool.close)
+        stack.callback(parts.close)
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
@@ -292,7 +292,8 @@ def train_overlapped(session: Drivable) -> None:
             failed.set_exception(error)
 
     server = threading.Thread(target=serve, name="server", daemon=True)
-    server.start()
+    if parts.seats:
+        server.start()
     try:
         while not session.over():
             session.learn(timeout_s=_POLL_S)
@@ -300,9 +301,12 @@ def train_overlapped(session: Drivable) -> None:
                 failed.result()
             for seat in parts.seats:
                 check_alive(seat.pool)
+            if isinstance(parts.source, ActingWorkers):
+                parts.source.check(session.waits)
     finally:
         ended.set()
-        server.join(_JOIN_S)
+        if parts.seats:
+            server.join(_JOIN_S)
     if failed.done():  # between the last look and the end
         failed.result()
 

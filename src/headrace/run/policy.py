@@ -25,12 +25,8 @@ from headrace.pools.base import Pool
 from headrace.pools.single import PoolEnv
 from headrace.records import PolicyState
 from headrace.run import saving
-from headrace.run.build import (
-    derived_seed,
-    make_algorithm,
-    make_model,
-    make_pool,
-)
+from headrace.run.build import make_algorithm, make_model
+from headrace.run.pools import derived_seed, make_pool
 from headrace.run.system import choose_device
 from headrace.server.acting import Actor, cleared, initial_state
 from headrace.specs import EnvSpec

@@ -46,7 +46,7 @@ class Reporter:
     @property
     def agent_steps(self) -> int:
         """Agent steps of the whole run."""
-        return self._agent_steps_before + self._parts.training.agent_steps
+        return self._agent_steps_before + self._parts.source.agent_steps
 
     @property
     def env_frames(self) -> int:
@@ -77,10 +77,10 @@ class Reporter:
         interval_s = max(now_s - self._last_s, 1e-9)
         self._last_s = now_s
         parts, learner = self._parts, self._learner
-        self._steps.add(parts.training.agent_steps - self._steps.total)
+        self._steps.add(parts.source.agent_steps - self._steps.total)
         self._updates.add(learner.version - self._updates_seen - self._updates.total)
         steps_per_s = self._steps.read(now_s)[0]
-        median_s, slow_s = parts.training.turnaround_s.read()
+        median_s, slow_s = parts.source.turnaround_s.read()
         row: Row = {
             "env_frames": self.env_frames,
             "agent_steps": self.agent_steps,
@@ -94,9 +94,9 @@ class Reporter:
             "server_turnaround_ms_p50": median_s * 1000,
             "server_turnaround_ms_p99": slow_s * 1000,
             "unrolls_waiting": len(parts.queue),
-            "unrolls_dropped": parts.unrolls.dropped_unrolls,
+            "unrolls_dropped": parts.dropped_unrolls,
             "unrolls_too_old": parts.queue.stale,
-            "worker_deaths": sum(getattr(seat.pool, "deaths", 0) for seat in parts.seats),
+            "worker_deaths": parts.worker_deaths,
             "precision": str(parts.compute.precision).removeprefix("torch."),
         }
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}

@@ -89,7 +89,7 @@ def save(
             **reporter.episode_counters(),
         },
         "resume_count": before.resume_count,
-        "unfinished_unrolls": parts.unrolls.unfinished(),
+        "unfinished_unrolls": parts.unfinished_unrolls,
         "training": training_skeleton,
         "system": None,
     }

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.experience.fifo import SlotQueue
+from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.pools.base import Pool
 from headrace.records import PolicyState, PolicyStep
@@ -31,7 +31,7 @@ from headrace.server.acting import Acting, cleared
 from headrace.server.state_table import StateTable
 from headrace.steps import EnvStep
 from headrace.telemetry.metrics import Quantiles, Waits
-from headrace.weights import Weights
+from headrace.weights import WeightsEnd
 
 Infos = list[Mapping[str, float]]
 OnEpisodes = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], Infos], None]
@@ -182,8 +182,8 @@ class Seat:
 
 def run_server(
     seats: Sequence[Seat],
-    weights: Weights,
-    queue: SlotQueue,
+    weights: WeightsEnd,
+    queue: Slots,
     stop: threading.Event,
     *,
     waits: Waits,

@@ -1,0 +1,91 @@
+"""Starts pools: which kind steps a run's environments, and with which seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from headrace import catalog
+from headrace.config import RunConfig
+from headrace.errors import ConfigError
+from headrace.pools.base import Pool
+from headrace.pools.shm import ShmPool, WorkerEnvs
+from headrace.run.system import usable_cores
+
+
+def derived_seed(*parts: int) -> int:
+    """Returns a 31-bit seed from several numbers, none of them a neighbour's."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+
+
+def make_pool(
+    config: RunConfig,
+    *,
+    num_envs: int,
+    batch_size: int,
+    seed: int,
+    evaluation: bool = False,
+    first_env: int = 0,
+    in_process: bool = False,
+    on_message: Callable[[str], None] = lambda _: None,
+) -> Pool:
+    """Starts a pool of the config's environment.
+
+    Args:
+        config: The run's settings.
+        num_envs: Environments of the pool.
+        batch_size: Most of them that are due at a time.
+        seed: Of the environments.
+        evaluation: Whether they are as agents are judged.
+        first_env: Number of the first one, among those of all processes.
+        in_process: Start no worker process.
+        on_message: Told what is worth a line, such as a worker that died.
+    """
+    family = catalog.environment_family(config.env)  # trusted, or its spec would not be known
+    settings = family.evaluation(config.environment) if evaluation else config.environment
+    kind = pool_name(config, family.pool)
+    if kind == "shm" and not in_process:
+        recipe = WorkerEnvs(
+            env=config.env,
+            settings=dataclasses.asdict(settings),
+            spec=family.spec(config.env, settings),
+            num_envs=num_envs,
+            seed=seed,
+        )
+        return ShmPool(
+            recipe,
+            batch_size=batch_size,
+            workers=config.workers,
+            on_message=on_message,
+            full_batches=config.turns and batch_size == num_envs,
+        )
+    threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
+    envs = family.make(
+        config.env,
+        settings,
+        num_envs=num_envs,
+        batch_size=batch_size,
+        threads=threads,
+        seed=seed,
+        **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
+    )
+    kind = "inline" if kind == "shm" else kind
+    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
+    return pool
+
+
+def pool_name(config: RunConfig, own: str) -> str:
+    """Returns the catalog name of the pool for environments whose own is `own`.
+
+    Raises:
+        ConfigError: they step themselves, and another pool was asked for.
+    """
+    if config.pool == "auto":
+        return "inline" if config.lockstep and own == "shm" else own
+    if own == "native":
+        raise ConfigError(f"{config.env} steps in threads of its own: leave out --pool")
+    if config.pool == "shm" and config.lockstep:
+        raise ConfigError("--lockstep steps environments in this process: leave out --pool shm")
+    return config.pool
