@@ -8,11 +8,12 @@ import pytest
 
 from headrace import preset
 from headrace.algorithms.impala import ImpalaConfig
+from headrace.algorithms.ppo import PpoConfig
 from headrace.config import RunConfig, from_dict, merged, to_dict
 from headrace.envs.atari import AtariConfig
 from headrace.errors import ConfigError
 from headrace.networks.models import NetworkConfig
-from headrace.presets import DEFAULT_PRESETS, PRESETS, default_for, find
+from headrace.presets import PRESETS, UNASKED, default_for, find
 
 # Espeholt et al. 2018, arXiv:1802.01561, Table G.1: a loss summed over T = 20 and B = 32.
 SAMPLES = 20 * 32
@@ -99,11 +100,24 @@ def test_the_desktop_preset_plays_under_the_protocol_of_the_paper() -> None:
     assert config.learning.discount == 0.99
 
 
+EXAMPLES = {
+    "catch": "catch",
+    "recall": "recall",
+    "pointmass": "pointmass",
+    "control": "CartPole-v1",
+    "mujoco-impala": "HalfCheetah-v5",
+    "ppo-mujoco": "HalfCheetah-v5",
+    "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> None:
-    env = next((start for start in ("catch", "recall") if start == name), "ALE/Pong-v5")
+    env = EXAMPLES.get(name, "ALE/Pong-v5")
+    if env.startswith("envpool:"):
+        pytest.importorskip("envpool")
     config = preset(name, env)
-    assert isinstance(config.learning, ImpalaConfig)
+    assert isinstance(config.learning, PpoConfig if name.startswith("ppo") else ImpalaConfig)
     assert find(name).summary.endswith(".")
     assert find(name).source
     # Nothing is set in vain: what the preset says is what the run gets.
@@ -130,8 +144,14 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 def test_what_an_environment_takes_unasked() -> None:
-    assert set(DEFAULT_PRESETS.values()) <= set(PRESETS)
+    assert {name for _, name in UNASKED} <= set(PRESETS)
     assert default_for("ALE/Breakout-v5") == "atari-desktop"
+    assert default_for("ALE/Breakout-v5", "ppo") == "ppo-atari"
+    assert default_for("HalfCheetah-v5") == "mujoco-impala"
+    assert default_for("HalfCheetah-v5", "ppo") == "ppo-mujoco"
+    assert default_for("envpool:Hopper-v5") == "mujoco-impala"
+    assert default_for("CartPole-v1", "ppo") is None
+    assert default_for("NotCartPole-v1") is None
     assert default_for("catch") == "catch"
     assert default_for("my_module:FAMILY") is None
 

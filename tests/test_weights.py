@@ -185,6 +185,13 @@ def test_a_torn_copy_is_found_by_its_sum_whatever_the_sequence_says() -> None:
     assert worker.numbers() == {2.0}
 
 
+def test_a_worker_with_another_network_is_refused() -> None:
+    block = bytearray(shared_nbytes(Model()))
+    SharedWeights(Model(), block)
+    with pytest.raises(RuntimeError, match="another network"):
+        WeightsCopy(Model().to(torch.bfloat16), block)
+
+
 def test_a_server_beside_the_workers_gets_the_same_weights() -> None:
     learner, worker, server = Model(), Model(), Model()
     block = bytearray(shared_nbytes(worker))
@@ -195,6 +202,17 @@ def test_a_server_beside_the_workers_gets_the_same_weights() -> None:
     assert server.numbers() == worker.numbers() == {7.0}
     with pytest.raises(RuntimeError, match="no server"):
         SharedWeights(worker, block).pull()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_worker_gets_weights_that_were_learned_on_a_gpu() -> None:
+    learner, worker = Model().to("cuda"), Model()
+    weights, copy, _ = shared(worker)
+    learner.fill(3.0)
+    weights.publish(learner, 3)
+    assert copy.pull() == 3
+    assert worker.numbers() == {3.0}
 
 
 HAMMER = """
@@ -220,7 +238,9 @@ def test_no_process_ever_sees_two_versions_mixed() -> None:
     worker = nn.Sequential(*(nn.Linear(size, size) for _ in range(4)))
     fd = os.memfd_create("weights")
     os.ftruncate(fd, shared_nbytes(worker))
-    copy = WeightsCopy(worker, mmap.mmap(fd, shared_nbytes(worker)))
+    block = mmap.mmap(fd, shared_nbytes(worker))
+    SharedWeights(worker, block)
+    copy = WeightsCopy(worker, block)
     writer = subprocess.Popen(
         [sys.executable, "-c", HAMMER, str(fd), str(size)],
         pass_fds=[fd],

@@ -82,16 +82,19 @@ def import_attribute(kind: str, target: str) -> Any:
 def environment_family(env: str, *, trust_code: bool = True) -> Any:
     """Returns the `envs.base.Family` of an environment's name.
 
-    A user's "module:attribute" is a family, or else a factory of Gymnasium environments. Every name
-    that is not ours is taken for a Gymnasium id; its family knows which there are.
+    A user's "module:attribute" is a family, or else a factory of Gymnasium environments; so is
+    Gymnasium's own "module:ID-v0". Every name that is not ours is taken for a Gymnasium id; its
+    family knows which there are.
     """
     for name, target in ENVIRONMENTS.items():
         if name == env or (name.endswith(("/", ":")) and env.startswith(name)):
             return import_attribute("environment", target)
-    if ":" in env:
+    if env.rpartition(":")[2].isidentifier() and ":" in env:
         own = resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
         if hasattr(own, "config_type"):
             return own
+    elif ":" in env and not trust_code:
+        resolve("environment", {}, env, trust_code=False)  # raises: Gymnasium would import a module
     elif not re.search(r"/|-v\d+$", env):  # no name that Gymnasium could know
         ours = [name for name in ENVIRONMENTS if name[-1] not in "/:"]
         near = difflib.get_close_matches(env.lower(), ours, 1)

@@ -96,7 +96,10 @@ def train_command(argv: list[str]) -> None:
     wants_help = "-h" in rest or "--help" in rest
     if not env and wants_help:
         env = "ALE/Pong-v5"
-    name = chosen.preset or (presets.default_for(env) if isinstance(env, str) else None)
+    algorithm = chosen.algorithm or file.get("algorithm")
+    name = chosen.preset
+    if not name and isinstance(env, str):
+        name = presets.default_for(env, algorithm)
     if name:
         layers = merged(layers, presets.find(name).values)
     layers = merged(layers, file)
@@ -311,9 +314,7 @@ def presets_command(argv: list[str]) -> None:
     """Lists presets."""
     tyro.cli(_nothing, args=argv, prog="headrace presets", description="Lists named settings.")
     for name, preset in presets.PRESETS.items():
-        unasked = [start for start, default in presets.DEFAULT_PRESETS.items() if default == name]
-        suffix = f"  (unasked for {', '.join(unasked)})" if unasked else ""
-        print(f"{name}{suffix}\n  {preset.summary}\n  source: {preset.source}")
+        print(f"{name}\n  {preset.summary}\n  source: {preset.source}")
         for line in _flat(preset.values):
             print(f"    {line}")
 

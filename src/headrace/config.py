@@ -99,6 +99,10 @@ class RunConfig:
                 "workers that act on their own have no common order: leave out "
                 f"{'--lockstep' if self.lockstep else '--turns'}, or say --inference server"
             )
+        if self.inference == "worker" and self.server.inference_batch:
+            raise ConfigError(
+                "inference_batch is the server's: leave it out, or --inference server"
+            )
 
 
 FREE_ON_RESUME = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from headrace import catalog
@@ -66,6 +67,24 @@ _ATARI_STICKY = {
     "life_loss_ends_episode": False,
     "full_action_space": True,
 }
+
+_TANH_MLPS: dict[str, Any] = {
+    "network": "mlp",
+    "hidden_sizes": [64, 64],
+    "activation": "tanh",
+    "separate_value": True,
+}
+
+
+def _adam(learning_rate: float) -> dict[str, Any]:
+    return {
+        "optimizer": "adam",
+        "learning_rate": learning_rate,
+        "learning_rate_schedule": "linear",
+        "optimizer_eps": 1e-5,
+        "max_gradient_norm": 0.5,
+    }
+
 
 PRESETS = {
     "atari": Preset(
@@ -140,10 +159,164 @@ PRESETS = {
             },
         },
     ),
+    "pointmass": Preset(
+        "PointMass, continuous actions, in a quarter of a minute on one core.",
+        "ours; the test of learning in tests/learning",
+        {
+            "total_frames": 300_000,
+            "server": {"num_envs": 64},
+            "network": {"network": "mlp"},
+            "learning": {
+                "unroll_steps": 20,
+                "batch_unrolls": 32,
+                "discount": 0.95,
+                "entropy_cost": 0.001,
+                "reward_transform": "none",
+                "optimizer": {
+                    "optimizer": "adam",
+                    "learning_rate": 3e-3,
+                    "max_gradient_norm": 1.0,
+                },
+            },
+        },
+    ),
+    "control": Preset(
+        "Small control tasks such as CartPole-v1, in a minute on two cores.",
+        "ours, chosen on CartPole-v1 among seven; the test of learning in tests/learning",
+        {
+            "algorithm": "impala",
+            "total_frames": 300_000,
+            "server": {"num_envs": 16},
+            "network": _TANH_MLPS,
+            "learning": {
+                "unroll_steps": 20,
+                "batch_unrolls": 16,
+                "entropy_cost": 0.003,
+                "vtrace_lambda": 0.95,
+                "reward_transform": "none",
+                "reward_scale": 0.1,
+                "optimizer": _adam(2e-3),
+            },
+        },
+    ),
+    "mujoco-impala": Preset(
+        "MuJoCo tasks with V-trace: two small networks, normalised observations and rewards.",
+        "ours, chosen among five on HalfCheetah-v5 (docs/results.md); network, discount and "
+        "value cost as SEED RL, google-research/seed_rl@0a4729d, mujoco/vtrace_main.py",
+        {
+            "algorithm": "impala",
+            "total_frames": 3_000_000,
+            "server": {"num_envs": 16},
+            "network": {**_TANH_MLPS, "normalize_observations": True, "initial_log_std": -0.5},
+            "learning": {
+                "unroll_steps": 32,
+                "batch_unrolls": 16,
+                "discount": 0.99,
+                "entropy_cost": 1e-5,
+                "value_cost": 0.5,
+                "vtrace_lambda": 0.95,
+                "reward_transform": "normalize",
+                "optimizer": _adam(1e-3),
+            },
+        },
+    ),
+    "ppo-atari": Preset(
+        "One Atari game with PPO: 8 environments, 128 steps, 4 epochs; environment as in atari.",
+        "CleanRL ppo_atari.py@09f7a7f; 10 million steps of 4 frames",
+        {
+            "algorithm": "ppo",
+            "turns": True,
+            "total_frames": 40_000_000,
+            "environment": _ATARI,
+            "server": {"num_envs": 8},
+            "network": {"network": "nature", "lstm_size": 0},
+            "learning": {
+                "unroll_steps": 128,
+                "batch_unrolls": 8,
+                "epochs": 4,
+                "minibatches": 4,
+                "discount": 0.99,
+                "gae_lambda": 0.95,
+                "clip_range": 0.1,
+                "value_clip_range": 0.1,
+                "entropy_cost": 0.01,
+                "value_cost": 0.5,
+                "reward_transform": "clip",
+                "optimizer": _adam(2.5e-4),
+            },
+        },
+    ),
+    "ppo-mujoco": Preset(
+        "MuJoCo tasks with PPO: one environment, 2048 steps, 10 epochs of 32 minibatches.",
+        "CleanRL ppo_continuous_action.py@016ca33; there actions are clipped, here squashed",
+        {
+            "algorithm": "ppo",
+            "turns": True,
+            "total_frames": 1_000_000,
+            "server": {"num_envs": 1},
+            "network": {**_TANH_MLPS, "normalize_observations": True, "initial_log_std": 0.0},
+            "learning": {
+                "unroll_steps": 2048,
+                "batch_unrolls": 1,
+                "epochs": 10,
+                "minibatches": 32,
+                "discount": 0.99,
+                "gae_lambda": 0.95,
+                "clip_range": 0.2,
+                "value_clip_range": 0.2,
+                "entropy_cost": 0.0,
+                "value_cost": 0.5,
+                "reward_transform": "normalize",
+                "optimizer": _adam(3e-4),
+            },
+        },
+    ),
+    "football": Preset(
+        "Google Research Football by EnvPool, with SEED RL's network and four stacked frames.",
+        "SEED RL, google-research/seed_rl, gcp/train_football_scoring.sh and football/; not run to "
+        "its 500 million frames",
+        {
+            "algorithm": "impala",
+            "total_frames": 500_000_000,
+            "environment": {"frame_stack": 4},
+            "server": {"num_envs": 200},
+            "network": {"network": "football", "lstm_size": 0},
+            "learning": {
+                "unroll_steps": 32,
+                "batch_unrolls": 32,
+                "discount": 0.997,
+                "entropy_cost": 3.19483e-5,
+                "value_cost": 0.5,
+                "vtrace_lambda": 0.9,
+                "reward_transform": "none",
+                "optimizer": {
+                    "optimizer": "adam",
+                    "learning_rate": 5.53392e-5,
+                    "learning_rate_schedule": "constant",
+                    "max_gradient_norm": 0.0,
+                },
+            },
+        },
+    ),
 }
 
-DEFAULT_PRESETS = {"ALE/": "atari-desktop", "catch": "catch", "recall": "recall"}
-"""What `headrace train ENV` takes where no --preset is given, by how the name begins."""
+_MUJOCO = "(Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|Inverted(Double)?Pendulum|Pusher|"
+_MUJOCO += "Reacher|Swimmer|Walker2d)-v[0-9]+"
+_CLASSIC = "(Acrobot|CartPole|MountainCar|MountainCarContinuous|Pendulum|LunarLander)-v[0-9]+"
+
+UNASKED = (
+    ("ALE/.+", "atari-desktop"),
+    ("ALE/.+", "ppo-atari"),
+    ("catch", "catch"),
+    ("recall", "recall"),
+    ("pointmass", "pointmass"),
+    ("envpool:gfootball/.+", "football"),
+    (f"(envpool:)?{_MUJOCO}", "mujoco-impala"),
+    (f"(envpool:)?{_MUJOCO}", "ppo-mujoco"),
+    (f"(envpool:)?{_CLASSIC}", "control"),
+)
+"""What `headrace train ENV` takes where no --preset is given: the first whose names (a regular
+expression) and whose algorithm fit."""
 
 
 def find(name: str) -> Preset:
@@ -157,6 +330,10 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def default_for(env: str) -> str | None:
-    """Returns the name of the preset that an environment is trained with unasked."""
-    return next((name for start, name in DEFAULT_PRESETS.items() if env.startswith(start)), None)
+def default_for(env: str, algorithm: str | None = None) -> str | None:
+    """Returns the name of the preset that an environment is trained with unasked, if any."""
+    for names, name in UNASKED:
+        own = PRESETS[name].values.get("algorithm", "impala")
+        if re.fullmatch(names, env) and own == (algorithm or "impala"):
+            return name
+    return None

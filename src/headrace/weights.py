@@ -8,7 +8,7 @@ publication.
 Between processes (`SharedWeights`, `WeightsCopy`) there is no lock, since a worker that is stopped
 while it holds one would stop the learner:
 
-    block    | sequence, sum | version | tensor 0 | tensor 1 | ...  each at a multiple of 64 bytes
+    block    | sequence, sum, layout | version | tensor 0 | tensor 1 | ...  each from a cache line
     learner  sequence odd; version and tensors; their sum; sequence even
     worker   copies to memory of its own, and believes the copy if the sequence was even, has not
              moved, and the copy has the sum; else it tries again, or acts with what it has
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import zlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,7 +89,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every dtype's size
-_SEQUENCE, _SUM = 0, 1
+_SEQUENCE, _SUM, _LAYOUT = range(3)
 _TRIES = 3
 
 
@@ -110,7 +111,7 @@ class SharedWeights:
         """
         self._flat = _Flat(model)
         self._header, self._shared = _parts(block)
-        self._header[_SEQUENCE] = 0
+        self._header[_LAYOUT] = _fingerprint(model)
         self._local = local
 
     def publish(self, learner_model: nn.Module, version: int) -> None:
@@ -137,10 +138,16 @@ class WeightsCopy:
     """A worker's end: a model that follows the block."""
 
     def __init__(self, model: nn.Module, block: Any) -> None:
-        """Follows `block` with `model`, at version -1: nothing pulled."""
+        """Follows `block` with `model`, at version -1: nothing pulled.
+
+        Raises:
+            RuntimeError: the block holds another network.
+        """
         self._flat = _Flat(model)
         self._target = _tensors(model)
         self._header, self._shared = _parts(block)
+        if int(self._header[_LAYOUT]) != _fingerprint(model):
+            raise RuntimeError("the shared weights are of another network, or of other dtypes")
         self._seen = 0  # sequence of the copy that the model has
         self._version = -1
 
@@ -186,6 +193,12 @@ def _offsets(model: nn.Module) -> list[int]:
     """Where each tensor begins in the row, the version before them; last, where the row ends."""
     sizes = [_ALIGNMENT, *(tensor.nbytes for tensor in _tensors(model))]
     return list(itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Of the shapes and dtypes; equal in processes that built the same network."""
+    shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in _tensors(model)]
+    return zlib.crc32(repr(shapes).encode())
 
 
 def _parts(block: Any) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:

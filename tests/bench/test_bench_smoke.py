@@ -46,11 +46,11 @@ def test_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (
             "pools",
             {
-                *("pool", "env", "envs", "batch", "agent_steps_per_s"),
+                *("pool", "env", "envs", "agent_steps_per_s"),
                 *("latency_us_p50", "latency_us_p99"),
             },
         ),
-        ("inference", {"precision", "batch", "agent_steps_per_s", "batch_ms"}),
+        ("inference", {"precision", "agent_steps_per_s", "batch_ms"}),
         ("learner", {"precision", "batch_samples", "updates_per_s", "samples_per_s"}),
     ],
 )

@@ -256,7 +256,7 @@ def test_wrong_keywords_are_one_sentence() -> None:
         (
             "MiniGrid-Empty-6x6-v0",
             "minigrid",
-            "MiniGrid-Empty-6x6-v0 needs minigrid: pip install 'headrace[minigrid]'",
+            "MiniGrid-Empty-6x6-v0 needs minigrid: pip install minigrid",
         ),
     ],
 )

@@ -21,7 +21,6 @@ from headrace.experience.shared import (
     Columns,
     SharedSlots,
     WorkerSlots,
-    on_device,
     shares,
     table_nbytes,
 )
@@ -317,18 +316,3 @@ def test_no_slot_has_two_owners_and_none_is_lost(calls: list[tuple[str, int, int
         for index, part in enumerate(wires.shares):
             all_of_them = range(part.first_slot, part.first_slot + part.num_slots)
             assert model.owned(index) == list(all_of_them), "one was lost"
-
-
-def test_on_a_cpu_nothing_is_moved() -> None:
-    unrolls = make_table(Columns(bytearray(table_nbytes(make_table)))).gather([0])
-    assert on_device(unrolls, torch.device("cpu")) is unrolls
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_unrolls_gathered_on_the_host_are_uploaded() -> None:
-    unrolls = make_table(Columns(bytearray(table_nbytes(make_table)))).gather([0, 1])
-    there = on_device(unrolls, torch.device("cuda", 0))
-    assert there.observation.is_cuda
-    assert there.recurrent[0].is_cuda
-    assert torch.equal(there.reward.cpu(), unrolls.reward)

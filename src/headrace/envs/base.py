@@ -35,6 +35,14 @@ class RestorableEnv(BatchEnv, Protocol):
         """Puts back what `snapshot` gave."""
 
 
+@runtime_checkable
+class Closable(Protocol):
+    """A `BatchEnv` that has something to give back."""
+
+    def close(self) -> None:
+        """Gives it back."""
+
+
 class Family(Protocol):
     """One line of `catalog.ENVIRONMENTS`. `name` is what the user typed."""
 

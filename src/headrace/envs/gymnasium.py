@@ -87,11 +87,6 @@ class GymnasiumFamily:
 GYMNASIUM = GymnasiumFamily()
 
 
-def gymnasium_family() -> GymnasiumFamily:
-    """Returns the one family."""
-    return GYMNASIUM
-
-
 def _batch(
     name: str, config: GymnasiumConfig, envs: list[Env], *, seed: int, first_env: int
 ) -> GymnasiumBatch:

@@ -60,7 +60,7 @@ PACKAGES = (
         r"(MiniGrid|BabyAI)-.+",
         "minigrid",
         "minigrid",
-        _pip("'headrace[minigrid]'"),
+        _pip("minigrid"),
         "MiniGrid-Empty-5x5-v0",
     ),
     Package(

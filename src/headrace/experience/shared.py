@@ -34,13 +34,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from headrace.errors import DeadlineExceeded, PeerLost
 from headrace.experience.unrolls import Allocate
-from headrace.records import Unrolls
-from headrace.rows import upload
 
 RECORD = struct.Struct("<II")
 """slot, generation: what a worker writes when a slot is full."""
@@ -317,17 +314,3 @@ class WorkerSlots:
         whole = len(data) - len(data) % _SLOT.itemsize
         self._partial = data[whole:]
         self._free.extend(np.frombuffer(data[:whole], _SLOT).tolist())
-
-
-def on_device(unrolls: Unrolls, device: torch.device) -> Unrolls:
-    """Returns unrolls that were gathered on the host where the learner wants them."""
-    if device.type == "cpu":
-        return unrolls
-
-    fields: dict[str, Any] = {
-        name: upload(part.numpy(), device)
-        for name, part in unrolls._asdict().items()
-        if isinstance(part, torch.Tensor)
-    }
-    recurrent = tuple(upload(part.numpy(), device) for part in unrolls.recurrent)
-    return unrolls._replace(recurrent=recurrent, **fields)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from headrace.records import Batch, PolicyInput, Unrolls
+from headrace.rows import upload
 
 
 def align(unrolls: Unrolls) -> Batch:
@@ -53,4 +54,4 @@ def _moved(field: Any, device: torch.device) -> Any:
         return PolicyInput(*(_moved(part, device) for part in field))
     if isinstance(field, tuple):
         return tuple(_moved(part, device) for part in field)
-    return None if field is None else field.to(device)
+    return None if field is None else upload(field.numpy(), device)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.envs.base import BatchEnv
+from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.batcher import Batcher
 from headrace.pools.checks import check_action
@@ -91,6 +91,8 @@ class InlinePool:
 
     def close(self) -> None:
         """Lets the environments go."""
+        if self._env is not None and isinstance(self._env, Closable):
+            self._env.close()
         self._env = None
 
     def snapshot(self) -> dict[str, NDArray[np.generic]]:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.config import RunConfig, to_dict
+from headrace.errors import ConfigError
 from headrace.experience.shared import Columns, SharedSlots, shares, table_nbytes
 from headrace.experience.unrolls import Allocate, UnrollTable
 from headrace.pools.crew import Crew
@@ -79,6 +80,24 @@ def make_table(
     )
 
 
+class Turnarounds:
+    """How long workers take to answer a batch, each by its own account."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, tuple[float, float]] = {}
+
+    def add(self, worker: int, p50_s: float, p99_s: float) -> None:
+        """Keeps a worker's newest quantiles."""
+        self._newest[worker] = p50_s, p99_s
+
+    def read(self) -> tuple[float, float]:
+        """Returns the median of the workers' p50 and the slowest p99; NaN before the first."""
+        if not self._newest:
+            return math.nan, math.nan
+        p50_s, p99_s = np.array(list(self._newest.values())).T
+        return float(np.median(p50_s)), float(p99_s.max())
+
+
 class ActingWorkers:
     """Everything that steps and acts, seen from the learner. For one thread.
 
@@ -121,10 +140,9 @@ class ActingWorkers:
         self._shares = shares(num_envs, workers=workers, capacity=capacity, groups=groups)
         self._num_slots = sum(share.num_slots for share in self._shares)
         self._crew: Crew | None = None
-        self._full_fd, self._full_end = os.pipe()
-        self.queue = SharedSlots(
-            self._shares, capacity=capacity, full_fd=self._full_fd, send=self._send
-        )
+        full_fd, self._full_end = os.pipe()
+        self._open_fds = [full_fd, self._full_end]
+        self.queue = SharedSlots(self._shares, capacity=capacity, full_fd=full_fd, send=self._send)
 
         def table(allocate: Allocate) -> UnrollTable:
             return make_table(
@@ -137,19 +155,23 @@ class ActingWorkers:
                 allocate=allocate,
             )
 
-        self._fds: dict[str, int] = {}
-        self.unrolls = table(Columns(self._block("unrolls", table_nbytes(table))))
-        self.weights = SharedWeights(
-            model, self._block("weights", shared_nbytes(model)), local=local
-        )
-        self._tally = tally_of(self._block("tally", workers * _TALLY_ROW * 8))
+        self._fds: dict[str, int] = {}  # of the blocks
+        try:
+            unrolls = self._block("unrolls", table_nbytes(table))
+            weights = self._block("weights", shared_nbytes(model))
+            tally = self._block("tally", workers * _TALLY_ROW * 8)
+        except ConfigError:
+            self.close()
+            raise
+        self.unrolls = table(Columns(unrolls))
+        self.weights = SharedWeights(model, weights, local=local)
+        self._tally = tally_of(tally)
         self._beats = np.zeros(workers, np.int64)  # at the last check
         self._steps_before = 0  # of workers that are dead
         self._dropped_before = 0
-        self._turnarounds: dict[int, tuple[float, float]] = {}
         self._waits: list[Mapping[str, float]] = []
         self._on_episodes: OnEpisodes = _nobody
-        self.turnaround_s = self
+        self.turnaround_s = Turnarounds()
 
     def start(self, on_episodes: OnEpisodes, on_message: Callable[[str], None]) -> None:
         """Starts the workers; returns before they are ready. They wait for the first weights.
@@ -187,13 +209,6 @@ class ActingWorkers:
         """Number of unrolls under construction: what a run that stops here loses."""
         return int(self._tally[:, UNFINISHED].sum())
 
-    def read(self) -> tuple[float, float]:
-        """Returns the workers' median of (p50) and the slowest (p99) turnaround, in seconds."""
-        if not self._turnarounds:
-            return math.nan, math.nan
-        p50, p99 = np.array(list(self._turnarounds.values())).T
-        return float(np.median(p50)), float(p99.max())
-
     def check(self, waits: Waits) -> None:
         """Looks after the workers: to be called a few times a second.
 
@@ -221,15 +236,13 @@ class ActingWorkers:
         """Ends the workers and gives the memory back; a second call does nothing."""
         if self._crew is not None:
             self._crew.close()
-        for fd in self._fds.values():
+        for fd in self._open_fds:
             os.close(fd)
-        if self._fds:
-            os.close(self._full_fd)
-            os.close(self._full_end)
-        self._fds.clear()
+        self._open_fds.clear()
 
     def _block(self, name: str, nbytes: int) -> Any:
         self._fds[name], memory = anonymous_block(nbytes)
+        self._open_fds.append(self._fds[name])
         return memory
 
     def _start_worker(self, worker: int, generation: int) -> WorkerProcess:
@@ -260,7 +273,7 @@ class ActingWorkers:
 
     def _take(self, worker: int, message: Mapping[str, Any]) -> None:
         self._waits.append(message["waits"])
-        self._turnarounds[worker] = tuple(message["turnaround_s"])
+        self.turnaround_s.add(worker, *message["turnaround_s"])
         if message["episodes"]:
             env, returns, lengths, infos = zip(*message["episodes"], strict=True)
             first = self._shares[worker].first_env

@@ -199,6 +199,8 @@ def build(
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
+    for notice in getattr(family, "notices", _none)(config.env, config.environment):
+        on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     server_model: Any = copy.deepcopy(model).requires_grad_(False)
@@ -212,7 +214,9 @@ def build(
     weights: WeightsEnd = local
     source: Seat | ActingWorkers
     if config.inference == "worker":
-        source = _acting_workers(config, algorithm, spec, server_model, resume_count, local)
+        source = _acting_workers(
+            config, algorithm, spec, resume_count, local, trust_code=trust_code
+        )
         weights = source.weights
         queue: Slots = source.queue
         unrolls = source.unrolls
@@ -268,17 +272,23 @@ def build(
     )
 
 
+def _none(*_: object) -> tuple[str, ...]:
+    return ()
+
+
 def _acting_workers(
     config: RunConfig,
     algorithm: Algorithm,
     spec: EnvSpec,
-    server_model: Any,
     resume_count: int,
     local: Weights,
+    *,
+    trust_code: bool,
 ) -> ActingWorkers:
     """Reserves what acting workers share; they act on processors, whatever learns."""
-    model = copy.deepcopy(server_model).to("cpu").float()
-    lower_precision(model, choose_precision(config.precision, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    model: Any = make_model(config, spec, cpu, trust_code=trust_code).requires_grad_(False)
+    lower_precision(model, choose_precision(config.precision, cpu))
     family = catalog.environment_family(config.env)
     return ActingWorkers(
         config,
@@ -287,7 +297,7 @@ def _acting_workers(
         unroll_steps=algorithm.experience.unroll_steps,
         capacity=queue_capacity(config, algorithm),
         # Environments with threads of their own step while their worker answers the others.
-        groups=2 if family.pool == "native" else 1,
+        groups=2 if pool_name(config, family.pool) == "native" else 1,
         resume_count=resume_count,
         local=local if config.server.eval_envs else None,
     )

@@ -15,26 +15,18 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from headrace import catalog
-from headrace.envs.base import BatchEnv
+from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import GROUP, INFO_NBYTES, RECORD, Rows, Table, layout, write_step
 
 RUN_IDS = 1 << 32
 """Run ids of one generation of workers; an environment may use them up by itself."""
-
-
-@runtime_checkable
-class Closable(Protocol):
-    """A `BatchEnv` that has something to give back."""
-
-    def close(self) -> None:
-        """Gives it back."""
 
 
 class Group(NamedTuple):
