@@ -3,9 +3,9 @@
 One step of an environment, in ten stops:
 
  1. N environments step together, ended ones reset         envs/
- 2. a worker hands over a group's steps                     pools/
- 3. the steps are written into their rows                   pools/
- 4. rows that wait become a batch (ALE's threads: by size)  pools/batcher.py
+ 2. a worker hands over a group's steps                     run/worker.py
+ 3. the steps are written into their rows                   pools/shm.py, pools/shm_layout.py
+ 4. rows that wait become a batch, by size or by age        pools/batcher.py
  5. the policy acts for the batch                           server/server.py, server/acting.py
  6. actions go back                                         pools/
  7. rows of one environment become an unroll of T + 1       experience/unrolls.py

@@ -6,7 +6,9 @@ import copy
 import difflib
 import importlib
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -72,13 +74,16 @@ class GymnasiumFamily:
         Raises:
             ConfigError: it has, but they cannot be drawn here.
         """
-        env = _make(name, config)
-        modes = env.metadata.get("render_modes") or ()
-        if env.render_mode != "rgb_array":
-            env.close()
-            if "rgb_array" not in modes or not _takes_render_mode(name):
-                return None
-            env = _make(name, config, render_mode="rgb_array")
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # else MuJoCo wants a window
+        with packages.quietly():
+            env = _make(name, config)
+            modes = env.metadata.get("render_modes") or ()
+            if env.render_mode != "rgb_array":
+                env.close()
+                if "rgb_array" not in modes or not _takes_render_mode(name):
+                    return None
+                env = _make(name, config, render_mode="rgb_array")
         with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
             env = Rendered(wrapped(env, config, name))
         return _batch(name, config, [env], seed=seed, first_env=0)
@@ -164,6 +169,11 @@ def _make(name: str, config: GymnasiumConfig, **more: Any) -> Env:
             f"{name} gave a {type(env).__module__}.{type(env).__name__}, which is not a "
             "gymnasium.Env"
         )
+    for space in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, space, None), gym.Space):
+            raise ConfigError(
+                f"{name} has no {space}: set it in __init__, to a gymnasium.spaces one"
+            )
     return env
 
 
