@@ -23,6 +23,15 @@ Strictness = Literal["strict", "normal", "off"]
 Call = Literal["reset", "step"]
 
 _MOST_SHOWN = 120  # characters of a value in a message
+_SMALL = 1 << 14  # numbers whose bounds are repeated for each row: that saves half of a comparison
+
+
+class Range(NamedTuple):
+    """Bounds of several rows of a part, in their shape."""
+
+    low: NDArray[Any]
+    high: NDArray[Any]
+    inside: NDArray[np.bool_]  # [2, N, *shape] what the comparisons say
 
 
 class Part(NamedTuple):
@@ -67,6 +76,7 @@ class Checks:
         self._first_env = first_env
         self._strictness = strictness
         self._said: set[str] = set()
+        self._ranges: dict[tuple[str, int], Range] = {}  # by part and number of rows
 
     def fault(self, env: int, text: str) -> EnvironmentFault:
         """Returns the error that names an environment of the group."""
@@ -80,15 +90,21 @@ class Checks:
         return self.fault(env, f"{call} raised {error_text(error)} ({place}{line})")
 
     def observations(
-        self, part: Part, values: Sequence[Any], envs: Sequence[int], call: Call
-    ) -> NDArray[Any]:
-        """Returns one part of all observations, [N, *shape] in the dtype in which it is stored.
+        self,
+        part: Part,
+        values: Sequence[Any],
+        envs: Sequence[int],
+        call: Call,
+        out: NDArray[Any],
+    ) -> None:
+        """Writes one part of all observations as it is stored.
 
         Args:
             part: what it must be.
             values: whole observations.
             envs: whose they are.
             call: which method returned them.
+            out: [N, *shape] in the dtype of the leaf.
 
         Raises:
             EnvironmentFault: what cannot be used, or in the strict setting is not as declared.
@@ -102,30 +118,33 @@ class Checks:
             array = np.empty(0, np.object_)
         if array.shape[1:] != leaf.shape or array.dtype.kind not in "fiub":
             raise self._wrong_form(part, values, envs, call)
-        stored = array
         if array.dtype != part.declared:
-            stored = self._cast(part, array, values, envs, call)
-        if stored.dtype != leaf.dtype:
-            stored = _stored(stored, leaf.dtype)
-        if self._strictness != "off":
-            self._check_values(
-                part, array if stored.dtype.kind != "f" else stored, values, envs, call
-            )
+            self._judge_dtype(part, array, values, envs, call)
+        if array.dtype == leaf.dtype:
+            out[...] = array
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+                np.copyto(out, array, casting="unsafe")
+            if leaf.dtype.kind == "f":
+                array = out
+        if self._strictness != "off" and not self._is_good(part, array):
+            self._find_bad(part, array, values, envs, call)
         if any(leaf.start):
-            stored = stored - np.reshape(leaf.start, leaf.shape)
-        return stored
+            out -= np.reshape(leaf.start, leaf.shape)
 
-    def rewards(self, values: Sequence[Any], envs: Sequence[int]) -> NDArray[np.float32]:
-        """Returns rewards as float32 [N].
+    def rewards(
+        self, values: Sequence[Any], envs: Sequence[int], out: NDArray[np.float32]
+    ) -> None:
+        """Writes rewards [N].
 
         Raises:
             EnvironmentFault: one is not a finite number.
         """
         array = _scalars(values)
         if array is not None:
-            rewards = array.astype(np.float32)
-            if self._strictness == "off" or _all_finite(rewards):
-                return rewards
+            out[...] = array
+            if self._strictness == "off" or _all_finite(out):
+                return
         for env, value in zip(envs, values, strict=True):
             one = _scalars([value])
             if one is None or not np.isfinite(one.astype(np.float32)).all():
@@ -139,11 +158,6 @@ class Checks:
         Raises:
             EnvironmentFault: one is neither a bool nor a number.
         """
-        try:
-            if values.count(False) == len(values):
-                return np.zeros(len(values), np.bool_)
-        except ValueError:  # an array among them
-            pass
         array = _scalars(values)
         if array is not None and array.dtype == np.bool_:
             return array
@@ -223,15 +237,15 @@ class Checks:
                 return self.fault(env, f"{text}: {show(value)}")
         return self.fault(envs[0], f"{call} returned {what} that cannot be read")
 
-    def _cast(
+    def _judge_dtype(
         self,
         part: Part,
         array: NDArray[Any],
         values: Sequence[Any],
         envs: Sequence[int],
         call: Call,
-    ) -> NDArray[Any]:
-        """Converts to the dtype in which it is stored; says so if that can lose something."""
+    ) -> None:
+        """Says so if the conversion to the declared dtype can lose something."""
         topic = f"dtype of {part.leaf.path}"
         chosen = part.leaf.kind != "box" and array.dtype.kind in "iu"
         if not (chosen or topic in self._said or np.can_cast(array.dtype, part.declared)):
@@ -241,9 +255,23 @@ class Checks:
                     text = f"{call} returned {_what(part.leaf)} of {dtype}, but its space says "
                     self._notice(env, topic, f"{text}{part.declared}")
                     break
-        return _stored(array, part.leaf.dtype)
 
-    def _check_values(
+    def _is_good(self, part: Part, array: NDArray[Any]) -> bool:
+        """Whether there is surely nothing to say of an array's values; asked for each step."""
+        bounded = part.low is not None or part.high is not None
+        if not bounded or (self._said and f"range of {part.leaf.path}" in self._said):
+            return array.dtype.kind != "f" or _all_finite(array)
+        if array.size > _SMALL:
+            return False
+        key = part.leaf.path, len(array)
+        if key not in self._ranges:
+            self._ranges[key] = _range(part, array)
+        low, high, inside = self._ranges[key]
+        np.greater_equal(array, low, inside[0])
+        np.less_equal(array, high, inside[1])
+        return np.count_nonzero(inside) == inside.size
+
+    def _find_bad(
         self,
         part: Part,
         array: NDArray[Any],
@@ -346,7 +374,20 @@ def _all_finite(array: NDArray[Any]) -> bool:
     It may be infinite where they are only large, so then they are looked at one by one.
     """
     flat = array.reshape(-1)
-    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
+    return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
+
+
+def _range(part: Part, array: NDArray[Any]) -> Range:
+    """Returns the bounds for each number of an array; what is not finite is outside."""
+    least: Any = -np.inf
+    greatest: Any = np.inf
+    if array.dtype.kind == "f":
+        greatest = np.finfo(array.dtype).max
+        least = -greatest
+    low = least if part.low is None else np.maximum(part.low, least)
+    high = greatest if part.high is None else np.minimum(part.high, greatest)
+    low, high = (np.broadcast_to(bound, array.shape).copy() for bound in (low, high))
+    return Range(low, high, np.empty((2, *array.shape), np.bool_))
 
 
 def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

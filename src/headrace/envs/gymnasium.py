@@ -85,8 +85,19 @@ class GymnasiumFamily:
                     return None
                 env = _make(name, config, render_mode="rgb_array")
         with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
+            _follow(env)
             env = Rendered(wrapped(env, config, name))
         return _batch(name, config, [env], seed=seed, first_env=0)
+
+
+def _follow(env: Env) -> None:
+    """Lets MuJoCo's camera go with the body: Gymnasium 1.4 lets some run out of the picture."""
+    renderer: Any = getattr(env.unwrapped, "mujoco_renderer", None)
+    if getattr(renderer, "camera_id", None) == -1:
+        import mujoco  # noqa: PLC0415  # optional
+
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
 
 
 GYMNASIUM = GymnasiumFamily()

@@ -18,7 +18,7 @@ from headrace.envs.checks import Call, Checks, Strictness, Translated, parts_of,
 from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
 from headrace.errors import ConfigError, EnvironmentFault
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
+from headrace.steps import EnvStep, EpisodeInfo
 
 
 class GymnasiumBatch:
@@ -102,22 +102,30 @@ class GymnasiumBatch:
             rest = self._reset(envs[1:])
             observations, infos = [*observations, *rest[0]], [*infos, *rest[1]]
             self._first = self._seeds = None
-        never = np.zeros(self.num_envs, np.bool_)
-        return EnvStep(
-            env_id=np.arange(self.num_envs, dtype=np.int32),
-            run_id=np.zeros(self.num_envs, np.int64),
-            observation=self._gather(observations, envs, "reset"),
-            reward=np.zeros(self.num_envs, np.float32),
-            reset=~never,
-            terminated=never,
-            truncated=never.copy(),
-            final_observation=None,
-            action_mask=self._masks(infos, envs),
-        )
+        out = self._rows(np.arange(self.num_envs, dtype=np.int32))
+        self._gather(observations, envs, "reset", out.observation)
+        if out.action_mask is not None:
+            out.action_mask[...] = self._checks.masks(infos, self._choices, envs)
+        out.reset.fill(True)
+        return out._replace(final_observation=None)
 
     def step(self, env_id: NDArray[np.int32], action: NDArray[Any]) -> EnvStep:
         """Steps the named copies, and resets those that end."""
-        envs = env_id.tolist()
+        out = self._rows(env_id)
+        ended, episode_info = self.step_into(out, action)
+        final_observation = out.final_observation if ended else None
+        return out._replace(final_observation=final_observation, episode_info=episode_info)
+
+    def step_into(self, out: EnvStep, action: NDArray[Any]) -> tuple[bool, EpisodeInfo | None]:
+        """Steps the copies `out.env_id` and writes what they show into the arrays of `out`.
+
+        That is what `step` returns, less its run ids, which never change. Rows of the final
+        observation are written where an episode ended.
+
+        Returns:
+            Whether an episode ended, and the numbers of the final infos.
+        """
+        envs = out.env_id.tolist()
         self._whose = envs
         results: list[Any] = []
         self._results = results
@@ -129,32 +137,26 @@ class GymnasiumBatch:
             observations, rewards, ended_well, cut, last_infos = zip(*results, strict=True)
         except (TypeError, ValueError) as error:
             raise self._wrong_result(results, envs) from error
-        terminated = self._checks.flags("terminated", ended_well, envs)
-        truncated = self._checks.flags("truncated", cut, envs)
-        reward = self._checks.rewards(rewards, envs)
-        observation = self._gather(observations, envs, "step")
-        reset = terminated | truncated
-        final_observation, episode_info = None, None
+        self._checks.rewards(rewards, envs, out.reward)
+        self._gather(observations, envs, "step", out.observation)
+        if _all_false(ended_well) and _all_false(cut):
+            for flags in (out.terminated, out.truncated, out.reset):
+                flags.fill(False)
+            rows: list[int] = []
+        else:
+            out.terminated[...] = self._checks.flags("terminated", ended_well, envs)
+            out.truncated[...] = self._checks.flags("truncated", cut, envs)
+            np.logical_or(out.terminated, out.truncated, out=out.reset)
+            out.truncated[out.terminated] = False
+            rows = np.flatnonzero(out.reset).tolist()
         infos: Sequence[Any] = last_infos
-        if np.count_nonzero(reset):
-            rows = np.flatnonzero(reset).tolist()
+        episode_info = None
+        if rows:
             episode_info = self._final_infos(infos, rows, envs)
-            final_observation = np.zeros_like(observation)
-            final_observation[rows] = observation[rows]
-            observation[rows], infos = self._restart(rows, envs, infos)
-            truncated &= ~terminated
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(len(envs), np.int64),
-            observation=observation,
-            reward=reward,
-            reset=reset,
-            terminated=terminated,
-            truncated=truncated,
-            final_observation=final_observation,
-            action_mask=self._masks(infos, envs),
-            episode_info=episode_info,
-        )
+            infos = self._restart(rows, envs, infos, out)
+        if out.action_mask is not None:
+            out.action_mask[...] = self._checks.masks(infos, self._choices, envs)
+        return bool(rows), episode_info
 
     def close(self) -> None:
         """Closes the environments."""
@@ -182,30 +184,46 @@ class GymnasiumBatch:
         return [result[0] for result in results], [result[1] for result in results]
 
     def _restart(
-        self, rows: Sequence[int], envs: Sequence[int], infos: Sequence[Any]
-    ) -> tuple[NDArray[Any], Sequence[Any]]:
-        """Resets copies that ended; returns what they show, and the infos that hold now."""
+        self, rows: Sequence[int], envs: Sequence[int], infos: Sequence[Any], out: EnvStep
+    ) -> Sequence[Any]:
+        """Resets copies that ended; returns the infos that hold now."""
         whose = [envs[row] for row in rows]
         observations, fresh = self._reset(whose)
-        if self._choices:
-            now = dict(zip(rows, fresh, strict=True))
-            infos = [now.get(row, info) for row, info in enumerate(infos)]
-        return self._gather(observations, whose, "reset"), infos
+        assert out.final_observation is not None
+        out.final_observation[rows] = out.observation[rows]
+        shown = np.zeros_like(out.observation[: len(rows)])
+        self._gather(observations, whose, "reset", shown)
+        out.observation[rows] = shown
+        if not self._choices:
+            return infos
+        now = dict(zip(rows, fresh, strict=True))
+        return [now.get(row, info) for row, info in enumerate(infos)]
 
-    def _gather(self, observations: Sequence[Any], envs: Sequence[int], call: Call) -> NDArray[Any]:
-        """Returns observations as they travel, [N, ...]."""
+    def _rows(self, env_id: NDArray[np.int32]) -> EnvStep:
+        """Returns room for a step of these copies."""
+        count, shown = len(env_id), self.spec.observation_space
+        return EnvStep(
+            env_id=env_id,
+            run_id=np.zeros(count, np.int64),
+            observation=np.zeros((count, *shown.shape), shown.dtype),
+            reward=np.zeros(count, np.float32),
+            reset=np.zeros(count, np.bool_),
+            terminated=np.zeros(count, np.bool_),
+            truncated=np.zeros(count, np.bool_),
+            final_observation=np.zeros((count, *shown.shape), shown.dtype),
+            action_mask=np.zeros((count, sum(self._choices)), np.bool_) if self._choices else None,
+        )
+
+    def _gather(
+        self, observations: Sequence[Any], envs: Sequence[int], call: Call, out: NDArray[Any]
+    ) -> None:
+        """Writes observations as they travel, [N, ...]."""
         if not self._packed:
-            return self._checks.observations(self._parts[0], observations, envs, call)
-        packed = np.zeros((len(envs), *self.spec.observation_space.shape), np.uint8)
-        views = tree.unpack([part.leaf for part in self._parts], packed)
+            self._checks.observations(self._parts[0], observations, envs, call, out)
+            return
+        views = tree.unpack([part.leaf for part in self._parts], out)
         for part in self._parts:
-            views[part.leaf.path][...] = self._checks.observations(part, observations, envs, call)
-        return packed
-
-    def _masks(
-        self, infos: Sequence[Mapping[str, Any]], envs: Sequence[int]
-    ) -> NDArray[np.bool_] | None:
-        return self._checks.masks(infos, self._choices, envs) if self._choices else None
+            self._checks.observations(part, observations, envs, call, views[part.leaf.path])
 
     def _final_infos(
         self, infos: Sequence[Any], rows: Sequence[int], envs: Sequence[int]
@@ -237,3 +255,11 @@ class GymnasiumBatch:
                 what = "observation, reward, terminated, truncated, info"
                 return self._checks.fault(env, f"step must return ({what}), not {show(result)}")
         return self._checks.fault(envs[0], "step returned what cannot be read")
+
+
+def _all_false(values: tuple[Any, ...]) -> bool:
+    """Whether no flag is set; an array among them is for others to judge."""
+    try:
+        return values.count(False) == len(values)
+    except ValueError:
+        return False

@@ -6,8 +6,9 @@
     writes the rows           action                                    reads the rows
     reply    --- number of the group, a pipe per worker ------------->  steps group 1 meanwhile
 
-Rows are numbered group first, worker second: the groups 0 of all workers stand side by side, so
-that the batch that comes most often is one stretch of the table and is handed out without a copy.
+The rows of a worker stand side by side, and its groups go together where they can (`batcher`): with
+environments that cost little, a batch then comes from one worker, in one stretch of the table that
+is handed out without a copy, for one message there and one back.
 
 Measured between two processes on two cores: pipe, eventfd, socket, futex and semaphore all take
 about 70 us there and back, nearly all of it the scheduler's. A pipe is also the message and, at its
@@ -33,7 +34,15 @@ from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
 from headrace.pools.settings import WorkerConfig
-from headrace.pools.shm_layout import GROUP, RECORD, Table, layout, read_step
+from headrace.pools.shm_layout import (
+    GROUP,
+    RECORD,
+    Table,
+    layout,
+    read_rows,
+    read_step,
+    with_ends,
+)
 from headrace.specs import EnvSpec
 from headrace.steps import EnvStep
 
@@ -55,8 +64,8 @@ class WorkerEnvs:
     seed: int
 
 
-def blocks_of(num_envs: int, *, workers: int, groups: int, max_envs: int) -> list[tuple[int, int]]:
-    """Cuts environments into blocks, as even as possible: block g * workers + w is group g of w.
+def blocks_of(num_envs: int, *, workers: int, groups: int, max_envs: int) -> list[list[tuple[int, int]]]:
+    """Cuts environments into blocks, as even as possible, and these into the groups of workers.
 
     Args:
         num_envs: of all workers.
@@ -66,12 +75,16 @@ def blocks_of(num_envs: int, *, workers: int, groups: int, max_envs: int) -> lis
         max_envs: of a block.
 
     Returns:
-        First row and the row behind the last, of each block.
+        First row and the row behind the last, of each block of each worker.
     """
     groups = max(min(groups, num_envs // workers), -(-num_envs // (workers * max_envs)))
     count = min(workers * groups, num_envs)  # the last workers may have one group less
     bounds = [num_envs * block // count for block in range(count + 1)]
-    return list(itertools.pairwise(bounds))
+    blocks = itertools.pairwise(bounds)
+    return [
+        list(itertools.islice(blocks, len(range(worker, count, workers))))
+        for worker in range(workers)
+    ]
 
 
 class ShmPool:
@@ -110,15 +123,20 @@ class ShmPool:
         self.max_batch = batch_size
         self._recipe = recipe
         self._workers = min(workers.num_workers or _usable_cores(), num_envs)
-        self._blocks = blocks_of(
+        self._groups = blocks_of(
             num_envs,
             workers=self._workers,
             groups=workers.groups_per_worker,
             max_envs=batch_size,
         )
+        self._blocks = [block for groups in self._groups for block in groups]
+        whose = [(w, g) for w, groups in enumerate(self._groups) for g in range(len(groups))]
+        self._whose = whose  # worker and group of each block
+        self._block_at = {place: block for block, place in enumerate(whose)}
         self._line = Batcher(
             [end - first for first, end in self._blocks],
             max_envs=batch_size,
+            teams=[worker for worker, _ in whose],
             max_wait_s=np.inf if full_batches else workers.batch_wait_ms / 1000.0,
             now_s=now_s,
         )
@@ -129,12 +147,13 @@ class ShmPool:
         plan = layout(recipe.spec, num_envs)
         self._block_fd, memory = anonymous_block(plan.nbytes)
         self._table: Table | None = Table(memory, plan)
+        self._stretches: dict[tuple[int, int], EnvStep] = {}  # views of rows, made once
         self._ready_fd, self._ready_end = os.pipe()
         os.set_blocking(self._ready_fd, False)
         self._crew = Crew(
             self._start_worker,
             [self._label(worker) for worker in range(self._workers)],
-            groups=[len(self._blocks[w :: self._workers]) for w in range(self._workers)],
+            groups=[len(groups) for groups in self._groups],
             config=workers,
             on_death=self._drop,
             on_message=on_message,
@@ -199,7 +218,7 @@ class ShmPool:
         table.all.action[self._lent_rows] = action
         asked: dict[int, list[bytes]] = {}
         for block in self._lent:
-            group, worker = divmod(block, self._workers)
+            worker, group = self._whose[block]
             asked.setdefault(worker, []).append(GROUP.pack(group))
         for worker, numbers in asked.items():
             self._crew.ask(worker, b"".join(numbers), len(numbers))
@@ -211,6 +230,7 @@ class ShmPool:
             return
         # Whoever still holds a batch keeps the mapping alive; nothing else does.
         self._table = None
+        self._stretches.clear()
         self._crew.close()
         for fd in (self._block_fd, self._ready_fd, self._ready_end):
             os.close(fd)
@@ -225,14 +245,18 @@ class ShmPool:
         for worker, group, generation in RECORD.iter_unpack(data):
             if generation == self._crew.generation(worker):  # else a dead worker's
                 self._crew.returned(worker)
-                blocks.append(group * self._workers + worker)
+                blocks.append(self._block_at[worker, group])
         self._line.add(blocks)
 
     def _lend(self, table: Table) -> EnvStep:
         first, end = self._blocks[self._lent[0]][0], self._blocks[self._lent[-1]][1]
         if len(self._lent) == self._lent[-1] - self._lent[0] + 1:
-            self._lent_rows = slice(first, end)
-            return read_step(table.all, self._lent_rows, self._env_id[first:end])
+            self._lent_rows = where = slice(first, end)
+            views = self._stretches.get((first, end))
+            if views is None:
+                views = read_rows(table.all, where, self._env_id[where])
+                self._stretches[first, end] = views
+            return with_ends(views, table.all, where)
         ids = np.concatenate([self._env_id[slice(*self._blocks[block])] for block in self._lent])
         self._lent_rows = ids
         return read_step(table.all, ids, ids)
@@ -243,7 +267,7 @@ class ShmPool:
             "settings": self._recipe.settings,
             "seed": self._recipe.seed,
             "num_envs": self.num_envs,
-            "groups": self._blocks[worker :: self._workers],
+            "groups": self._groups[worker],
             "worker": worker,
             "generation": generation,
             "block_fd": self._block_fd,
@@ -259,10 +283,10 @@ class ShmPool:
 
     def _drop(self, worker: int) -> None:
         self._collect()  # what it gave before it died is gone too
-        self._line.drop(range(worker, len(self._blocks), self._workers))
+        self._line.drop([block for block, place in enumerate(self._whose) if place[0] == worker])
 
     def _label(self, worker: int) -> str:
-        spans = [f"{first}..{end - 1}" for first, end in self._blocks[worker :: self._workers]]
+        spans = [f"{first}..{end - 1}" for first, end in self._groups[worker]]
         shown = ", ".join(spans[:4]) + (" ..." if len(spans) > 4 else "")
         return f"worker {worker} (environments {shown} of {self._recipe.env})"
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
+from headrace.steps import EnvStep, EpisodeInfo
 
 ALIGNMENT = 64
 """Bytes: a cache line, so that no two columns share one."""
@@ -139,47 +138,19 @@ def write_step(rows: Rows, step: EnvStep, *, run_offset: int) -> int:
     np.add(step.run_id, run_offset, out=rows.run_id)
     if rows.action_mask is not None and step.action_mask is not None:
         np.copyto(rows.action_mask, step.action_mask)
-    if not step.reset.any():
+    if not np.count_nonzero(step.reset):
         return 0
     if step.final_observation is not None:
         np.copyto(rows.final_observation, step.final_observation)
-    return _write_infos(rows, step.episode_info or {})
+    return write_infos(rows, step.episode_info or {})
 
 
-def read_step(table: Rows, where: slice | NDArray[np.int32], env_id: NDArray[np.int32]) -> EnvStep:
-    """Returns rows of the whole table as a step: views for a slice, else copies.
+def write_infos(rows: Rows, infos: EpisodeInfo) -> int:
+    """Writes the final infos of a step in which an episode ended.
 
-    Args:
-        table: all rows.
-        where: rows that are wanted.
-        env_id: the same, as numbers.
+    Returns:
+        How many were too long and were left out.
     """
-    step = EnvStep(
-        env_id=env_id,
-        run_id=table.run_id[where],
-        observation=table.observation[where],
-        reward=table.reward[where],
-        reset=table.reset[where],
-        terminated=table.terminated[where],
-        truncated=table.truncated[where],
-        final_observation=None,
-        action_mask=None if table.action_mask is None else table.action_mask[where],
-    )
-    if not step.reset.any():
-        return step
-    ended = step.reset & (step.terminated | step.truncated)
-    if not ended.any():
-        return step
-    infos = {}
-    for row in np.flatnonzero(ended):
-        nbytes = int(table.info_nbytes[env_id[row]])
-        if nbytes:
-            infos[int(row)] = json.loads(table.info[env_id[row], :nbytes].tobytes())
-    final_observation = table.final_observation[where]
-    return step._replace(final_observation=final_observation, episode_info=infos or None)
-
-
-def _write_infos(rows: Rows, infos: Mapping[int, Mapping[str, float]]) -> int:
     rows.info_nbytes[:] = 0
     too_long = 0
     for row, scalars in infos.items():
@@ -190,3 +161,60 @@ def _write_infos(rows: Rows, infos: Mapping[int, Mapping[str, float]]) -> int:
         rows.info[row, : len(text)] = np.frombuffer(text, np.uint8)
         rows.info_nbytes[row] = len(text)
     return too_long
+
+
+def as_step(rows: Rows, env_id: NDArray[np.int32]) -> EnvStep:
+    """Returns rows as a step, with room for final observations."""
+    return EnvStep(
+        env_id=env_id,
+        run_id=rows.run_id,
+        observation=rows.observation,
+        reward=rows.reward,
+        reset=rows.reset,
+        terminated=rows.terminated,
+        truncated=rows.truncated,
+        final_observation=rows.final_observation,
+        action_mask=rows.action_mask,
+    )
+
+
+def read_step(table: Rows, where: slice | NDArray[np.int32], env_id: NDArray[np.int32]) -> EnvStep:
+    """Returns rows of the whole table as a step: views for a slice, else copies.
+
+    Args:
+        table: all rows.
+        where: rows that are wanted.
+        env_id: the same, as numbers.
+    """
+    return with_ends(read_rows(table, where, env_id), table, where)
+
+
+def read_rows(table: Rows, where: slice | NDArray[np.int32], env_id: NDArray[np.int32]) -> EnvStep:
+    """Returns what every step has of `read_step`; views go on to show what is in the rows."""
+    return EnvStep(
+        env_id=env_id,
+        run_id=table.run_id[where],
+        observation=table.observation[where],
+        reward=table.reward[where],
+        reset=table.reset[where],
+        terminated=table.terminated[where],
+        truncated=table.truncated[where],
+        final_observation=None,
+        action_mask=None if table.action_mask is None else table.action_mask[where],
+    )
+
+
+def with_ends(step: EnvStep, table: Rows, where: slice | NDArray[np.int32]) -> EnvStep:
+    """Returns a step with what the table has of the episodes that ended in it, if any did."""
+    if not np.count_nonzero(step.reset):
+        return step
+    ended = step.reset & (step.terminated | step.truncated)
+    if not ended.any():
+        return step
+    infos = {}
+    for row in np.flatnonzero(ended):
+        nbytes = int(table.info_nbytes[step.env_id[row]])
+        if nbytes:
+            infos[int(row)] = json.loads(table.info[step.env_id[row], :nbytes].tobytes())
+    final_observation = table.final_observation[where]
+    return step._replace(final_observation=final_observation, episode_info=infos or None)

@@ -91,10 +91,10 @@ class Parts(NamedTuple):
             self.source.close()
 
 
-def choose_compute(config: RunConfig) -> Compute:
+def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
     """Resolves device, precision, threads and compilation for this machine."""
     device = choose_device(config.device)
-    threads = config.compute_threads or _compute_threads(config, usable_cores())
+    threads = config.compute_threads or _compute_threads(config, spec, usable_cores())
     return Compute(
         device=device,
         precision=choose_precision(config.precision, device),
@@ -103,11 +103,12 @@ def choose_compute(config: RunConfig) -> Compute:
     )
 
 
-def _compute_threads(config: RunConfig, cores: int) -> int:
+def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
     if config.lockstep:
         return 1
     if config.turns:
-        return cores
+        # Small products gain nothing from a second thread, and wait long for it on a busy machine.
+        return cores if len(spec.observation_space.shape) > 1 else 1
     # Server and learner overlap with one thread each until there are cores that environments leave
     # idle.
     return max(1, cores // 4)
@@ -153,9 +154,9 @@ def check(config: RunConfig, *, trust_code: bool = True) -> None:
     Raises:
         ConfigError: settings that do not fit each other or this machine.
     """
-    compute = choose_compute(config)
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
+    compute = choose_compute(config, spec)
     model = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     queue_capacity(config, algorithm)
@@ -192,13 +193,13 @@ def build(
     Raises:
         ConfigError: settings that do not fit each other.
     """
-    compute = choose_compute(config)
+    family = catalog.environment_family(config.env, trust_code=trust_code)
+    spec: EnvSpec = family.spec(config.env, config.environment)
+    compute = choose_compute(config, spec)
     if compute.device.type == "cuda":
         torch.cuda.set_device(compute.device)  # where events and streams are made
     if compute.compiled:
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
-    family = catalog.environment_family(config.env, trust_code=trust_code)
-    spec: EnvSpec = family.spec(config.env, config.environment)
     for notice in getattr(family, "notices", _none)(config.env, config.environment):
         on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)

@@ -15,22 +15,42 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace import catalog
 from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.processes import WorkerEnd
-from headrace.pools.shm_layout import GROUP, INFO_NBYTES, RECORD, Rows, Table, layout, write_step
+from headrace.pools.shm_layout import (
+    GROUP,
+    INFO_NBYTES,
+    RECORD,
+    Rows,
+    Table,
+    as_step,
+    layout,
+    write_infos,
+    write_step,
+)
+from headrace.steps import EnvStep, EpisodeInfo
 
 RUN_IDS = 1 << 32
 """Run ids of one generation of workers; an environment may use them up by itself."""
-HOLD_S = 200e-6
+HOLD_S = 100e-6
 """Seconds for which a group that is ready may wait for the next one: to wake the server for each
 costs more than to step a few cheap environments."""
+
+
+@runtime_checkable
+class WritesRows(Protocol):
+    """A `BatchEnv` that can write its steps where they belong."""
+
+    def step_into(self, out: EnvStep, action: NDArray[Any]) -> tuple[bool, EpisodeInfo | None]:
+        """Steps the copies `out.env_id`; see `envs.gymnasium_batch`."""
 
 
 class Group(NamedTuple):
@@ -73,7 +93,7 @@ def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_of
         ready_fd: the pipe that all workers write into.
         run_offset: added to run ids.
     """
-    all_ids = [np.arange(group.env.num_envs, dtype=np.int32) for group in groups]
+    steppers = [_stepper(group.env, group.rows, run_offset) for group in groups]
     told = [len(group.notices) for group in groups]  # the parent has seen these for itself
     too_long = 0
     for group in groups:
@@ -86,10 +106,9 @@ def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_of
             break
         held, held_since_s = b"", time.perf_counter()
         for (number,) in GROUP.iter_unpack(asked or b""):
-            env, rows, record, notices = groups[number]
-            step = env.step(all_ids[number], rows.action.copy())
-            left_out = write_step(rows, step, run_offset=run_offset)
-            held += record
+            left_out = steppers[number]()
+            notices = groups[number].notices
+            held += groups[number].record
             if time.perf_counter() - held_since_s > HOLD_S:
                 os.write(ready_fd, held)
                 held, held_since_s = b"", time.perf_counter()
@@ -104,6 +123,22 @@ def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_of
     for group in groups:
         if isinstance(group.env, Closable):
             group.env.close()
+
+
+def _stepper(env: BatchEnv, rows: Rows, run_offset: int) -> Callable[[], int]:
+    """Returns what steps a group and writes its rows, and says how many infos were left out."""
+    env_id = np.arange(env.num_envs, dtype=np.int32)
+    if not isinstance(env, WritesRows):
+        return lambda: write_step(
+            rows, env.step(env_id, rows.action.copy()), run_offset=run_offset
+        )
+    out = as_step(rows, env_id)
+
+    def step() -> int:
+        ended, infos = env.step_into(out, rows.action)
+        return write_infos(rows, infos or {}) if ended else 0
+
+    return step
 
 
 def make_groups(settings: Mapping[str, Any]) -> list[Group]:
