@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = 8
+STEPS = 4
 
 
 class Stairs(gym.Env[dict[str, Any], np.int64]):

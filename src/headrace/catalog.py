@@ -67,10 +67,14 @@ def import_attribute(kind: str, target: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(
-            f"cannot import the {kind} {target!r}: {error} (a module in this folder is found with "
-            "PYTHONPATH=.)"
+            f"cannot import the {kind} {target!r}: {error} (modules are looked for in this folder "
+            "and in PYTHONPATH)"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"cannot import the {kind} {target!r}: {type(error).__name__}: {error}"
         ) from error
     if not attribute or not hasattr(module, attribute):
         raise ConfigError(

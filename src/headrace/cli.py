@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"headrace {__version__}")
         return
     command = COMMANDS.get(arguments[0])
+    # As `python` itself does for a script: my_module of this folder is found.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         if command is None:
             raise ConfigError(
@@ -108,6 +111,12 @@ def train_command(argv: list[str]) -> None:
         {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value},
     )
     base = from_dict(layers)
+    if not (name or chosen.config or wants_help):
+        print(
+            f"no preset is made for {env} with {base.algorithm}: what you do not set is a plain "
+            "default; mind --total-frames, and --reward-transform, which may clip (`headrace presets`)",
+            file=sys.stderr,
+        )
     config = _parse_flags(base, rest, prog="headrace train ENV")
     _train(config=config)
 

@@ -53,9 +53,9 @@ class RunConfig:
     max_policy_lag: int | None = None
     """Updates that the weights behind an unroll may lag when it is learned from; older unrolls are
     dropped and counted. None for no bound but that of the queue."""
-    turns: bool = False
-    """Server and learner take turns, each with all cores: strictly on-policy, as PPO is published.
-    Else they overlap."""
+    turns: Literal["auto", "on", "off"] = "auto"
+    """on: server and learner take turns, and all environments are answered at once: on-policy, but
+    for the one row that two unrolls share. off: they overlap. auto: as the algorithm wants it."""
     lockstep: bool = False
     """One order of everything, bit-identical for one seed; for tests and debugging."""
     compute_threads: int = 0
@@ -94,10 +94,10 @@ class RunConfig:
             )
         if self.max_policy_lag is not None and self.max_policy_lag < 0:
             raise ConfigError(f"max_policy_lag must be at least 0, not {self.max_policy_lag}")
-        if self.inference == "worker" and (self.lockstep or self.turns):
+        if self.inference == "worker" and (self.lockstep or self.turns == "on"):
             raise ConfigError(
                 "workers that act on their own have no common order: leave out "
-                f"{'--lockstep' if self.lockstep else '--turns'}, or say --inference server"
+                f"{'--lockstep' if self.lockstep else '--turns on'}, or say --inference server"
             )
         if self.inference == "worker" and self.server.inference_batch:
             raise ConfigError(
@@ -128,12 +128,16 @@ def completed(config: RunConfig, *, trust_code: bool = True) -> RunConfig:
     Raises:
         ConfigError: a section has the type of another environment or algorithm.
     """
-    filled = {}
+    filled: dict[str, Any] = {}
     for name, kind in section_types(config.env, config.algorithm, trust_code=trust_code).items():
         value = getattr(config, name)
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not a {type(value).__name__}")
         filled[name] = kind() if value is None else value
+    if config.turns == "auto":
+        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+        wanted = getattr(rule, "on_policy", False) and config.inference == "server"
+        filled["turns"] = "on" if wanted else "off"
     return dataclasses.replace(config, **filled)
 
 
@@ -220,7 +224,10 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return value if value is None else _checked(options[0], value, where)
     if origin is tuple:
-        return tuple(value)
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list of {item.__name__}, not {value!r}")
+        return tuple(_checked(item, part, where) for part in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -225,7 +225,6 @@ PRESETS = {
         "CleanRL ppo_atari.py@09f7a7f; 10 million steps of 4 frames",
         {
             "algorithm": "ppo",
-            "turns": True,
             "total_frames": 40_000_000,
             "environment": _ATARI,
             "server": {"num_envs": 8},
@@ -251,7 +250,6 @@ PRESETS = {
         "CleanRL ppo_continuous_action.py@016ca33; there actions are clipped, here squashed",
         {
             "algorithm": "ppo",
-            "turns": True,
             "total_frames": 1_000_000,
             "server": {"num_envs": 1},
             "network": {**_TANH_MLPS, "normalize_observations": True, "initial_log_std": 0.0},

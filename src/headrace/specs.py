@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -41,8 +40,8 @@ class EnvSpec:
             bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
             if space.dtype != np.float32 or len(space.shape) != 1 or not bounded:
                 raise ConfigError(
-                    f"{self.name}: continuous actions must be a vector of float32 with finite "
-                    f"bounds, not {space}"
+                    f"{self.name}: continuous actions must have finite bounds, not {space}: give "
+                    "them some with gymnasium.wrappers.RescaleAction or ClipAction"
                 )
         elif np.any(space.start != 0):
             raise ConfigError(f"{self.name}: actions must start at 0, not {space.start}")
@@ -89,8 +88,3 @@ class EnvSpec:
     def stacked_shape(self) -> tuple[int, ...]:
         """Shape [K, ...] of what the policy sees, K = frame_stack."""
         return (self.frame_stack, *self.observation_space.shape)
-
-    @property
-    def observation_size(self) -> int:
-        """Numbers in one observation."""
-        return math.prod(self.observation_space.shape)

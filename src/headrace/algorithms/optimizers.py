@@ -1,10 +1,9 @@
 """Optimisers, their settings, and the step that all algorithms share: clip, check, step.
 
 Losses here are means. Published settings that were tuned for a loss summed over N samples are
-converted
-exactly: gradients are N times smaller, so Adam's and RMSProp's eps and the clip are divided by N;
-TensorFlow's RMSProp has eps inside the root, where it is divided by N squared, as is the mean
-square it starts with.
+converted exactly: gradients are N times smaller, so Adam's and RMSProp's eps and the clip are
+divided by N; TensorFlow's RMSProp has eps inside the root, where it is divided by N squared, as is
+the mean square it starts with.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ class Ppo:
     """Acts by sampling the policy; learns by the clipped surrogate objective."""
 
     config_type = PpoConfig
+    on_policy = True
 
     def __init__(
         self,

@@ -165,6 +165,9 @@ class Window:
         """Whether both ends of the window are there."""
         return len(self._rows) == 2
 
+    def attend(self) -> None:
+        """Has nothing else to do."""
+
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there; the window begins and ends with an update."""
         update = self._learner.learn(progress=0.0, timeout_s=timeout_s, waits=self.waits)

@@ -132,9 +132,7 @@ class Checks:
         if any(leaf.start):
             out -= np.reshape(leaf.start, leaf.shape)
 
-    def rewards(
-        self, values: Sequence[Any], envs: Sequence[int], out: NDArray[np.float32]
-    ) -> None:
+    def rewards(self, values: Sequence[Any], envs: Sequence[int], out: NDArray[np.float32]) -> None:
         """Writes rewards [N].
 
         Raises:
@@ -269,7 +267,7 @@ class Checks:
         low, high, inside = self._ranges[key]
         np.greater_equal(array, low, inside[0])
         np.less_equal(array, high, inside[1])
-        return np.count_nonzero(inside) == inside.size
+        return bool(np.count_nonzero(inside) == inside.size)
 
     def _find_bad(
         self,

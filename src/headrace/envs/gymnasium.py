@@ -215,8 +215,8 @@ def _factory(name: str) -> Callable[..., Any]:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"cannot import the environment {name!r}: {error} (a module in this folder is found "
-            "with PYTHONPATH=.)"
+            f"cannot import the environment {name!r}: {error} (modules are looked for in this "
+            "folder and in PYTHONPATH)"
         ) from error
     if not callable(factory):
         raise ConfigError(f"{name} is not a function or class that makes a gymnasium.Env")

@@ -64,7 +64,9 @@ class WorkerEnvs:
     seed: int
 
 
-def blocks_of(num_envs: int, *, workers: int, groups: int, max_envs: int) -> list[list[tuple[int, int]]]:
+def blocks_of(
+    num_envs: int, *, workers: int, groups: int, max_envs: int
+) -> list[list[tuple[int, int]]]:
     """Cuts environments into blocks, as even as possible, and these into the groups of workers.
 
     Args:
@@ -286,9 +288,8 @@ class ShmPool:
         self._line.drop([block for block, place in enumerate(self._whose) if place[0] == worker])
 
     def _label(self, worker: int) -> str:
-        spans = [f"{first}..{end - 1}" for first, end in self._groups[worker]]
-        shown = ", ".join(spans[:4]) + (" ..." if len(spans) > 4 else "")
-        return f"worker {worker} (environments {shown} of {self._recipe.env})"
+        first, end = self._groups[worker][0][0], self._groups[worker][-1][1]
+        return f"worker {worker} (environments {first}..{end - 1} of {self._recipe.env})"
 
     def _open_table(self) -> Table:
         if self._table is None:

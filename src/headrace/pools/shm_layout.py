@@ -113,10 +113,15 @@ class Table:
 
     def rows(self, first: int, end: int) -> Rows:
         """Returns views of rows first .. end - 1."""
-        columns = self.all._asdict()
-        return Rows(
-            **{name: column[first:end] for name, column in columns.items() if column is not None}
-        )
+        return cut(self.all, first, end)
+
+
+def cut(rows: Rows, first: int, end: int) -> Rows:
+    """Returns views of rows first .. end - 1."""
+    columns = rows._asdict()
+    return Rows(
+        **{name: column[first:end] for name, column in columns.items() if column is not None}
+    )
 
 
 def write_step(rows: Rows, step: EnvStep, *, run_offset: int) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 
+from headrace import tree
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.pools.base import Pool
 from headrace.steps import EnvStep
@@ -19,6 +19,11 @@ class PoolEnv(gym.Env[Any, Any]):
     At an end `step` returns the final observation, and the first of the next episode is held
     until `reset`. After a lost life (terminated, but the emulator goes on) `reset` returns the
     present observation.
+
+    Observations are in `spec.structure` where there is one: dicts and tuples again, less texts,
+    which do not travel. Where the spec says so, every info has "action_mask", bool [A]: what may
+    be done next, which at an end is what may be done after `reset`. At an end the info also has
+    the numbers of the environment's own last info.
     """
 
     def __init__(self, pool: Pool, *, timeout_s: float = 60.0) -> None:
@@ -32,14 +37,16 @@ class PoolEnv(gym.Env[Any, Any]):
             raise ConfigError(f"PoolEnv takes a pool of 1 environment, not of {pool.num_envs}")
         self._pool = pool
         self._timeout_s = timeout_s
-        self._held: NDArray[np.generic] | None = None  # what the next reset returns
+        self._held: tuple[Any, dict[str, Any]] | None = None  # what the next reset returns
         self._started = False
-        self.observation_space = pool.spec.observation_space
+        structure = pool.spec.structure
+        self._leaves = () if structure is None else tree.leaves(structure)
+        self.observation_space = pool.spec.observation_space if structure is None else structure
         self.action_space = pool.spec.action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.generic], dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Returns the first observation of the next episode.
 
         Raises:
@@ -50,13 +57,14 @@ class PoolEnv(gym.Env[Any, Any]):
             raise ValueError("the seed is set where the pool is made")
         if not self._started:
             self._started = True
-            self._held = self._receive().observation[0].copy()
+            row = self._receive()
+            self._held = self._shown(row.observation[0]), _mask_of(row)
         if self._held is None:
             raise RuntimeError("the episode has not ended, and a pool cannot leave one")
-        observation, self._held = self._held, None
-        return observation, {}
+        held, self._held = self._held, None
+        return held
 
-    def step(self, action: Any) -> tuple[NDArray[np.generic], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Makes one step; the reward is raw.
 
         Raises:
@@ -68,19 +76,31 @@ class PoolEnv(gym.Env[Any, Any]):
         self._pool.reply(np.asarray(action, spec.action_dtype).reshape(1, *spec.action_shape))
         row = self._receive()
         terminated, truncated = bool(row.terminated[0]), bool(row.truncated[0])
-        observation = row.observation[0].copy()
+        observation, info = self._shown(row.observation[0]), _mask_of(row)
         if terminated or truncated:
-            self._held = observation
+            self._held = observation, _mask_of(row)
             if row.reset[0] and row.final_observation is not None:
-                observation = row.final_observation[0].copy()
-        return observation, float(row.reward[0]), terminated, truncated, {}
+                observation = self._shown(row.final_observation[0])
+            info = {**(row.episode_info or {}).get(0, {}), **info}
+        return observation, float(row.reward[0]), terminated, truncated, info
 
     def close(self) -> None:
         """Closes the pool."""
         self._pool.close()
+
+    def _shown(self, observation: Any) -> Any:
+        """Returns a copy of an observation, which the pool only lends, as its space has it."""
+        if not self._leaves:
+            return observation.copy()
+        return tree.nest(self.observation_space, self._leaves, observation)
 
     def _receive(self) -> EnvStep:
         row = self._pool.receive(self._timeout_s)
         if row is None:
             raise DeadlineExceeded(f"the environment gave no step in {self._timeout_s} s")
         return row
+
+
+def _mask_of(row: EnvStep) -> dict[str, Any]:
+    """Returns the part of an info that says what may be done next."""
+    return {} if row.action_mask is None else {"action_mask": row.action_mask[0].copy()}

@@ -106,7 +106,7 @@ def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
 def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
     if config.lockstep:
         return 1
-    if config.turns:
+    if config.turns == "on":
         # Small products gain nothing from a second thread, and wait long for it on a busy machine.
         return cores if len(spec.observation_space.shape) > 1 else 1
     # Server and learner overlap with one thread each until there are cores that environments leave
@@ -117,13 +117,28 @@ def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
 def make_model(
     config: RunConfig, spec: EnvSpec, device: torch.device, *, trust_code: bool = True
 ) -> nn.Module:
-    """Builds the network on `device`, with the config's seed, in float32."""
-    builder: Callable[..., nn.Module] = catalog.resolve(
-        "network", catalog.NETWORKS, network_name(config, spec), trust_code=trust_code
+    """Builds the network on `device`, with the config's seed, in float32.
+
+    Raises:
+        ConfigError: it does not fit the environment, or is no network.
+    """
+    name = network_name(config, spec)
+    builder: Callable[..., Any] = catalog.resolve(
+        "network", catalog.NETWORKS, name, trust_code=trust_code
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, 0))
-        model = builder(spec, config.network)
+        try:
+            model = builder(spec, config.network)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if name in catalog.NETWORKS:
+                raise
+            raise ConfigError(f"network {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module) or not hasattr(model, "initial_state"):
+        raise ConfigError(
+            f"network {name} must return a torch module with initial_state(batch), such as a "
+            f"headrace.networks.models.PolicyValueNet, not {type(model).__name__}"
+        )
     return model.to(device)
 
 
@@ -204,6 +219,11 @@ def build(
         on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
+    if getattr(algorithm, "on_policy", False) and config.turns == "off" and not config.lockstep:
+        on_message(
+            f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
+            "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
+        )
     server_model: Any = copy.deepcopy(model).requires_grad_(False)
     lower_precision(server_model, compute.precision)
     if compute.compiled:
@@ -223,10 +243,11 @@ def build(
         unrolls = source.unrolls
         source.start(on_episodes, on_message)
     else:
-        # Half of them step while the other half is answered; lockstep answers all in their order.
+        # Half of them step while the other half is answered. In turns all are answered at once, or
+        # one half would run ahead into unrolls that the next update makes old.
         num_envs = config.server.num_envs
         batch = config.server.inference_batch or (num_envs + 1) // 2
-        batch = num_envs if config.lockstep else batch
+        batch = num_envs if config.lockstep or config.turns == "on" else batch
         queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, compute.device)
         source = Seat(
             make_pool(
@@ -242,23 +263,19 @@ def build(
             on_episodes=on_episodes,
             device=compute.device,
         )
-    evaluation = None
-    if config.server.eval_envs:
-        evaluation = Seat(
-            make_pool(
-                config,
-                num_envs=config.server.eval_envs,
-                batch_size=config.server.eval_envs,
-                seed=derived_seed(config.seed, 3, resume_count),
-                evaluation=True,
-                on_message=on_message,
-            ),
-            Actor(algorithm=algorithm, model=server_model, mode="greedy"),
-            initial_state(spec, server_model, 1, compute.device),
-            unrolls=None,
+    try:
+        evaluation = _evaluation(
+            config,
+            algorithm,
+            server_model,
+            spec,
+            resume_count=resume_count,
             on_episodes=on_eval_episodes,
-            device=compute.device,
+            on_message=on_message,
         )
+    except BaseException:
+        (source.pool if isinstance(source, Seat) else source).close()
+        raise
     return Parts(
         spec,
         compute,
@@ -270,6 +287,38 @@ def build(
         source,
         evaluation,
         generator,
+    )
+
+
+def _evaluation(
+    config: RunConfig,
+    algorithm: Algorithm,
+    server_model: Any,
+    spec: EnvSpec,
+    *,
+    resume_count: int,
+    on_episodes: OnEpisodes,
+    on_message: Callable[[str], None],
+) -> Seat | None:
+    """Starts the environments that play greedily beside training, if any are wanted."""
+    count = config.server.eval_envs
+    if not count:
+        return None
+    device = next(server_model.parameters()).device
+    return Seat(
+        make_pool(
+            config,
+            num_envs=count,
+            batch_size=count,
+            seed=derived_seed(config.seed, 3, resume_count),
+            evaluation=True,
+            on_message=on_message,
+        ),
+        Actor(algorithm=algorithm, model=server_model, mode="greedy"),
+        initial_state(spec, server_model, 1, device),
+        unrolls=None,
+        on_episodes=on_episodes,
+        device=device,
     )
 
 

@@ -3,8 +3,12 @@
 ```
 main thread      learner: reads unrolls, updates, publishes weights; reports; saves
 server thread    server: acts for all environments, writes unrolls
-C++ threads      a native pool steps its environments
+C++ threads, or  step environments: a native pool, or
+  processes      one of worker processes (run/worker.py)
 ```
+
+With `--inference worker` there is no server thread, but for evaluation: the worker processes act
+too (run/acting_workers.py), and the main thread looks after them.
 
 In turns, and in lockstep, the main thread does the server's part too, and, in
 lockstep, nothing depends on timing.
@@ -172,7 +176,7 @@ def run_training(
         )
         if checkpoint is None:
             session.save()  # so that there is something to go back to, however early the end
-        drive = train_in_turns if config.lockstep or config.turns else train_overlapped
+        drive = train_in_turns if config.lockstep or config.turns == "on" else train_overlapped
         drive(session)
         session.save()
         session.report()
@@ -190,6 +194,9 @@ class Drivable(Protocol):
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`."""
+
+    def attend(self) -> None:
+        """Does what comes up besides; called between updates and between batches."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -220,11 +227,14 @@ class Session:
         return self.stop.requested or self.progress() >= 1.0
 
     def learn(self, timeout_s: float) -> None:
-        """Takes one update if a batch is there within `timeout_s`; reports and saves when due."""
+        """Takes one update if a batch is there within `timeout_s`."""
         update = self.learner.learn(progress=self.progress(), timeout_s=timeout_s, waits=self.waits)
         if update is not None:
             self._newest = update
             self.hooks.on_update(self.learner.version, update.metrics)
+
+    def attend(self) -> None:
+        """Tells, reports and saves what is due."""
         tell(self.messages, self.hooks.on_message)
         if self.reporter.due():
             with self._goes_on("this row of metrics is lost"):
@@ -271,6 +281,7 @@ def train_in_turns(session: Drivable) -> None:
     parts = session.parts
     batch = parts.algorithm.experience.batch_unrolls
     while not session.over():
+        session.attend()
         if len(parts.queue) >= batch:
             session.learn(timeout_s=0.0)
             continue
@@ -297,6 +308,7 @@ def train_overlapped(session: Drivable) -> None:
     try:
         while not session.over():
             session.learn(timeout_s=_POLL_S)
+            session.attend()
             if failed.done():
                 failed.result()
             for seat in parts.seats:

@@ -7,6 +7,7 @@ here as it plays there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from headrace import catalog
+from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
 from headrace.config import RunConfig, from_dict, read_toml
 from headrace.errors import ConfigError
@@ -44,11 +45,22 @@ class Policy:
         self.agent_steps = 0
         self._algorithm = algorithm
         self.device = device
+        self._leaves = () if spec.structure is None else tree.leaves(spec.structure)
         self._generator = torch.Generator(device)
         self._generator.manual_seed(derived_seed(config.seed, 4))
 
     def make_env(self, seed: int | None = None) -> gym.Env[Any, Any]:
-        """Returns one environment as agents are judged in: a lost life ends no episode."""
+        """Returns one environment as agents are judged in: a lost life ends no episode.
+
+        Its observations are as the environment's own space has them, but for float64, which has
+        come through float32 (and is float32 where it is the whole observation), and texts, which
+        are left out. Its actions are those that `act` gives, not always the environment's own:
+        choices count from 0, also where its Discrete or MultiDiscrete starts elsewhere; several
+        choices or a MultiBinary are a vector int64 [D], any Box a vector float32 [D].
+
+        Where not every action is always allowed, the info of `reset` and `step` has
+        "action_mask", to be handed on to `act`.
+        """
         return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True))
 
     def make_view(self, seed: int) -> gym.Env[Any, Any] | None:
@@ -94,7 +106,7 @@ class Policy:
 
     def act(
         self,
-        observation: ArrayLike,
+        observation: Any,
         state: PolicyState,
         *,
         reward: ArrayLike = 0.0,
@@ -106,29 +118,29 @@ class Policy:
         """Chooses actions for the newest observations.
 
         Args:
-            observation: [N, ...] single frames as `make_env` gives them, or one without the leading
-                N, which is answered with one action (an int where actions are one choice).
+            observation: One as `make_env` or the environment itself gives it, which is answered
+                with one action (an int where actions are one choice); or N of them: an array
+                [N, ...] of single frames, or, where it is a dict, a tuple or anything else than a
+                Box that torch can hold, a list. Parts that are text are passed over. What a pool
+                shows of such an observation, packed rows uint8 [N, nbytes], is taken too.
             state: What the last call, or `initial_state`, returned. It is not changed.
             reward: [N] raw reward of the step that led here.
             reset: [N] whether this is the first observation of an episode.
             mode: greedy takes the likeliest action, sample draws from the policy, epsilon is greedy
                 but for a share of random ones.
             epsilon: That share.
-            action_mask: [N, A] which actions are allowed, where the environment says so.
+            action_mask: [N, A], or [A] for one, which actions are allowed here. Where the
+                environment says so, hand on the `info["action_mask"]` that came with the
+                observation: without it the policy may choose what is forbidden.
 
         Returns:
             The actions, and the state to hand to the next call.
+
+        Raises:
+            ValueError: the observations are not as the environment's, or not as many as the state.
         """
-        shape = self.spec.observation_space.shape
-        frames = np.asarray(observation, self.spec.observation_space.dtype)
         count = len(state.previous_action)
-        single = frames.shape == shape and count == 1
-        if single:
-            frames = frames[None]
-        if frames.shape != (count, *shape):
-            raise ValueError(
-                f"observation must be {(count, *shape)}, as the state is; it is {frames.shape}"
-            )
+        frames, single = self._frames(observation, count)
         began = torch.from_numpy(np.broadcast_to(np.asarray(reset, np.bool_), count).copy())
         earned = torch.from_numpy(np.broadcast_to(np.asarray(reward, np.float32), count).copy())
         began, earned = began.to(self.device), earned.to(self.device)
@@ -147,6 +159,44 @@ class Policy:
         if single:
             return (actions[0] if self.spec.action_shape else int(actions[0])), after
         return actions, after
+
+    def _frames(self, observation: Any, count: int) -> tuple[NDArray[Any], bool]:
+        """Returns observations as they travel, [count, ...], and whether it was one without N."""
+        space = self.spec.observation_space
+        if self._leaves and not _is_packed(observation, count, space.shape):
+            observation, single = self._packed(observation)
+        else:
+            observation = np.asarray(observation, space.dtype)
+            single = observation.shape == space.shape and count == 1
+            if single:
+                observation = observation[None]
+        if observation.shape != (count, *space.shape):
+            raise ValueError(
+                f"observation must be {(count, *space.shape)}, as the state is; it is "
+                f"{observation.shape}"
+            )
+        return observation, single
+
+    def _packed(self, observation: Any) -> tuple[NDArray[np.uint8], bool]:
+        """Packs one nested observation, or several, and says whether it was one."""
+        if isinstance(self.spec.structure, gym.spaces.Dict):
+            single = isinstance(observation, Mapping)
+        elif isinstance(self.spec.structure, gym.spaces.Tuple):
+            single = not isinstance(observation, list)
+        else:
+            single = np.shape(observation) == self._leaves[0].shape
+        several = [observation] if single else list(observation)
+        rows = np.zeros((len(several), *self.spec.observation_space.shape), np.uint8)
+        for row, value in zip(rows, several, strict=True):
+            tree.pack(self._leaves, value, row)
+        return rows, single
+
+
+def _is_packed(observation: Any, count: int, shape: tuple[int, ...]) -> bool:
+    """Whether an observation is what a pool shows of it, and not the environment's own."""
+    if not isinstance(observation, np.ndarray) or observation.dtype != np.uint8:
+        return False
+    return observation.shape == (count, *shape) or (count == 1 and observation.shape == shape)
 
 
 def load(

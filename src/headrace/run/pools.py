@@ -59,7 +59,7 @@ def make_pool(
             batch_size=batch_size,
             workers=config.workers,
             on_message=on_message,
-            full_batches=config.turns and batch_size == num_envs,
+            full_batches=config.turns == "on" and batch_size == num_envs,
         )
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
     envs = family.make(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from headrace.learner.batches import align
+from headrace.learner.batches import align, moved
 from headrace.run.build import Parts
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import GraphedActor, cuda_capture
@@ -21,7 +21,7 @@ def warm_up(parts: Parts) -> None:
     """Runs every shape once; on a GPU, captures acting as CUDA graphs."""
     device = parts.compute.device
     slots = list(range(parts.algorithm.experience.batch_unrolls))
-    parts.algorithm.warm_up(align(parts.unrolls.gather(slots)))
+    parts.algorithm.warm_up(moved(align(parts.unrolls.gather(slots)), device))
     server_model: Any = parts.server_model
     example = initial_state(parts.spec, server_model, 1, device)
     for seat in parts.seats:

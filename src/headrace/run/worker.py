@@ -11,6 +11,7 @@ exception ends it; `pools.processes` tells the parent, which decides whether to 
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import sys
@@ -32,6 +33,7 @@ from headrace.pools.shm_layout import (
     Rows,
     Table,
     as_step,
+    cut,
     layout,
     write_infos,
     write_step,
@@ -40,9 +42,10 @@ from headrace.steps import EnvStep, EpisodeInfo
 
 RUN_IDS = 1 << 32
 """Run ids of one generation of workers; an environment may use them up by itself."""
-HOLD_S = 100e-6
-"""Seconds for which a group that is ready may wait for the next one: to wake the server for each
-costs more than to step a few cheap environments."""
+TOGETHER_S = 100e-6
+"""Groups whose actions are there are stepped as one if that takes no longer. A call and a message
+cost about as much as 16 environments that do nothing; a slow group would keep the server waiting
+for what is ready."""
 
 
 @runtime_checkable
@@ -54,12 +57,19 @@ class WritesRows(Protocol):
 
 
 class Group(NamedTuple):
-    """Environments that step together."""
+    """Environments that are asked together: some of the worker's own, which count from 0."""
+
+    first: int
+    end: int
+    record: bytes
+
+
+class Hosted(NamedTuple):
+    """The environments of a worker."""
 
     env: BatchEnv
     rows: Rows
-    record: bytes
-    notices: Sequence[str]  # grows where the environment has something to say of itself
+    groups: Sequence[Group]
 
 
 class NamedOutput(io.TextIOWrapper):
@@ -84,64 +94,77 @@ class NamedOutput(io.TextIOWrapper):
         return len(text)
 
 
-def run_worker(end: WorkerEnd, groups: Sequence[Group], *, ready_fd: int, run_offset: int) -> None:
-    """Steps one group while the others wait for actions, until the parent is gone.
+def run_worker(end: WorkerEnd, hosted: Hosted, *, ready_fd: int, run_offset: int) -> None:
+    """Steps some groups while the others wait for actions, until the parent is gone.
 
     Args:
         end: pipes to the parent.
-        groups: environments, their rows, and what to write when these are ready.
+        hosted: environments, their rows and their groups.
         ready_fd: the pipe that all workers write into.
         run_offset: added to run ids.
     """
-    steppers = [_stepper(group.env, group.rows, run_offset) for group in groups]
-    told = [len(group.notices) for group in groups]  # the parent has seen these for itself
-    too_long = 0
-    for group in groups:
-        too_long += write_step(group.rows, group.env.reset(), run_offset=run_offset)
-        os.write(ready_fd, group.record)
+    env, rows, groups = hosted
+    notices: Sequence[str] = getattr(env, "notices", ())
+    told = len(notices)  # the parent has seen these for itself
+    steppers: dict[tuple[int, int], Callable[[], int]] = {}
+    env_s = math.inf  # seconds of the last step, by environment
+    too_long = write_step(rows, env.reset(), run_offset=run_offset)
+    os.write(ready_fd, b"".join(group.record for group in groups))
     while True:
         try:
-            asked = end.receive()
+            asked = [number for (number,) in GROUP.iter_unpack(end.receive() or b"")]
         except PeerLost:
             break
-        held, held_since_s = b"", time.perf_counter()
-        for (number,) in GROUP.iter_unpack(asked or b""):
-            left_out = steppers[number]()
-            notices = groups[number].notices
-            held += groups[number].record
-            if time.perf_counter() - held_since_s > HOLD_S:
-                os.write(ready_fd, held)
-                held, held_since_s = b"", time.perf_counter()
+        while asked:
+            turn = groups[asked[0] : asked[0] + _together(asked, groups, env_s)]
+            del asked[: len(turn)]
+            span = turn[0].first, turn[-1].end
+            if span not in steppers:
+                steppers[span] = _stepper(env, rows, span, run_offset)
+            start_s = time.perf_counter()
+            left_out = steppers[span]()
+            env_s = (time.perf_counter() - start_s) / (span[1] - span[0])
+            os.write(ready_fd, b"".join([group.record for group in turn]))
             if left_out and not too_long:
                 end.status({"note": f"a final info of over {INFO_NBYTES} bytes was left out"})
             too_long += left_out
-            for notice in notices[told[number] :]:
+            for notice in notices[told:]:
                 end.status({"note": notice})
-                told[number] += 1
-        if held:
-            os.write(ready_fd, held)
-    for group in groups:
-        if isinstance(group.env, Closable):
-            group.env.close()
+                told += 1
+    if isinstance(env, Closable):
+        env.close()
 
 
-def _stepper(env: BatchEnv, rows: Rows, run_offset: int) -> Callable[[], int]:
-    """Returns what steps a group and writes its rows, and says how many infos were left out."""
-    env_id = np.arange(env.num_envs, dtype=np.int32)
+def _together(asked: Sequence[int], groups: Sequence[Group], env_s: float) -> int:
+    """Returns how many of the groups that were asked are stepped as one, at least the first."""
+    count = 1
+    while (
+        count < len(asked)
+        and asked[count] == asked[0] + count
+        and (groups[asked[count]].end - groups[asked[0]].first) * env_s <= TOGETHER_S
+    ):
+        count += 1
+    return count
+
+
+def _stepper(
+    env: BatchEnv, rows: Rows, span: tuple[int, int], run_offset: int
+) -> Callable[[], int]:
+    """Returns what steps some environments, writes their rows, and counts infos left out."""
+    env_id = np.arange(*span, dtype=np.int32)
+    own = cut(rows, *span)
     if not isinstance(env, WritesRows):
-        return lambda: write_step(
-            rows, env.step(env_id, rows.action.copy()), run_offset=run_offset
-        )
-    out = as_step(rows, env_id)
+        return lambda: write_step(own, env.step(env_id, own.action.copy()), run_offset=run_offset)
+    out = as_step(own, env_id)
 
     def step() -> int:
-        ended, infos = env.step_into(out, rows.action)
-        return write_infos(rows, infos or {}) if ended else 0
+        ended, infos = env.step_into(out, own.action)
+        return write_infos(own, infos or {}) if ended else 0
 
     return step
 
 
-def make_groups(settings: Mapping[str, Any]) -> list[Group]:
+def make_hosted(settings: Mapping[str, Any]) -> Hosted:
     """Makes the environments of a worker.
 
     Raises:
@@ -151,32 +174,27 @@ def make_groups(settings: Mapping[str, Any]) -> list[Group]:
     config = family.config_type(
         **{name: _as_tuples(value) for name, value in settings["settings"].items()}
     )
-    seed = generation_seed(settings["seed"], settings["generation"])
-    envs = [
-        family.make(
-            settings["env"],
-            config,
-            num_envs=end - first,
-            batch_size=end - first,
-            threads=1,
-            seed=seed,
-            first_env=first,
-        )
-        for first, end in settings["groups"]
-    ]
-    plan = layout(envs[0].spec, settings["num_envs"])
+    bounds = settings["groups"]
+    first, end = bounds[0][0], bounds[-1][1]
+    env = family.make(
+        settings["env"],
+        config,
+        num_envs=end - first,
+        batch_size=end - first,
+        threads=1,
+        seed=generation_seed(settings["seed"], settings["generation"]),
+        first_env=first,
+    )
+    plan = layout(env.spec, settings["num_envs"])
     if plan.nbytes != settings["nbytes"]:
         raise ConfigError(f"{settings['env']} has another spec in a worker than in its parent")
     table = Table(mmap.mmap(settings["block_fd"], plan.nbytes), plan)
-    return [
-        Group(
-            env,
-            table.rows(first, end),
-            RECORD.pack(settings["worker"], number, settings["generation"]),
-            getattr(env, "notices", ()),
-        )
-        for number, (env, (first, end)) in enumerate(zip(envs, settings["groups"], strict=True))
+    worker, generation = settings["worker"], settings["generation"]
+    groups = [
+        Group(low - first, high - first, RECORD.pack(worker, number, generation))
+        for number, (low, high) in enumerate(bounds)
     ]
+    return Hosted(env, table.rows(first, end), groups)
 
 
 def generation_seed(seed: int, generation: int) -> int:
@@ -197,12 +215,14 @@ def main() -> None:
     """Takes the settings from the parent and works until it leaves."""
     end = WorkerEnd.open()
     settings = end.settings
-    groups = make_groups(settings)
-    envs = [group.env for group in groups]
-    sys.stdout, sys.stderr = NamedOutput(sys.stdout, envs), NamedOutput(sys.stderr, envs)
+    hosted = make_hosted(settings)
+    sys.stdout, sys.stderr = (
+        NamedOutput(sys.stdout, [hosted.env]),
+        NamedOutput(sys.stderr, [hosted.env]),
+    )
     run_worker(
         end,
-        groups,
+        hosted,
         ready_fd=settings["ready_fd"],
         run_offset=settings["generation"] * RUN_IDS,
     )

@@ -20,7 +20,7 @@ from headrace.specs import EnvSpec
 
 def initial_state(spec: EnvSpec, model: Model, count: int, device: torch.device) -> PolicyState:
     """Returns the state at the start of an episode, for `count` environments."""
-    dtype = torch.from_numpy(spec.observation_space.low[:0]).dtype
+    dtype = torch.from_numpy(np.empty(0, spec.observation_space.dtype)).dtype
     return PolicyState(
         stack=torch.zeros(count, *spec.stacked_shape, dtype=dtype, device=device),
         recurrent=tuple(part.to(device) for part in model.initial_state(count)),

@@ -191,8 +191,9 @@ def run_server(
 ) -> None:
     """Serves the seats in turn until `stop`; waits while the learner is behind by a full queue."""
     while not stop.is_set():
-        for seat in seats:
-            seat.serve(weights.pull, timeout_s, waits)
+        for place, seat in enumerate(seats):
+            # Training waits for nobody's evaluation.
+            seat.serve(weights.pull, 0.0 if place else timeout_s, waits)
         before_s = time.perf_counter()
         while not queue.wait_for_space(_QUEUE_POLL_S) and not stop.is_set():
             pass
