@@ -76,6 +76,66 @@ def test_what_is_packed_comes_out_again(
             np.testing.assert_array_equal(part[where], expected(leaf, value))
 
 
+def assert_alike(space: Any, found: Any, value: Any) -> None:
+    """What is nested again is the value in types, order, dtypes and numbers."""
+    if isinstance(space, gym.spaces.Dict):
+        assert type(found) is dict
+        assert list(found) == list(space.spaces)
+        for key, part in space.spaces.items():
+            assert_alike(part, found[key], value[key])
+    elif isinstance(space, gym.spaces.Tuple):
+        assert type(found) is tuple
+        for part, one, other in zip(space.spaces, found, value, strict=True):
+            assert_alike(part, one, other)
+    elif isinstance(space, gym.spaces.Discrete):
+        assert type(found) is int
+        assert found == value
+    else:
+        assert (found.dtype, found.shape) == (space.dtype, space.shape)
+        rounded = np.float32(value) if space.dtype == np.float64 else value
+        np.testing.assert_array_equal(found, rounded)
+
+
+@settings(deadline=None, max_examples=150)
+@given(space=SPACES, seed=st.integers(0, 2**16))
+def test_what_is_packed_is_nested_again(space: gym.Space[Any], seed: int) -> None:
+    space.seed(seed)
+    leaves, value = tree.leaves(space), space.sample()
+    row, again = np.zeros((2, *tree.packed_space(space).shape), np.uint8)
+    tree.pack(leaves, value, row)
+    found = tree.nest(space, leaves, row)
+    tree.pack(leaves, found, again)
+    np.testing.assert_array_equal(again, row)
+    row.fill(255)  # a pool lends its rows: what was nested must not change with them
+    assert_alike(space, found, value)
+    assert space.contains(found)
+
+
+PLACE = gym.spaces.Dict(
+    {"a": gym.spaces.Tuple((box((2,), np.float32),)), "b": gym.spaces.Discrete(3, start=2)}
+)
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "complaint"),
+    [
+        (PLACE, {"b": 2}, "part 'a/0' of the observation is missing"),
+        (PLACE, {"a": (), "b": 2}, "part 'a/0' of the observation is missing"),
+        (PLACE, [1, 2], "part 'a/0' of the observation is missing"),
+        (PLACE, {"a": ([1.0],), "b": 2}, r"part 'a/0' .* of shape \(2,\), not \(1,\)"),
+        (PLACE, {"a": ([1.0, 2.0],), "b": 1}, "part 'b' of the observation is 1, which is no"),
+        (PLACE, {"a": ([1.0, 2.0],), "b": 5}, "part 'b' of the observation is 5, which is no"),
+        (gym.spaces.Discrete(3), 3, "the observation is 3, which is no choice"),
+    ],
+)
+def test_what_is_not_of_the_space_is_not_packed(
+    space: gym.Space[Any], value: Any, complaint: str
+) -> None:
+    leaves = tree.leaves(space)
+    with pytest.raises(ValueError, match=complaint):
+        tree.pack(leaves, value, np.zeros(tree.row_nbytes(leaves), np.uint8))
+
+
 @settings(deadline=None)
 @given(space=SPACES)
 def test_leaves_lie_apart_at_multiples_of_8(space: gym.Space[Any]) -> None:

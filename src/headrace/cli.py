@@ -114,7 +114,7 @@ def train_command(argv: list[str]) -> None:
     if not (name or chosen.config or wants_help):
         print(
             f"no preset is made for {env} with {base.algorithm}: what you do not set is a plain "
-            "default; mind --total-frames, and --reward-transform, which may clip (`headrace presets`)",
+            "default; mind --total-frames, and --reward-transform, which may clip",
             file=sys.stderr,
         )
     config = _parse_flags(base, rest, prog="headrace train ENV")

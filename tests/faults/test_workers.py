@@ -152,11 +152,11 @@ def test_a_killed_worker_is_named_and_its_environments_start_anew(
     assert pool.deaths == 1
     assert victim not in pool.worker_pids
     assert said == [
-        f"worker 0 (environments 0..1, 4..5 of {ENV}) died: killed (SIGKILL): out of memory, or "
+        f"worker 0 (environments 0..3 of {ENV}) died: killed (SIGKILL): out of memory, or "
         "somebody killed it; its environments start anew"
     ]
     anew = [step for step in steps if (step.run_id > 0).any()][-1]
-    assert set(anew.env_id[anew.run_id > 0].tolist()) <= {0, 1, 4, 5}
+    assert set(anew.env_id[anew.run_id > 0].tolist()) <= {0, 1, 2, 3}
     assert (anew.observation[anew.run_id > 0, SEED] != before).all()
 
 
@@ -167,7 +167,7 @@ def test_the_others_go_on_meanwhile(make: Make) -> None:
     seen = len(steps)
     steps += play(pool, lambda step: step.observation[0, COUNT] >= 50)
     steps += play(pool, lambda step: step.observation[0, COUNT] >= 60)
-    assert {int(step.env_id[0]) for step in steps[-10:]} <= {1, 3}
+    assert {int(step.env_id[0]) for step in steps[-10:]} <= {2, 3}
     assert len(steps) > seen + 10
     assert pool.deaths == 0
     os.kill(pool.worker_pids[0], signal.SIGCONT)
@@ -273,7 +273,7 @@ def test_what_environments_print_is_told_once(make: Make, said: list[str]) -> No
         "line 1",
         "line 2 (from now on its lines are only counted)",
     ]
-    assert all(line.startswith("worker 0 (environments 0..1, 4..5 of") for line in said)
+    assert all(line.startswith("worker 0 (environments 0..3 of") for line in said)
 
 
 def test_a_closed_output_costs_nothing_but_the_last_words(make: Make, said: list[str]) -> None:

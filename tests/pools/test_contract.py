@@ -170,7 +170,7 @@ def test_every_action_reaches_its_environment(pool: Pool, tap: Tap, case: tuple[
 def test_first_row_of_each_environment_and_no_other_is_a_fresh_reset(pool: Pool) -> None:
     seen: set[int] = set()
     # The start of an emulator takes as long as many steps of those that are there already.
-    for _ in range(3000):
+    for _ in range(30_000):
         if len(seen) == NUM_ENVS:
             break
         step = receive(pool)
@@ -186,7 +186,7 @@ def test_first_row_of_each_environment_and_no_other_is_a_fresh_reset(pool: Pool)
 
 def test_nobody_is_left_out_once_all_have_started(pool: Pool) -> None:
     played = {env_id: 0 for env_id in range(NUM_ENVS)}
-    for _ in range(3000):
+    for _ in range(30_000):
         if min(played.values()) >= 20:
             break
         step = receive(pool)

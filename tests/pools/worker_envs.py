@@ -57,7 +57,7 @@ class Echo:
         self._action = np.zeros((num_envs, *spec.action_shape), dtype=spec.action_dtype)
 
     def reset(self) -> EnvStep:
-        self._trouble("reset")
+        self._trouble("reset", np.arange(self.num_envs))
         never = np.zeros(self.num_envs, dtype=np.bool_)
         ids = np.arange(self.num_envs, dtype=np.int32)
         return self._step(ids, ~never, never)
@@ -65,7 +65,7 @@ class Echo:
     def step(self, env_id: np.ndarray, action: np.ndarray) -> EnvStep:
         self._count[env_id] += 1
         self._action[env_id] = action
-        self._trouble("step")
+        self._trouble("step", env_id)
         ended = self._count[env_id] % EPISODE == 0
         return self._step(env_id, ended, ended)
 
@@ -96,9 +96,9 @@ class Echo:
             episode_info=infos,
         )
 
-    def _trouble(self, where: str) -> None:
+    def _trouble(self, where: str, env_id: np.ndarray) -> None:
         config = self._config
-        here = np.flatnonzero(self._global == config.trouble_env)
+        here = env_id[self._global[env_id] == config.trouble_env]
         if not config.trouble or not len(here):
             return
         in_reset = config.trouble.endswith("in reset")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from headrace import ConfigError, load, preset, train
-from headrace.run.film import film
+from headrace.cli import main
+from headrace.config import from_dict
+from headrace.run.film import _pixels, film
 from headrace.run.policy import Policy
 
 
@@ -52,3 +54,31 @@ def test_the_view_of_an_atari_plays_the_same_game_in_colour(tmp_path: Path) -> N
     assert earned, "150 steps in which nothing happens would prove nothing"
     env.close()
     view.close()
+
+
+def test_a_film_keeps_to_the_actions_that_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = {
+        "env": "nested_env:Guarded",  # raises where a forbidden action is taken
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "lockstep": True,
+        "tensorboard": False,
+        "total_frames": 160,
+        "server": {"num_envs": 8},
+        "learning": {"unroll_steps": 5, "batch_unrolls": 4},
+        "network": {"lstm_size": 8},
+    }
+    run = train(from_dict(config)).run
+    path = tmp_path / "guarded.mp4"
+    main(["eval", str(run), "--episodes", "2", "--video", str(path), "--trust-code"])
+    assert path.read_bytes()[4:8] == b"ftyp"
+
+
+def test_of_several_parts_the_first_image_is_drawn() -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    numbers = np.array([0.0, 2.0])
+    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (image, image + 1)}), image)
+    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (1,)}), [[0, 255, 127]])

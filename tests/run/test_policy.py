@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from headrace import ConfigError, evaluate, load, train
+from headrace import ConfigError, Policy, evaluate, load, train, tree
 from headrace.cli import main
 from headrace.config import from_dict, merged
 from headrace.learner import checkpoint
@@ -143,6 +146,163 @@ def test_weights_of_another_network_are_refused(run: Path) -> None:
     config.write_text(text)
     with pytest.raises(ConfigError, match="holds another network: core"):
         load(run)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """A recurrent policy for nested observations; forbidden actions raise."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run = small(tmp_path / "run", "nested_env:Guarded", total_frames=160, network={"lstm_size": 8})
+    return load(run, trust_code=True)
+
+
+def own_loop(policy: Policy, env: gym.Env[Any, Any], seed: int | None) -> tuple[float, list[int]]:
+    """One episode as the README plays it, in an environment that reset seeds, or is seeded."""
+    observation, info = env.reset(seed=seed)
+    state, actions = policy.initial_state(1), []
+    reward, reset, total = 0.0, True, 0.0
+    while True:
+        action, state = policy.act(
+            observation, state, reward=reward, reset=reset, action_mask=info["action_mask"]
+        )
+        assert isinstance(action, int)
+        actions.append(action)
+        observation, earned, terminated, truncated, info = env.step(action)
+        reward, reset = float(earned), False
+        total += reward
+        if terminated or truncated:
+            return total, actions
+
+
+def test_a_users_own_loop_plays_as_evaluation_does(guarded: Policy) -> None:
+    """With `make_env`, and with the environment itself, which `make_env` seeds in this way."""
+    own = importlib.import_module("nested_env").Guarded
+    returns, played = [], []
+    for seed in range(5):
+        judged = evaluate(guarded, episodes=1, seed=seed, mode="greedy").returns[0]
+        made, actions = own_loop(guarded, guarded.make_env(seed), None)
+        first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
+        itself, its_actions = own_loop(guarded, own(), first_seed)
+        assert made == judged
+        assert (itself, its_actions) == (made, actions)
+        returns.append(made)
+        played.append(tuple(actions))
+    assert len(set(returns)) == len(set(played)) == 5, "equal games would prove nothing"
+
+
+def test_a_loop_without_the_mask_is_caught(guarded: Policy) -> None:
+    class Unmasked(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            *step, info = self.env.step(action)
+            return *step, info | {"action_mask": np.ones(5, np.bool_)}
+
+    own = importlib.import_module("nested_env").Guarded
+    # After the first step nothing is masked: 2 of 5 actions five times in a row, ten times over.
+    with pytest.raises(ValueError, match="is forbidden"):
+        sum(own_loop(guarded, Unmasked(own()), seed)[0] for seed in range(10))
+
+
+def test_several_nested_observations_are_acted_for_at_once(guarded: Policy) -> None:
+    own = importlib.import_module("nested_env").Guarded
+    shown = [own().reset(seed=seed) for seed in range(6)]
+    observations = [observation for observation, _ in shown]
+    masks = np.stack([info["action_mask"] for _, info in shown])
+    many, after = guarded.act(observations, guarded.initial_state(6), action_mask=masks, reset=True)
+    assert isinstance(many, np.ndarray)
+    singly = [
+        guarded.act(observation, guarded.initial_state(1), action_mask=mask, reset=True)[0]
+        for observation, mask in zip(observations, masks, strict=True)
+    ]
+    assert many.tolist() == singly
+    assert len(set(singly)) > 1
+    leaves = tree.leaves(guarded.spec.structure)
+    rows = np.zeros((6, *guarded.spec.observation_space.shape), np.uint8)
+    for row, observation in zip(rows, observations, strict=True):
+        tree.pack(leaves, observation, row)
+    packed, packed_after = guarded.act(
+        rows, guarded.initial_state(6), action_mask=masks, reset=True
+    )
+    np.testing.assert_array_equal(packed, many)
+    assert torch.equal(packed_after.stack, after.stack)
+    one_row, _ = guarded.act(rows[0], guarded.initial_state(1), action_mask=masks[0], reset=True)
+    assert one_row == singly[0]
+    of_one, _ = guarded.act(
+        observations[:1], guarded.initial_state(1), action_mask=masks[:1], reset=True
+    )
+    assert isinstance(of_one, np.ndarray)
+    assert of_one.tolist() == singly[:1]
+
+
+def test_nested_observations_that_do_not_fit_are_refused(guarded: Policy) -> None:
+    observation, _ = guarded.make_env(0).reset()
+    with pytest.raises(ValueError, match="1 observations for a state of 2"):
+        guarded.act(observation, guarded.initial_state(2))
+    with pytest.raises(ValueError, match="3 observations for a state of 2"):
+        guarded.act([observation] * 3, guarded.initial_state(2))
+    with pytest.raises(ValueError, match="part 'camera' of the observation is missing"):
+        guarded.act({"place": 0, "inner": observation["inner"]}, guarded.initial_state(1))
+    with pytest.raises(ValueError, match=r"part 'camera' .* of shape \(4, 6\), not \(6, 4\)"):
+        guarded.act(observation | {"camera": np.zeros((6, 4))}, guarded.initial_state(1))
+
+
+NESTED_OTHERWISE = """
+    import gymnasium as gym
+    import numpy as np
+
+    class Shows(gym.Env):
+        def __init__(self, space):
+            self.observation_space = space
+            self.action_space = gym.spaces.Discrete(3, start=-1)
+
+        def reset(self, *, seed=None, options=None):
+            self.observation_space.seed(seed)
+            self.steps = 0
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            assert action in self.action_space
+            self.steps += 1
+            return self.observation_space.sample(), 1.0, self.steps == 3, False, {}
+
+    def pair():
+        return Shows(gym.spaces.Tuple((gym.spaces.Discrete(4), gym.spaces.MultiBinary(2))))
+
+    def number():
+        return Shows(gym.spaces.Discrete(6, start=2))
+
+    def numbers():
+        return Shows(gym.spaces.MultiDiscrete([3, 4], start=[1, 5]))
+
+    def flags():
+        return Shows(gym.spaces.MultiBinary(8))
+"""
+
+
+@pytest.mark.parametrize("kind", ["pair", "number", "numbers", "flags"])
+def test_what_is_no_dict_is_acted_for_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"shows_{kind}"
+    (tmp_path / f"{module}.py").write_text(textwrap.dedent(NESTED_OTHERWISE))
+    monkeypatch.syspath_prepend(tmp_path)
+    run = small(tmp_path / "run", f"{module}:{kind}", total_frames=160)
+    policy = load(run, trust_code=True)
+    env = policy.make_env(3)
+    space = getattr(sys.modules[module], kind)().observation_space
+    assert env.observation_space == space
+    observation, _ = env.reset()
+    state, shown, chosen = policy.initial_state(1), [], []
+    for step in range(3):
+        assert space.contains(observation)
+        shown.append(observation)
+        action, _ = policy.act(observation, state, reset=True)
+        assert isinstance(action, int)
+        chosen.append(action)
+        observation, _, terminated, _, _ = env.step(action)
+        assert terminated == (step == 2)
+    many, _ = policy.act(shown, policy.initial_state(3), reset=True)
+    assert isinstance(many, np.ndarray)
+    assert many.tolist() == chosen
 
 
 NAMED = {

@@ -55,7 +55,8 @@ def parts_of(space: gym.Space[Any]) -> tuple[Part, ...]:
         if leaf.kind == "box":
             low, high = inner.low, inner.high
             if leaf.dtype.kind == "f":  # values are compared as they are stored
-                low, high = (_stored(bound, leaf.dtype) for bound in (low, high))
+                with np.errstate(over="ignore"):
+                    low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
             low, high = (None if _is_free(bound, inner.dtype) else bound for bound in (low, high))
         elif leaf.kind == "multi_binary":
             low, high = np.int64(0), np.int64(1)
@@ -386,11 +387,6 @@ def _range(part: Part, array: NDArray[Any]) -> Range:
     high = greatest if part.high is None else np.minimum(part.high, greatest)
     low, high = (np.broadcast_to(bound, array.shape).copy() for bound in (low, high))
     return Range(low, high, np.empty((2, *array.shape), np.bool_))
-
-
-def _stored(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
-        return array.astype(dtype)
 
 
 def _is_free(bound: NDArray[Any], dtype: np.dtype[Any]) -> bool:

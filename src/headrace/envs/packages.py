@@ -9,10 +9,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib import metadata, util
 from typing import NamedTuple
 
 import gymnasium as gym
+
+heard: ContextVar[bool] = ContextVar("heard", default=False)
+"""Whether `quietly` keeps what is printed: in a process that may die, it is the last words."""
 
 
 class Package(NamedTuple):
@@ -141,6 +145,11 @@ def available() -> list[tuple[str, str, str]]:
 def quietly() -> Iterator[None]:
     """Drops what is printed and warned of meanwhile, by C code too; packages greet and advise."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if heard.get():
+            yield
+            return
         for fd, redirect in (
             (1, contextlib.redirect_stdout),
             (2, contextlib.redirect_stderr),
@@ -152,8 +161,6 @@ def quietly() -> Iterator[None]:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, fd)
             os.close(nowhere)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import select
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ class Crew:
         self._on_message = on_message
         self._now_s = now_s
         self._poller = select.poll()
+        self._noted: set[str] = set()  # what workers noticed, without its numbers
         self._pipes: set[int] = set()  # of workers, in the poller
         self._outputs: set[int] = set()  # of these, what they print
         self._next_look_s = 0.0
@@ -197,8 +199,11 @@ class Crew:
 
     def _attend(self, member: Member, process: WorkerProcess) -> None:
         for message in process.messages():
-            if "note" in message:
-                self._on_message(f"{member.label}: {message['note']}")
+            note = message.get("note", "")
+            topic = re.sub(r"[-+.\d]+", "#", note)
+            if note and topic not in self._noted:  # 64 environments have the same to say
+                self._noted.add(topic)
+                self._on_message(f"{member.label}: {note}")
         self._relay(member, process)
         cause = process.death()
         if cause is not None:

@@ -7,6 +7,7 @@ their newest rows in a table by environment. The line of those that wait says wh
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ class InlinePool:
         self.restorable = hasattr(env, "snapshot") and hasattr(env, "restore")
         self._env: BatchEnv | None = env
         self._lent = np.empty(0, dtype=np.int32)  # environments received and not replied to
+        self.on_message: Callable[[str], None] = lambda _: None
+        """Told what the environments notice about themselves while they step."""
+        self._notices: Sequence[str] = getattr(env, "notices", ())
+        self._told = len(self._notices)  # these are known from trying one
         first = env.reset()
         self._table: dict[str, NDArray[Any]] = {
             name: np.empty_like(getattr(first, name)) for name in _PER_ROW
@@ -86,6 +91,9 @@ class InlinePool:
             raise RuntimeError("reply came twice: receive a batch first")
         check_action(action, len(self._lent), self.spec.action_space)
         self._store(env.step(self._lent, action))
+        for notice in self._notices[self._told :]:
+            self.on_message(notice)
+            self._told += 1
         self._waiting.add(self._lent.tolist())
         self._lent = np.empty(0, dtype=np.int32)
 

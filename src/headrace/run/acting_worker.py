@@ -68,6 +68,10 @@ class Reports:
         ended = zip(env_id.tolist(), returns.tolist(), lengths.tolist(), infos, strict=True)
         self._episodes += ended
 
+    def note(self, text: str) -> None:
+        """Tells what is worth a line."""
+        self._end.status({"note": text})
+
     def report(self, seat: Seat) -> None:
         """Tells what has come up, if it is time to."""
         now_s = time.monotonic()
@@ -153,6 +157,7 @@ def make_worker(
             seed=generation_seed(derived_seed(config.seed, 2, resume_count), generation),
             first_env=share.first_env,
             in_process=True,
+            on_message=reports.note,
         ),
         Actor(algorithm=algorithm, model=model, generator=generator),
         initial_state(spec, model, 1, _CPU),

@@ -26,6 +26,7 @@ from headrace.errors import ConfigError
 from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
+from headrace.run.trial import try_environment
 from headrace.telemetry.record import RunDirectory, log_to
 from headrace.telemetry.wandb_log import ensure_wandb
 
@@ -90,6 +91,8 @@ def prepare(
     full = completed(config)
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
+    if full.pool != "inline" and not full.lockstep:  # else only this process need know its name
+        try_environment(full.env, full.environment, timeout_s=full.workers.start_timeout_s)
     check(full)
     if full.wandb:
         ensure_wandb()

@@ -164,20 +164,19 @@ class Policy:
         """Returns observations as they travel, [count, ...], and whether it was one without N."""
         space = self.spec.observation_space
         if self._leaves and not _is_packed(observation, count, space.shape):
-            observation, single = self._packed(observation)
-        else:
-            observation = np.asarray(observation, space.dtype)
-            single = observation.shape == space.shape and count == 1
-            if single:
-                observation = observation[None]
-        if observation.shape != (count, *space.shape):
+            return self._packed(observation, count)
+        frames = np.asarray(observation, space.dtype)
+        single = frames.shape == space.shape and count == 1
+        if single:
+            frames = frames[None]
+        if frames.shape != (count, *space.shape):
             raise ValueError(
                 f"observation must be {(count, *space.shape)}, as the state is; it is "
-                f"{observation.shape}"
+                f"{frames.shape}"
             )
-        return observation, single
+        return frames, single
 
-    def _packed(self, observation: Any) -> tuple[NDArray[np.uint8], bool]:
+    def _packed(self, observation: Any, count: int) -> tuple[NDArray[np.uint8], bool]:
         """Packs one nested observation, or several, and says whether it was one."""
         if isinstance(self.spec.structure, gym.spaces.Dict):
             single = isinstance(observation, Mapping)
@@ -186,7 +185,9 @@ class Policy:
         else:
             single = np.shape(observation) == self._leaves[0].shape
         several = [observation] if single else list(observation)
-        rows = np.zeros((len(several), *self.spec.observation_space.shape), np.uint8)
+        if len(several) != count:
+            raise ValueError(f"there are {len(several)} observations for a state of {count}")
+        rows = np.zeros((count, *self.spec.observation_space.shape), np.uint8)
         for row, value in zip(rows, several, strict=True):
             tree.pack(self._leaves, value, row)
         return rows, single

@@ -11,6 +11,7 @@ from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.pools.base import Pool
+from headrace.pools.inline import InlinePool
 from headrace.pools.shm import ShmPool, WorkerEnvs
 from headrace.run.system import usable_cores
 
@@ -73,6 +74,8 @@ def make_pool(
     )
     kind = "inline" if kind == "shm" else kind
     pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
+    if isinstance(pool, InlinePool):
+        pool.on_message = on_message
     return pool
 
 
