@@ -286,11 +286,11 @@ def test_a_closed_output_costs_nothing_but_the_last_words(make: Make, said: list
 
 def test_long_infos_are_left_out_with_one_note(make: Make, said: list[str]) -> None:
     pool = make({"trouble": "long info"})
-    steps = play(pool, lambda _: len(said) == 2)  # one of each worker
+    steps = play(pool, lambda _: bool(said))
     steps += play(pool, lambda step: bool(step.observation[0, COUNT] > 60))
     assert all(step.episode_info is None for step in steps)
-    assert len(said) == 2
-    assert all("final info of over 1024 bytes" in line for line in said)
+    [line] = said  # though each worker has it to say
+    assert "final info of over 1024 bytes" in line
 
 
 @pytest.mark.parametrize("space", ["discrete", "multi", "box"])

@@ -174,13 +174,14 @@ def test_first_row_of_each_environment_and_no_other_is_a_fresh_reset(pool: Pool)
         if len(seen) == NUM_ENVS:
             break
         step = receive(pool)
-        pool.reply(np.zeros(len(step.env_id), dtype=np.int64))
         first = np.array([env_id not in seen for env_id in step.env_id.tolist()])
         assert step.reset[first].all()
         assert not (step.terminated | step.truncated)[first].any()
         later = step.reset & ~first
         assert (step.terminated | step.truncated)[later].all()
         seen.update(step.env_id.tolist())
+        # Last: the arrays are the pool's again after the reply.
+        pool.reply(np.zeros(len(step.env_id), dtype=np.int64))
     assert seen == set(range(NUM_ENVS))
 
 
