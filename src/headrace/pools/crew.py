@@ -213,7 +213,7 @@ class Crew:
 
     def _relay(self, member: Member, process: WorkerProcess) -> None:
         before = process.lines_printed
-        lines = process.printed()
+        lines = [line for line in process.printed() if line.strip()]
         self.lines_printed += process.lines_printed - before
         for line in lines[: LINES_TOLD - member.lines_told]:
             member.lines_told += 1
