@@ -17,6 +17,7 @@ from headrace.config import (
     from_dict,
     merged,
     read_toml,
+    takes_turns,
     to_dict,
     to_toml,
 )
@@ -192,3 +193,18 @@ def test_every_setting_says_what_it_is() -> None:
         for statement, after in zip(body.body, [*body.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{kind.__name__}.{ast.unparse(statement)}"
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, False),
+        ({"lockstep": True}, True),
+        ({"turns": "on"}, True),
+        ({"algorithm": "ppo"}, True),
+        ({"algorithm": "ppo", "turns": "off"}, False),
+        ({"algorithm": "ppo", "inference": "worker"}, False),
+    ],
+)
+def test_who_takes_turns(values: dict[str, Any], wanted: bool) -> None:
+    assert takes_turns(from_dict({"env": "catch", **values})) == wanted

@@ -128,17 +128,21 @@ def completed(config: RunConfig, *, trust_code: bool = True) -> RunConfig:
     Raises:
         ConfigError: a section has the type of another environment or algorithm.
     """
-    filled: dict[str, Any] = {}
+    filled = {}
     for name, kind in section_types(config.env, config.algorithm, trust_code=trust_code).items():
         value = getattr(config, name)
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not a {type(value).__name__}")
         filled[name] = kind() if value is None else value
-    if config.turns == "auto":
-        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-        wanted = getattr(rule, "on_policy", False) and config.inference == "server"
-        filled["turns"] = "on" if wanted else "off"
     return dataclasses.replace(config, **filled)
+
+
+def takes_turns(config: RunConfig) -> bool:
+    """Whether server and learner take turns in one thread, every environment answered at once."""
+    if config.turns == "auto" and config.inference == "server":
+        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+        return config.lockstep or bool(getattr(rule, "on_policy", False))
+    return config.lockstep or config.turns == "on"
 
 
 def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfig:

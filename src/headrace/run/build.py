@@ -11,7 +11,7 @@ from torch import nn
 
 from headrace import catalog
 from headrace.algorithms.base import Algorithm
-from headrace.config import RunConfig
+from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.fifo import SlotQueue, Slots
 from headrace.experience.unrolls import UnrollTable
@@ -106,7 +106,7 @@ def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
 def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
     if config.lockstep:
         return 1
-    if config.turns == "on":
+    if takes_turns(config):
         # Small products gain nothing from a second thread, and wait long for it on a busy machine.
         return cores if len(spec.observation_space.shape) > 1 else 1
     # Server and learner overlap with one thread each until there are cores that environments leave
@@ -219,7 +219,7 @@ def build(
         on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
-    if getattr(algorithm, "on_policy", False) and config.turns == "off" and not config.lockstep:
+    if getattr(algorithm, "on_policy", False) and not takes_turns(config):
         on_message(
             f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
             "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
@@ -247,7 +247,7 @@ def build(
         # one half would run ahead into unrolls that the next update makes old.
         num_envs = config.server.num_envs
         batch = config.server.inference_batch or (num_envs + 1) // 2
-        batch = num_envs if config.lockstep or config.turns == "on" else batch
+        batch = num_envs if takes_turns(config) else batch
         queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, compute.device)
         source = Seat(
             make_pool(

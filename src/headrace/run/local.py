@@ -31,7 +31,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headrace.config import RunConfig, to_dict, to_toml
+from headrace.config import RunConfig, takes_turns, to_dict, to_toml
 from headrace.errors import DeadlineExceeded
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
@@ -176,7 +176,7 @@ def run_training(
         )
         if checkpoint is None:
             session.save()  # so that there is something to go back to, however early the end
-        drive = train_in_turns if config.lockstep or config.turns == "on" else train_overlapped
+        drive = train_in_turns if takes_turns(config) else train_overlapped
         drive(session)
         session.save()
         session.report()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from headrace import catalog
-from headrace.config import RunConfig
+from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.pools.base import Pool
 from headrace.pools.inline import InlinePool
@@ -60,7 +60,7 @@ def make_pool(
             batch_size=batch_size,
             workers=config.workers,
             on_message=on_message,
-            full_batches=config.turns == "on" and batch_size == num_envs,
+            full_batches=takes_turns(config) and batch_size == num_envs,
         )
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
     envs = family.make(
