@@ -107,6 +107,7 @@ EXAMPLES = {
     "control": "CartPole-v1",
     "mujoco-impala": "HalfCheetah-v5",
     "ppo-mujoco": "HalfCheetah-v5",
+    "ppo-control": "CartPole-v1",
     "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
 }
 
@@ -150,7 +151,8 @@ def test_what_an_environment_takes_unasked() -> None:
     assert default_for("HalfCheetah-v5") == "mujoco-impala"
     assert default_for("HalfCheetah-v5", "ppo") == "ppo-mujoco"
     assert default_for("envpool:Hopper-v5") == "mujoco-impala"
-    assert default_for("CartPole-v1", "ppo") is None
+    assert default_for("CartPole-v1", "ppo") == "ppo-control"
+    assert default_for("catch", "ppo") is None
     assert default_for("NotCartPole-v1") is None
     assert default_for("catch") == "catch"
     assert default_for("my_module:FAMILY") is None

@@ -269,6 +269,27 @@ PRESETS = {
             },
         },
     ),
+    "ppo-control": Preset(
+        "Small control tasks such as CartPole-v1 with PPO, in half a minute on two cores.",
+        "ours, one of two tried on CartPole-v1, seeds 1 and 2 (docs/results.md)",
+        {
+            "algorithm": "ppo",
+            "total_frames": 150_000,
+            "server": {"num_envs": 8},
+            "network": _TANH_MLPS,
+            "learning": {
+                "unroll_steps": 32,
+                "batch_unrolls": 8,
+                "epochs": 10,
+                "minibatches": 1,
+                "discount": 0.98,
+                "gae_lambda": 0.9,
+                "entropy_cost": 0.0,
+                "reward_transform": "none",
+                "optimizer": _adam(1e-3),
+            },
+        },
+    ),
     "football": Preset(
         "Google Research Football by EnvPool, with SEED RL's network and four stacked frames.",
         "SEED RL, google-research/seed_rl, gcp/train_football_scoring.sh and football/; not run to "
@@ -312,6 +333,7 @@ UNASKED = (
     (f"(envpool:)?{_MUJOCO}", "mujoco-impala"),
     (f"(envpool:)?{_MUJOCO}", "ppo-mujoco"),
     (f"(envpool:)?{_CLASSIC}", "control"),
+    (f"(envpool:)?{_CLASSIC}", "ppo-control"),
 )
 """What `headrace train ENV` takes where no --preset is given: the first whose names (a regular
 expression) and whose algorithm fit."""
