@@ -90,3 +90,19 @@ class Family(Protocol):
         It goes the same way as the only copy of `make` with this seed if it gets the same actions.
         None if a person may as well look at the agent's observations.
         """
+
+
+def first_rows(observation: NDArray[Any]) -> EnvStep:
+    """Returns the step in which every copy starts: `observation` [N, ...], and a reset alone."""
+    count = len(observation)
+    never = np.zeros(count, np.bool_)
+    return EnvStep(
+        env_id=np.arange(count, dtype=np.int32),
+        run_id=np.zeros(count, np.int64),
+        observation=observation,
+        reward=np.zeros(count, np.float32),
+        reset=~never,
+        terminated=never,
+        truncated=never.copy(),
+        final_observation=None,
+    )

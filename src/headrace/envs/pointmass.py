@@ -21,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.envs.base import first_rows
 from headrace.envs.draws import draw, stream_keys
 from headrace.errors import ConfigError
 from headrace.specs import EnvSpec
@@ -74,17 +75,7 @@ class PointMass:
         """Starts a new episode of every point."""
         env_id = np.arange(self.num_envs, dtype=np.int32)
         self._begin(env_id)
-        never = np.zeros(self.num_envs, dtype=np.bool_)
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(self.num_envs, dtype=np.int64),
-            observation=self._position[env_id],
-            reward=np.zeros(self.num_envs, dtype=np.float32),
-            reset=~never,
-            terminated=never,
-            truncated=never.copy(),
-            final_observation=None,
-        )
+        return first_rows(self._position[env_id])
 
     def step(self, env_id: NDArray[np.int32], action: NDArray[np.float32]) -> EnvStep:
         """Moves the points by actions [N, 2] within [-1, 1]."""

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.envs.base import first_rows
 from headrace.envs.draws import draw, stream_keys
 from headrace.errors import ConfigError
 from headrace.specs import EnvSpec
@@ -57,17 +58,7 @@ class Recall:
         """Starts a new episode in every copy."""
         env_id = np.arange(self.num_envs, dtype=np.int32)
         self._begin(env_id)
-        never = np.zeros(self.num_envs, dtype=np.bool_)
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(self.num_envs, dtype=np.int64),
-            observation=self._show(env_id),
-            reward=np.zeros(self.num_envs, dtype=np.float32),
-            reset=~never,
-            terminated=never,
-            truncated=never.copy(),
-            final_observation=None,
-        )
+        return first_rows(self._show(env_id))
 
     def step(self, env_id: NDArray[np.int32], action: NDArray[np.int64]) -> EnvStep:
         """Takes the action for an answer where the question was shown, and ignores it elsewhere."""

@@ -29,6 +29,7 @@ from headrace.envs import packages
 from headrace.errors import ConfigError, EnvironmentFault, PeerLost
 from headrace.pools.memory import anonymous_file
 from headrace.pools.processes import WorkerEnd, WorkerProcess
+from headrace.run.worker import as_tuples
 
 _DUMP_SIGNAL = signal.SIGUSR2
 _DUMP_LOOKS = 20  # for the stack of a hang
@@ -159,13 +160,6 @@ def _innermost(dump: str) -> str:
     return ", called from ".join(frames[:_MOST_FRAMES])
 
 
-def _as_tuples(value: Any) -> Any:
-    """JSON has made lists of tuples; configs are frozen and have no lists."""
-    if isinstance(value, list):
-        return tuple(_as_tuples(item) for item in value)
-    return value
-
-
 def main() -> None:
     """Tries the environment that the parent names, and says how it went."""
     end = WorkerEnd.open()
@@ -178,7 +172,7 @@ def main() -> None:
     answer: dict[str, Any] = {"good": True}
     try:
         family = catalog.environment_family(env)
-        settings = {name: _as_tuples(value) for name, value in end.settings["settings"].items()}
+        settings = {name: as_tuples(value) for name, value in end.settings["settings"].items()}
         family.spec(env, family.config_type(**settings))
     except (ConfigError, EnvironmentFault) as error:
         answer = {"refused": str(error)}

@@ -172,7 +172,7 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
     """
     family = catalog.environment_family(settings["env"])
     config = family.config_type(
-        **{name: _as_tuples(value) for name, value in settings["settings"].items()}
+        **{name: as_tuples(value) for name, value in settings["settings"].items()}
     )
     bounds = settings["groups"]
     first, end = bounds[0][0], bounds[-1][1]
@@ -204,10 +204,10 @@ def generation_seed(seed: int, generation: int) -> int:
     return int(np.random.SeedSequence((seed, generation)).generate_state(1)[0] >> 1)
 
 
-def _as_tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
     """JSON has made lists of tuples; configs are frozen and have no lists."""
     if isinstance(value, list):
-        return tuple(_as_tuples(item) for item in value)
+        return tuple(as_tuples(item) for item in value)
     return value
 
 
