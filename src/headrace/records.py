@@ -37,6 +37,19 @@ class PolicyStep(NamedTuple):
     log_prob: Tensor  # [N] float32 log-probability of the action under the behaviour policy
     value: Tensor  # [N] float32 value estimate, unnormalised
     env_action: Tensor | None = None  # [N, D] what the environment is told, if not `action` itself
+    action_value: Tensor | None = None  # [N] float32 Q of `action`, unnormalised, where a rule has it
+
+
+class Finals(NamedTuple):
+    """Last observations of episodes that met the clock: no row has them, since those begin anew.
+
+    F is padded to few different sizes; padding has `valid` unset and points at step 0, column 0.
+    """
+
+    observation: Tensor  # [F, K, ...] stacked upon the frames of the old episode
+    step: Tensor  # [F] int64 index by action, as in Batch: where `truncated` is set
+    column: Tensor  # [F] int64 which unroll or sequence
+    valid: Tensor  # [F] bool
 
 
 class Unrolls(NamedTuple):
@@ -58,6 +71,10 @@ class Unrolls(NamedTuple):
     version: Tensor  # [U, B] int64 update that made the weights that acted
     recurrent: tuple[Tensor, ...]  # each [B, ...] state fed to row 0
     action_mask: Tensor | None = None  # [U, B, A] bool
+    value: Tensor | None = None  # [U, B] float32 as in PolicyStep, where a replay keeps it
+    action_value: Tensor | None = None  # [U, B] float32 as in PolicyStep, where a replay keeps it
+    weight: Tensor | None = None  # [B] float32 importance of a sampled sequence, in (0, 1]
+    finals: Finals | None = None  # None where nothing was truncated, or `bootstrap` says it all
 
 
 class Batch(NamedTuple):
@@ -72,6 +89,10 @@ class Batch(NamedTuple):
     truncated: Tensor  # [T, B] bool: the action met the clock
     bootstrap: Tensor  # [T, B] float32 value of the final observation where truncated, else 0
     version: Tensor  # [T, B] int64
+    value: Tensor | None = None  # [U, B] float32 as in PolicyStep: of the policy that acted
+    action_value: Tensor | None = None  # [T, B] float32 as in PolicyStep
+    weight: Tensor | None = None  # [B] float32 importance of a sampled sequence, in (0, 1]
+    finals: Finals | None = None  # final observations of truncated steps, from a replay
 
 
 class Update(NamedTuple):
@@ -79,3 +100,4 @@ class Update(NamedTuple):
 
     metrics: dict[str, Tensor]  # scalars by name, such as loss/policy
     finite: Tensor  # bool scalar: loss and gradient norm were finite
+    priority: Tensor | None = None  # [B] float32 > 0: how often each sampled sequence should return

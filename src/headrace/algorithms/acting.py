@@ -21,7 +21,7 @@ def act_by_policy(
     *,
     mode: ActionMode,
     generator: torch.Generator | None = None,
-    epsilon: float = 0.0,
+    epsilon: float | Tensor = 0.0,
 ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
     """Samples, or takes the likeliest action ("epsilon": but for a share of random ones).
 

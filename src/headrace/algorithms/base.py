@@ -19,19 +19,91 @@ ActionMode = Literal["sample", "greedy", "epsilon"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig:
+    """What is kept for later, and how often it is learned from."""
+
+    replay_capacity: int = 10_000
+    """Sequences kept; the oldest of each environment give way."""
+    replay_gib: float = 0.0
+    """Memory to fill with sequences, in GiB, in place of replay_capacity; 0 for that."""
+    replay_min: int = 500
+    """Sequences there must be before the first update."""
+    replay_place: Literal["auto", "cpu", "cuda", "disk"] = "auto"
+    """Where they lie: with the learner, in main memory, or in a mapped file. auto takes the first of
+    these that they fit into."""
+    replay_folder: str = ""
+    """For the mapped file; empty for the system's folder for temporary files."""
+    save_replay: bool = False
+    """Whether checkpoints hold it, in a file of its own; else a resumed run fills it anew."""
+    samples_per_insert: float = 0.8
+    """Times that a sequence is sampled on average, held by making the faster side wait; 0: neither
+    waits."""
+    priority_exponent: float = 0.9
+    """Sequences are sampled in proportion to their priority to this power; 0: all alike."""
+    importance_exponent: float = 0.6
+    """How far weights in the loss undo that: 0 not at all, 1 wholly."""
+
+    def __post_init__(self) -> None:
+        if self.replay_capacity < 1 or self.replay_min < 1:
+            raise ConfigError("replay_capacity and replay_min must be at least 1")
+        if self.replay_gib < 0 or self.samples_per_insert < 0:
+            raise ConfigError("replay_gib and samples_per_insert must not be negative")
+        if not self.replay_gib and self.replay_min > self.replay_capacity:
+            raise ConfigError(
+                f"replay_min={self.replay_min} sequences never fit in "
+                f"replay_capacity={self.replay_capacity}: lower --replay-min"
+            )
+        if self.priority_exponent < 0 or not 0 <= self.importance_exponent <= 1:
+            raise ConfigError(
+                "priority_exponent must not be negative, and importance_exponent in [0, 1]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplaySpec:
+    """How sequences are cut from what a replay keeps."""
+
+    sequence_steps: int
+    """Steps of a sampled sequence, which has one row more; those of the burn-in included."""
+    stride_steps: int
+    """Steps from the start of one sequence to the start of the next, in the same environment."""
+    burn_in_steps: int
+    """Steps at the start that only warm the recurrent state up."""
+    learned_steps: int
+    """Steps of each sequence that go through the gradient."""
+    settings: ReplayConfig
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride_steps <= self.sequence_steps:
+            raise ConfigError(
+                f"sequences of {self.sequence_steps} steps must start 1 to {self.sequence_steps} "
+                f"steps apart, not {self.stride_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExperienceSpec:
     """How an algorithm wants the stream of steps cut and kept."""
 
     unroll_steps: int
-    """T: agent steps per unroll; an unroll has T + 1 rows."""
+    """T: agent steps per unroll; an unroll has T + 1 rows. With a replay: of the pieces in which
+    experience arrives there; this or the replay's stride divides the other."""
     batch_unrolls: int
-    """B: unrolls per update."""
+    """B: unrolls per update; with a replay, sequences."""
     passes: int = 1
     """How often every row of a batch goes through a gradient in one update."""
+    replay: ReplaySpec | None = None
+    """How experience is kept and sampled; None to learn from every unroll once, in order."""
 
     def __post_init__(self) -> None:
         if self.unroll_steps < 1 or self.batch_unrolls < 1 or self.passes < 1:
             raise ConfigError("unroll_steps, batch_unrolls and passes must be at least 1")
+
+    @property
+    def samples_per_update(self) -> int:
+        """Rows that go through a gradient in one update, as often as they do."""
+        steps = self.unroll_steps if self.replay is None else self.replay.learned_steps
+        return steps * self.batch_unrolls * self.passes
 
 
 class Model(Protocol):
@@ -47,7 +119,17 @@ class Model(Protocol):
 
 
 class Algorithm(Protocol):
-    """A learning rule, made with (model, config, *, spec: EnvSpec, precision: torch.dtype)."""
+    """A learning rule, made with (model, config, *, spec: EnvSpec, precision: torch.dtype).
+
+    It may say more of itself, by attributes that the system looks for:
+
+    - `on_policy` (class): True if server and learner should take turns.
+    - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
+    - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
+    - `eval_epsilon`: epsilon of the environments that play beside training.
+    - `initial_priority(batch) -> Tensor [B]`: of sequences that are new in a replay, from what the
+      policy that acted said; the batch has no observations.
+    """
 
     experience: ExperienceSpec
     model: torch.nn.Module
@@ -60,9 +142,12 @@ class Algorithm(Protocol):
         *,
         mode: ActionMode,
         generator: torch.Generator | None = None,
-        epsilon: float = 0.0,
+        epsilon: float | Tensor = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
-        """Acts for one batch [1, N] with the given weights: the server's, not the learner's."""
+        """Acts for one batch [1, N] with the given weights: the server's, not the learner's.
+
+        `epsilon` is one share of random actions for all, or one for each, [N].
+        """
 
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Learns from one batch. `progress` is the share of the run that is done, in [0, 1]."""

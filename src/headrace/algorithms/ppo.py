@@ -171,7 +171,7 @@ class Ppo:
         *,
         mode: ActionMode,
         generator: torch.Generator | None = None,
-        epsilon: float = 0.0,
+        epsilon: float | Tensor = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
         """Acts by the policy; see `act_by_policy`."""
         return act_by_policy(
