@@ -13,6 +13,7 @@ from headrace.errors import ConfigError
 ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
     "ppo": "headrace.algorithms.ppo:Ppo",
+    "r2d2": "headrace.algorithms.r2d2:R2d2",
 }
 NETWORKS = {
     "football": "headrace.networks.models:football",
@@ -20,6 +21,7 @@ NETWORKS = {
     "impala_shallow": "headrace.networks.models:impala_shallow",
     "mlp": "headrace.networks.models:mlp",
     "nature": "headrace.networks.models:nature",
+    "r2d2": "headrace.networks.r2d2:r2d2",
     "structured": "headrace.networks.structured:structured",
 }
 ENVIRONMENTS = {  # a name that ends in / or : stands for all names that begin with it

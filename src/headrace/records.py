@@ -37,7 +37,9 @@ class PolicyStep(NamedTuple):
     log_prob: Tensor  # [N] float32 log-probability of the action under the behaviour policy
     value: Tensor  # [N] float32 value estimate, unnormalised
     env_action: Tensor | None = None  # [N, D] what the environment is told, if not `action` itself
-    action_value: Tensor | None = None  # [N] float32 Q of `action`, unnormalised, where a rule has it
+    action_value: Tensor | None = (
+        None  # [N] float32 Q of `action`, unnormalised, where a rule has it
+    )
 
 
 class Finals(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from headrace.algorithms.base import ExperienceSpec
 from headrace.errors import DeadlineExceeded, PeerLost
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.shared import (
@@ -110,7 +111,7 @@ def make_table(allocate: Allocate, num_slots: int = 6) -> UnrollTable:
     return UnrollTable(
         spec,
         num_envs=1,
-        unroll_steps=2,
+        experience=ExperienceSpec(unroll_steps=2, batch_unrolls=1),
         num_slots=num_slots,
         queue=SlotQueue(num_slots, capacity=2),
         recurrent=(torch.zeros(1, 5),),

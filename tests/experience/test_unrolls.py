@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from headrace.algorithms.base import ExperienceSpec
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.batches import align
@@ -96,7 +97,7 @@ def make_table(stream: Stream, *, num_slots: int = 200) -> UnrollTable:
     return UnrollTable(
         spec,
         num_envs=stream.num_envs,
-        unroll_steps=stream.unroll_steps,
+        experience=ExperienceSpec(unroll_steps=stream.unroll_steps, batch_unrolls=1),
         num_slots=num_slots,
         queue=SlotQueue(num_slots, capacity=num_slots),
         recurrent=(torch.zeros(1, 3), torch.zeros(1, 2, 2)),
@@ -308,7 +309,7 @@ def test_actions_of_any_shape_and_masks_go_through(action_space: gym.Space) -> N
     table = UnrollTable(
         spec,
         num_envs=1,
-        unroll_steps=2,
+        experience=ExperienceSpec(unroll_steps=2, batch_unrolls=1),
         num_slots=4,
         queue=queue,
         recurrent=(),

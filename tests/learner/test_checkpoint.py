@@ -6,7 +6,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 
@@ -191,6 +192,35 @@ def test_write_that_the_system_refuses_leaves_older_intact(
     assert read(path).meta["agent_steps"] == 1
 
 
+def test_files_are_what_the_library_reads_and_writes(tmp_path: Path) -> None:
+    image = torch.arange(48.0).view(1, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "image": image,
+        "bfloat": torch.randn(5).bfloat16(),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "flag": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "strided": torch.arange(10.0)[::2],
+    }
+    path = checkpoint.save(tmp_path, agent_steps=1, tensors={"weights": tensors}, meta={}, keep=0)
+    loaded = safetensors.torch.load_file(path / "weights.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_group_that_is_not_wanted_is_not_read(tmp_path: Path) -> None:
+    groups = {"weights": {"w": torch.ones(2)}, "replay": {"frames": torch.ones(2)}}
+    path = checkpoint.save(tmp_path, agent_steps=1, tensors=groups, meta={}, keep=0)
+    (path / "replay.safetensors").unlink()
+    found, warnings = newest_whole(tmp_path, without=("replay",))
+    assert found is not None
+    assert (list(found.tensors), warnings) == (["weights"], [])
+    assert newest_whole(tmp_path)[0] is None
+
+
 @pytest.mark.parametrize("failing", ["weights.safetensors", "meta.json"])
 def test_full_disk_leaves_older_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
@@ -198,11 +228,11 @@ def test_full_disk_leaves_older_intact(
     path = write(tmp_path, 1, keep=1)
     write_file = checkpoint._write_file
 
-    def full(target: Path, data: bytes) -> dict[str, str | int]:
+    def full(target: Path, pieces: Iterable[bytes]) -> dict[str, str | int]:
         if target.name == failing:
-            target.write_bytes(data[:3])
+            target.write_bytes(bytes(next(iter(pieces)))[:3])
             raise OSError(28, "No space left on device")
-        return write_file(target, data)
+        return write_file(target, pieces)
 
     monkeypatch.setattr(checkpoint, "_write_file", full)
     with pytest.raises(OSError, match="No space"):

@@ -54,3 +54,13 @@ def test_no_gradient_crosses_a_reset() -> None:
     assert (x_UBF.grad[:3, 1] == 0).all()
     assert (x_UBF.grad[3:, 1] != 0).any(dim=-1).all()
     assert (x_UBF.grad[:3, 0] != 0).any(dim=-1).all()
+
+
+def test_an_unroll_gives_the_state_after_every_row() -> None:
+    core, x_UBF, reset_UB, state = make()
+    y_UBH, expected_end = core(x_UBF, reset_UB, state)
+    (h_UBH, c_UBH), end = core.unroll(x_UBF, reset_UB, state)
+    torch.testing.assert_close((h_UBH, end), (y_UBH, expected_end), rtol=0, atol=0)
+    for t in range(U):
+        _, state_then = core(x_UBF[: t + 1], reset_UB[: t + 1], state)
+        torch.testing.assert_close((h_UBH[t], c_UBH[t]), state_then)

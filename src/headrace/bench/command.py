@@ -9,6 +9,7 @@ BENCHMARKS = {
     "pools": "headrace.bench.pools:run",
     "inference": "headrace.bench.inference:run",
     "learner": "headrace.bench.learner:run",
+    "replay": "headrace.bench.replay:run",
 }
 
 USAGE = """\
@@ -18,6 +19,7 @@ usage: headrace bench NAME …
   pools        environments without a policy: steps/s, and how long an action takes to come back
   inference    the server without environments, over batch sizes and precisions
   learner      the learner without a server, over batch sizes
+  replay       sequences in and out of the replay, beside those of others and a plain copy
 
 All take --json, --seconds, and --smoke (seconds in all; numbers that mean nothing).
 `headrace bench NAME --help` explains one."""

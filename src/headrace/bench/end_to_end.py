@@ -31,6 +31,7 @@ from headrace.bench.settings import (
     PolicyArguments,
     cell,
     check_positive,
+    learning_settings,
     run_config,
 )
 from headrace.config import RunConfig
@@ -59,10 +60,10 @@ class Arguments:
     """Environments."""
     inference_batch: int = 0
     """Environments answered at once; 0 for half of them."""
-    unroll_steps: int = 20
-    """Agent steps per unroll."""
-    batch_unrolls: int = 32
-    """Unrolls per update."""
+    unroll_steps: int | None = None
+    """Agent steps per unroll; None for 20, or with a replay for the preset's."""
+    batch_unrolls: int | None = None
+    """Unrolls per update; None for 32, or with a replay for the preset's."""
     env_threads: int = 0
     """Threads that step a native pool; 0 for one per core."""
     warmup_s: float = 10.0
@@ -196,10 +197,11 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     config = run_config(
         arguments.policy,
         server={"num_envs": arguments.num_envs, "inference_batch": arguments.inference_batch},
-        learning={
-            "unroll_steps": arguments.unroll_steps,
-            "batch_unrolls": arguments.batch_unrolls,
-        },
+        learning=learning_settings(
+            arguments.policy.algorithm,
+            unroll_steps=arguments.unroll_steps,
+            batch_unrolls=arguments.batch_unrolls,
+        ),
         precision=arguments.precision,
         env_threads=arguments.env_threads,
     )
@@ -231,9 +233,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
     """Trains in the run's own threads until the window is measured."""
     waits = Waits()
-    learner = Learner(
-        parts.algorithm, parts.unrolls, parts.queue, parts.weights, device=parts.compute.device
-    )
+    learner = Learner(parts.algorithm, parts.feed, parts.weights, device=parts.compute.device)
     window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
     train_overlapped(window)
     learner.ensure_finite()

@@ -15,6 +15,7 @@ from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    learning_settings,
     print_rows,
     run_config,
 )
@@ -23,6 +24,7 @@ from headrace.run.build import build
 from headrace.run.system import keep_memory
 
 _FILLING_ENVS = 32  # environments of the free pool that fills the unrolls
+_BATCHES = (160, 320, 640, 1280, 2560)  # samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +34,11 @@ class Arguments:
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the torso's arithmetic."""
-    unroll_steps: int = 20
-    """Agent steps per unroll."""
-    batch_size: tuple[int, ...] = (160, 320, 640, 1280, 2560)
-    """Samples per update; multiples of the unroll."""
+    unroll_steps: int | None = None
+    """Agent steps per unroll; None for 20, or with a replay for the preset's."""
+    batch_size: tuple[int, ...] = ()
+    """Samples per update, multiples of the unroll; none for five from 160 to 2560, or with a replay
+    for the preset's."""
     seconds: float = 4.0
     """Seconds that each row is measured."""
     output: OutputArguments = field(default_factory=OutputArguments)
@@ -43,15 +46,9 @@ class Arguments:
     def __post_init__(self) -> None:
         check_positive(
             seconds=self.seconds,
-            batch_size=min(self.batch_size, default=0),
-            unroll_steps=self.unroll_steps,
+            batch_size=min(self.batch_size, default=1),
+            unroll_steps=self.unroll_steps or 1,
         )
-        for size in self.batch_size:
-            if size % self.unroll_steps:
-                raise ConfigError(
-                    f"--batch-size must be a multiple of --unroll-steps={self.unroll_steps}, "
-                    f"not {size}"
-                )
 
 
 SMOKE = Arguments(
@@ -68,18 +65,36 @@ def run(argv: list[str]) -> None:
         prog="headrace bench learner",
     )
     keep_memory()
-    rows = [measure(arguments, size // arguments.unroll_steps) for size in arguments.batch_size]
     policy = arguments.policy
-    print_rows(f"learner: {policy.env}, {policy.network}", rows, as_json=arguments.output.json)
+    sizes = learning_settings(
+        policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=None
+    )
+    steps = sizes.get("unroll_steps") or run_config(policy, server={}).learning.unroll_steps
+    if any(size % steps for size in arguments.batch_size):
+        raise ConfigError(
+            f"--batch-size must be multiples of --unroll-steps={steps}, not {arguments.batch_size}"
+        )
+    unrolls: list[int | None] = [size // steps for size in arguments.batch_size]
+    if not unrolls:
+        unrolls = [None] if "replay" in sizes else [size // steps for size in _BATCHES]
+    rows = [measure(arguments, count) for count in unrolls]
+    title = f"learner: {policy.env}, {policy.algorithm}, {policy.network}"
+    print_rows(title, rows, as_json=arguments.output.json)
 
 
-def measure(arguments: Arguments, batch_unrolls: int) -> dict[str, Any]:
+def measure(arguments: Arguments, batch_unrolls: int | None) -> dict[str, Any]:
     """Returns the row of one batch size."""
-    # All but the unrolls is a run's own; its one environment is never stepped.
+    policy = arguments.policy
+    learning = learning_settings(
+        policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=batch_unrolls
+    )
+    # All but the unrolls is a run's own; its environments are never stepped. A replay's rings are
+    # theirs, so there it has as many as fill it.
+    num_envs = _FILLING_ENVS if "replay" in learning else 1
     config = run_config(
-        arguments.policy,
-        server={"num_envs": 1},
-        learning={"unroll_steps": arguments.unroll_steps, "batch_unrolls": batch_unrolls},
+        policy,
+        server={"num_envs": num_envs},
+        learning=learning,
         precision=arguments.precision,
     )
     with ExitStack() as stack:
@@ -93,13 +108,14 @@ def measure(arguments: Arguments, batch_unrolls: int) -> dict[str, Any]:
         parts.training.pool.close()
         compute = parts.compute
         torch.set_num_threads(compute.threads)
+        experience = parts.algorithm.experience
         timing = stages.learner_alone(config, parts, arguments.seconds, num_envs=_FILLING_ENVS)
     return {
         "device": str(compute.device),
         "threads": compute.threads,
         "precision": str(compute.precision).removeprefix("torch."),
-        "batch_samples": batch_unrolls * arguments.unroll_steps,
-        "batch_unrolls": batch_unrolls,
+        "batch_samples": experience.samples_per_update // experience.passes,
+        "batch_unrolls": experience.batch_unrolls,
         "updates_per_s": timing.rounds_per_s,
         "samples_per_s": timing.per_s,
     }

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from headrace import presets
+from headrace import catalog, presets
 from headrace.config import RunConfig, from_dict, merged
 from headrace.errors import ConfigError
 
@@ -21,10 +21,13 @@ class PolicyArguments:
 
     env: str = "ALE/Pong-v5"
     """Environment; its preset gives all settings that are not flags here."""
-    network: str = "nature"
-    """Name in the catalog, or auto."""
+    algorithm: str = "impala"
+    """Learning rule; the preset is that of both."""
+    network: str = "auto"
+    """Name in the catalog; auto: what suits observations and algorithm, for images nature or
+    r2d2."""
     lstm_size: int = 0
-    """Width of the LSTM after the torso; 0 for none."""
+    """Width of the LSTM after the torso; 0 for none, or the network's own."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -33,7 +36,7 @@ class PolicyArguments:
     """Threads of each compute stage; 0 fits it to the cores, as training does."""
 
 
-SMOKE_POLICY = PolicyArguments(env="catch", network="auto")
+SMOKE_POLICY = PolicyArguments(env="catch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +57,10 @@ def run_config(
     **settings: Any,
 ) -> RunConfig:
     """Returns the settings of the environment's preset with the benchmark's own on top."""
-    name = presets.default_for(policy.env)
+    name = presets.default_for(policy.env, policy.algorithm)
     own = {
         "env": policy.env,
+        "algorithm": policy.algorithm,
         "device": policy.device,
         "compile": policy.compile,
         "compute_threads": policy.compute_threads,
@@ -66,6 +70,22 @@ def run_config(
         **settings,
     }
     return from_dict(merged(presets.find(name).values if name else {}, own))
+
+
+def learning_settings(
+    algorithm: str, *, unroll_steps: int | None, batch_unrolls: int | None
+) -> dict[str, Any]:
+    """Returns the sizes of unrolls: 20 and 32 where none are given, or, with a replay, the preset's.
+
+    A replay is learned from as soon as there is any, so that a benchmark need not wait.
+    """
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm)
+    has_replay = "replay" in rule.config_type.__dataclass_fields__
+    sizes = {"unroll_steps": unroll_steps, "batch_unrolls": batch_unrolls}
+    if has_replay:
+        given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+        return {**given, "replay": {"replay_min": 1}}
+    return {"unroll_steps": unroll_steps or 20, "batch_unrolls": batch_unrolls or 32}
 
 
 def check_positive(**values: float) -> None:

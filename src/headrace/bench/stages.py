@@ -25,9 +25,13 @@ from numpy.typing import NDArray
 
 from headrace.config import RunConfig
 from headrace.errors import DeadlineExceeded
+from headrace.experience.limiter import SampleLimiter
+from headrace.learner.feeds import FifoFeed, ReplayFeed
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
-from headrace.run.build import Parts, make_unrolls
+from headrace.records import Batch
+from headrace.run.build import Parts, exploration
+from headrace.run.experience import make_unrolls
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
@@ -193,6 +197,7 @@ class ServerAlone:
             unrolls=self.unrolls,
             on_episodes=lambda *_: None,
             device=device,
+            exploration=exploration(parts.algorithm, num_envs),
         )
         self._weights, self._waits = parts.weights, Waits()
 
@@ -237,25 +242,76 @@ def inference_alone(
 
 
 def learner_alone(config: RunConfig, parts: Parts, seconds: float, *, num_envs: int) -> Timing:
-    """Measures a run's learner on unrolls that are always there, in samples; a round is an update.
+    """Measures a run's learner where experience is always there, in samples; a round is an update.
+
+    A replay is the run's own, as full as it is, or filled with one batch.
 
     Raises:
         TrainingDiverged: a loss was not finite.
     """
+    if isinstance(parts.feed, ReplayFeed):
+        num_envs = config.server.num_envs  # its rings are theirs
     server = ServerAlone(config, parts, num_envs=num_envs)
-    while len(server.queue) < parts.algorithm.experience.batch_unrolls:
+    feed = endless_feed(parts, server)
+    while not feed.ready():
         server.serve()
-    filled, waits = server.queue.state(), Waits()
-    learner = Learner(
-        parts.algorithm, server.unrolls, server.queue, parts.weights, device=parts.compute.device
-    )
+        feed.fill()
+    learner = Learner(parts.algorithm, feed, parts.weights, device=parts.compute.device)
+    waits = Waits()
 
     def update() -> int:
         before = learner.samples
-        server.queue.restore(filled)
         learner.learn(progress=0.0, timeout_s=0.0, waits=waits)
         return learner.samples - before
 
     timing = timed(update, seconds, parts.compute.device)
     learner.ensure_finite()
     return timing
+
+
+class EndlessFifo(FifoFeed):
+    """Gives the same unrolls again and again."""
+
+    def __init__(self, server: ServerAlone, *, batch_unrolls: int, device: torch.device) -> None:
+        super().__init__(server.unrolls, server.queue, batch_unrolls=batch_unrolls, device=device)
+        self._slots = server.queue
+        self._filled: dict[str, list[int]] | None = None
+
+    def fill(self) -> None:
+        """Has nothing to do: full slots stay where they are."""
+
+    def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
+        """Gives the oldest slots, which are full again at once."""
+        if self._filled is None:
+            self._filled = self._slots.state()
+        self._slots.restore(self._filled)
+        return super().next(version=version, timeout_s=timeout_s, waits=waits)
+
+
+class EndlessReplay(ReplayFeed):
+    """Samples as often as it is asked."""
+
+    def fill(self) -> None:
+        """Takes in what has come."""
+        self._take_in(waiting=len(self._queue))
+
+
+def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessReplay:
+    """Returns what a learner can be measured with."""
+    batch, device = parts.algorithm.experience.batch_unrolls, parts.compute.device
+    if not isinstance(parts.feed, ReplayFeed):
+        return EndlessFifo(server, batch_unrolls=batch, device=device)
+    replay = parts.feed.replay
+    replay.forget_streams()  # the free environments continue nothing
+    limiter = SampleLimiter(0.0, min_inserted=1, batch=batch, max_insert=batch)
+    limiter.inserted(replay.sequences)
+    return EndlessReplay(
+        server.unrolls,
+        server.queue,
+        replay,
+        limiter,
+        experience=parts.algorithm.experience,
+        device=device,
+        seed=0,
+        initial_priority=getattr(parts.algorithm, "initial_priority", None),
+    )

@@ -33,6 +33,9 @@ class Slots(Protocol):
     def wait_for_space(self, timeout_s: float) -> bool:
         """See `SlotQueue.wait_for_space`."""
 
+    def wait_for_full(self, timeout_s: float) -> bool:
+        """See `SlotQueue.wait_for_full`."""
+
 
 class SlotQueue:
     """First in, first out; one owner per slot, always: the server, this queue, or a reader."""
@@ -68,6 +71,11 @@ class SlotQueue:
         """Waits until fewer than `capacity` slots are full; False after `timeout_s`."""
         with self._slots:
             return self._slots.wait_for(lambda: len(self._full) < self.capacity, timeout_s)
+
+    def wait_for_full(self, timeout_s: float) -> bool:
+        """Waits until some slot is full; False after `timeout_s`."""
+        with self._slots:
+            return self._slots.wait_for(lambda: bool(self._full), timeout_s)
 
     @contextmanager
     def reading(

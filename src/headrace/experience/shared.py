@@ -178,6 +178,14 @@ class SharedSlots:
         """Never waits: workers do, each for its own slots; an evaluation writes none."""
         return True
 
+    def wait_for_full(self, timeout_s: float) -> bool:
+        """Waits until some slot is full; False after `timeout_s`."""
+        self._collect()
+        if not self._full:
+            self._poller.poll(timeout_s * 1000.0)
+            self._collect()
+        return bool(self._full)
+
     @contextmanager
     def reading(
         self, count: int, *, timeout_s: float, keep: Callable[[int], bool] = lambda _: True

@@ -13,18 +13,23 @@ what lies before an episode's start.
 
 What arrives on the host (reward, flags, version) is kept there and crosses with the batch; what the
 policy made never leaves the device.
+
+Where a replay follows, full slots are only its mail: `segments` hands them over as they are, with
+the final observations of truncated rows, which have a column of their own, and with what the policy
+said of its actions. The table then lies where the replay does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.algorithms.base import ExperienceSpec
 from headrace.experience.fifo import SlotQueue
 from headrace.records import PolicyStep, Unrolls
 from headrace.rows import upload, write_rows
@@ -42,14 +47,32 @@ Allocate = Callable[[str, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Name, shape and dtype of a column; returns zeros that may lie in memory shared by processes."""
 
 
-def device_fields(spec: EnvSpec) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def device_fields(
+    spec: EnvSpec, *, for_replay: bool
+) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape of one row and dtype of what the policy made, or needs again in the learner."""
     action = (spec.action_shape, np.dtype(spec.action_dtype))
     number: tuple[tuple[int, ...], np.dtype[Any]] = ((), np.dtype(np.float32))
     fields = {"action": action, "previous_action": action, "log_prob": number, "bootstrap": number}
+    if for_replay:
+        fields |= {"value": number, "action_value": number}
     if spec.has_action_mask:
         fields["action_mask"] = ((spec.action_mask_size,), np.dtype(np.bool_))
     return fields
+
+
+class Segment(NamedTuple):
+    """Unrolls as they were stored, without stacks: n of c + 1 rows. What a replay takes."""
+
+    env_id: NDArray[np.int64]  # [n]
+    run_id: NDArray[np.int64]  # [n]
+    frames: Tensor  # [n, c + 1, ...] single frames
+    columns: dict[str, Tensor]  # each [n, c + 1, ...]: action, log_prob, value, action_value, ...
+    host: dict[str, NDArray[Any]]  # each [n, c + 1]: reward, reset, terminated, truncated, version
+    recurrent: tuple[Tensor, ...]  # each [n, ...] state fed to row 0
+    final_frames: Tensor  # [f, ...] final observations of truncated rows
+    final_at: NDArray[np.int64]  # [f, 2] which of the n, and which row of it, 1 to c
+    final_value: Tensor  # [f] float32 what the policy that acted said of them
 
 
 class UnrollTable:
@@ -60,7 +83,7 @@ class UnrollTable:
         spec: EnvSpec,
         *,
         num_envs: int,
-        unroll_steps: int,
+        experience: ExperienceSpec,
         num_slots: int,
         queue: SlotQueue,
         recurrent: tuple[Tensor, ...],
@@ -72,15 +95,20 @@ class UnrollTable:
         Args:
             spec: Shapes of one environment.
             num_envs: Environments that write here.
-            unroll_steps: T.
+            experience: T, and whether `segments` is asked for a replay, in place of `gather`.
             num_slots: Slots in all, those under construction included.
             queue: Where full slots go and free ones come from.
             recurrent: An example of the policy's recurrent state, each [1, ...].
-            device: Where the learner reads.
+            device: Where the learner reads; with a replay, where that lies.
             allocate: Makes the columns, on a CPU; None for memory of this process, on `device`.
         """
+        self.first_env = 0
+        """Number in the run of the environment that is 0 here."""
+        self.generation = 0
+        """How many wrote here before, for the same environments: their run ids are others."""
         self.queue = queue
-        self.rows = unroll_steps + 1
+        for_replay = experience.replay is not None
+        self.rows = experience.unroll_steps + 1
         self.prefix = spec.frame_stack - 1
         self.dropped_unrolls = 0
         self._device = device
@@ -91,7 +119,14 @@ class UnrollTable:
         self._zero_frame = frame_rows - 1
         self._fields = {
             name: self._tensor(name, (rows, *shape), dtype)
-            for name, (shape, dtype) in device_fields(spec).items()
+            for name, (shape, dtype) in device_fields(spec, for_replay=for_replay).items()
+        }
+        self._finals: Tensor | None = None
+        if for_replay:  # most of it is never written, so that most of it is never memory
+            self._finals = self._tensor("finals", (rows, *space.shape), np.dtype(space.dtype))
+        self._of_slot = {
+            name: self._array(name, (num_slots,), np.dtype(np.int64))
+            for name in ("env_id", "run_id")
         }
         self._host = {
             name: self._array(name, (rows,), np.dtype(dtype)) for name, dtype in HOST_FIELDS.items()
@@ -126,7 +161,7 @@ class UnrollTable:
 
         Args:
             step: What arrived.
-            frames: [N, ...] its observations on the device.
+            frames: [N, ...] its observations, on the policy's device.
             done: What the policy did.
             previous_action: [N, ...] what the policy was told.
             recurrent: Each [N, ...] state that was fed to this step.
@@ -142,16 +177,26 @@ class UnrollTable:
             self._run_id[env[fresh]] = step.run_id[fresh]
         slot, row = self._slot[env], self._row[env]
         self._reset[slot, self.prefix + row] = step.reset
+        self._of_slot["env_id"][slot] = self.first_env + env
+        self._of_slot["run_id"][slot] = (self.generation << 32) + step.run_id
         self._write_host(slot * self.rows + row, step, version)
         at = self._upload(slot * self.rows + row)
+        if frames.device != self._device:  # the host still has them
+            frames = self._upload(step.observation)
         write_rows(self._frames, self._upload(self._frame_row(slot, row)), frames)
-        write_rows(self._fields["action"], at, done.action)
-        write_rows(self._fields["log_prob"], at, done.log_prob)
-        write_rows(self._fields["previous_action"], at, previous_action)
-        if bootstrap is not None:
-            write_rows(self._fields["bootstrap"], at, bootstrap)
-        if action_mask is not None:
-            write_rows(self._fields["action_mask"], at, action_mask)
+        given = {
+            "action": done.action,
+            "log_prob": done.log_prob,
+            "previous_action": previous_action,
+            "bootstrap": bootstrap,
+            "action_mask": action_mask,
+        }
+        if self._finals is not None:
+            given |= {"value": done.value, "action_value": done.action_value}
+            self._write_finals(slot * self.rows + row, step)
+        for name, values in given.items():
+            if values is not None:
+                write_rows(self._fields[name], at, values.to(self._device))
         starts = np.flatnonzero(row == 0)
         self._store_recurrent(slot[starts], starts, recurrent)
         self._row[env] = row + 1
@@ -174,7 +219,7 @@ class UnrollTable:
         }
         host = {name: self._upload(field[flat]) for name, field in self._host.items()}
         slot_index = self._upload(slot)
-        unrolls = Unrolls(
+        unrolls = Unrolls(  # type: ignore[arg-type]  # what has a name in `device` is a Tensor
             observation=stack.view(*shape, self.prefix + 1, *stack.shape[1:]),
             reset=self._upload(self._reset[slot, self.prefix + rows]),
             recurrent=tuple(part.index_select(0, slot_index) for part in self._recurrent),
@@ -183,6 +228,39 @@ class UnrollTable:
         )
         self._mark(self._read, slots)
         return unrolls
+
+    def segments(self, slots: list[int]) -> Segment:
+        """Copies what is in `slots` for a replay; final observations of rows 1 to T with it."""
+        if self._finals is None:
+            raise RuntimeError("this table keeps no final observations: it is not for a replay")
+        _wait(self._written, slots)
+        slot = np.asarray(slots, np.int64)
+        rows = np.arange(self.rows)
+        flat = slot[:, None] * self.rows + rows  # [n, U]
+        frame_rows = self._frame_row(slot[:, None], rows)
+        host = {name: field[flat] for name, field in self._host.items()}
+        host["reset"] = self._reset[slot, self.prefix :]
+        truncated = host["truncated"].copy()
+        truncated[:, 0] = False
+        final_at = np.argwhere(truncated).astype(np.int64)
+        final_rows = self._upload(flat[truncated])
+        segment = Segment(
+            env_id=self._of_slot["env_id"][slot],
+            run_id=self._of_slot["run_id"][slot],
+            frames=_rows(self._frames, self._upload(frame_rows)),
+            columns={
+                name: _rows(field, self._upload(flat))
+                for name, field in self._fields.items()
+                if name not in ("previous_action", "bootstrap")
+            },
+            host=host,
+            recurrent=tuple(_rows(part, self._upload(slot)) for part in self._recurrent),
+            final_frames=_rows(self._finals, final_rows),
+            final_at=final_at,
+            final_value=_rows(self._fields["bootstrap"], final_rows),
+        )
+        self._mark(self._read, slots)
+        return segment
 
     def unfinished(self) -> int:
         """Number of unrolls under construction that have rows: what a run that stops here loses."""
@@ -196,6 +274,8 @@ class UnrollTable:
             "host": self._host,
             "reset": self._reset,
             "recurrent": list(self._recurrent),
+            "finals": self._finals,
+            "of_slot": self._of_slot,
             "slot": self._slot,
             "row": self._row,
             "run_id": self._run_id,
@@ -211,6 +291,10 @@ class UnrollTable:
             values[:] = state["host"][name]
         for part, stored in zip(self._recurrent, state["recurrent"], strict=True):
             part.copy_(stored)
+        if self._finals is not None:
+            self._finals.copy_(state["finals"])
+        for name, values in self._of_slot.items():
+            values[:] = state["of_slot"][name]
         self._reset[:] = state["reset"]
         self._slot[:], self._row[:], self._run_id[:] = state["slot"], state["row"], state["run_id"]
         self.queue.restore(state["queue"])
@@ -223,8 +307,9 @@ class UnrollTable:
         return self._allocate(name, shape, dtype) if self._allocate else np.zeros(shape, dtype)
 
     def _tensor(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-        if self._allocate:
-            return torch.from_numpy(self._allocate(name, shape, dtype))
+        if self._allocate or self._device.type == "cpu":
+            # numpy's zeros are no memory until they are written.
+            return torch.from_numpy(self._array(name, shape, dtype))
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.zeros(shape, dtype=kind, device=self._device)
 
@@ -234,13 +319,20 @@ class UnrollTable:
         self._host["truncated"][at] = step.truncated
         self._host["version"][at] = version
 
+    def _write_finals(self, at: NDArray[np.int64], step: EnvStep) -> None:
+        if self._finals is not None and step.final_observation is not None:
+            which = np.flatnonzero(step.truncated)
+            final = np.ascontiguousarray(step.final_observation[which])
+            write_rows(self._finals, self._upload(at[which]), self._upload(final))
+
     def _store_recurrent(
         self, slot: NDArray[np.int64], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]
     ) -> None:
         if len(slot) and recurrent:
             into, source = self._upload(slot), self._upload(which)
             for part, state in zip(self._recurrent, recurrent, strict=True):
-                write_rows(part, into, state.index_select(0, source))
+                rows = state.index_select(0, source.to(state.device))
+                write_rows(part, into, rows.to(part.device))
 
     def _hand_over(
         self, env: NDArray[np.int32], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]
@@ -294,6 +386,11 @@ class UnrollTable:
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(array, self._device)
+
+
+def _rows(table: Tensor, at: Tensor) -> Tensor:
+    """Copies rows of a table: [*at.shape, ...]."""
+    return table.index_select(0, at.reshape(-1)).view(*at.shape, *table.shape[1:])
 
 
 def _wait(events: dict[int, torch.cuda.Event], slots: list[int]) -> None:

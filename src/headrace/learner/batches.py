@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from headrace.records import Batch, PolicyInput, Unrolls
+from headrace.records import Batch, Finals, PolicyInput, Unrolls
 from headrace.rows import upload
 
 
@@ -39,6 +39,10 @@ def align(unrolls: Unrolls) -> Batch:
         truncated=truncated,
         bootstrap=torch.where(truncated, unrolls.bootstrap[1:], 0.0),
         version=unrolls.version[:-1],
+        value=unrolls.value,
+        action_value=None if unrolls.action_value is None else unrolls.action_value[:-1],
+        weight=unrolls.weight,
+        finals=unrolls.finals,
     )
 
 
@@ -50,8 +54,8 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _moved(field: Any, device: torch.device) -> Any:
-    if isinstance(field, PolicyInput):
-        return PolicyInput(*(_moved(part, device) for part in field))
+    if isinstance(field, PolicyInput | Finals):
+        return type(field)(*(_moved(part, device) for part in field))
     if isinstance(field, tuple):
         return tuple(_moved(part, device) for part in field)
     return None if field is None else upload(field.numpy(), device)

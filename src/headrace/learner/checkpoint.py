@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,19 @@ SCHEMA = 1
 
 _NAME = re.compile(r"agent_steps_(\d{12,})(\.replaced)?")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
+_PIECE_NBYTES = 1 << 26
+_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _OWN_KEYS = ("schema", "agent_steps", "files", "meta_sha256")
 
 Skeleton = dict[str, Any] | int | float | bool | str | None
@@ -85,10 +98,10 @@ def save(
         temporary.mkdir()
         files = {}
         for group, named in tensors.items():
-            data = safetensors.torch.save({name: _to_disk(t) for name, t in named.items()})
-            files[f"{group}.safetensors"] = _write_file(temporary / f"{group}.safetensors", data)
+            name = f"{group}.safetensors"
+            files[name] = _write_file(temporary / name, _tensor_file(named))
         own = {"schema": SCHEMA, "agent_steps": agent_steps, "files": files}
-        _write_file(temporary / "meta.json", _encode_meta({**own, **meta}))
+        _write_file(temporary / "meta.json", [_encode_meta({**own, **meta})])
         _sync_folder(temporary)
         _put_in_place(temporary, final)
     finally:
@@ -107,18 +120,40 @@ def _check_names(tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str,
         raise ValueError(f"meta may not use the keys of the checkpoint itself: {', '.join(taken)}")
 
 
-def _to_disk(tensor: Tensor) -> Tensor:
-    # A copy even on the CPU: safetensors refuses tensors that share memory, such as tied weights.
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _tensor_file(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of a safetensors file, in pieces: a replay may be most of the memory.
+
+    The library's own writer wants all tensors in one string first.
+    """
+    # The widest first, as the library has them, so that each begins at a multiple of its items.
+    order = sorted(named, key=lambda name: (-named[name].element_size(), name))
+    header, end = {}, 0
+    for name in order:
+        tensor = named[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        row_major = named[name].detach().to("cpu").contiguous().reshape(-1)
+        data = row_major.view(torch.uint8).numpy().data
+        for start in range(0, len(data), _PIECE_NBYTES):
+            yield data[start : start + _PIECE_NBYTES]
 
 
-def _write_file(path: Path, data: bytes) -> dict[str, str | int]:
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, str | int]:
     """Writes and syncs one file; returns what `read` needs to verify it."""
+    digest, nbytes = hashlib.sha256(), 0
     with path.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            nbytes += len(piece)
         file.flush()
         os.fsync(file.fileno())
-    return {"sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)}
+    return {"sha256": digest.hexdigest(), "nbytes": nbytes}
 
 
 def _encode_meta(content: Mapping[str, Any]) -> bytes:
@@ -185,8 +220,10 @@ def _remove_hidden(directory: Path) -> None:
         shutil.rmtree(path)
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, *, without: Collection[str] = ()) -> Checkpoint:
     """Reads one checkpoint; parses no tensor before its file's size and SHA-256 are right.
+
+    The groups `without` are neither read nor verified.
 
     Raises:
         DamagedCheckpoint: names the file and what is wrong with it.
@@ -195,16 +232,21 @@ def read(path: Path) -> Checkpoint:
     meta = _read_meta(path / "meta.json")
     tensors = {}
     for name, expected in meta["files"].items():
-        data = _read_verified(path / name, expected)
+        group = name.removesuffix(".safetensors")
+        if group in without:
+            continue
+        _verify(path / name, expected)
         try:
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+            tensors[group] = safetensors.torch.load_file(path / name)
         except safetensors.SafetensorError as error:
             raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {error}") from error
     return Checkpoint(path, tensors, meta)
 
 
-def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Finds where to go on from.
+def newest_whole(
+    directory: Path, *, without: Collection[str] = ()
+) -> tuple[Checkpoint | None, list[str]]:
+    """Finds where to go on from; the groups `without` may be damaged, and are not read.
 
     Returns:
         The newest whole checkpoint, None if there is none, and one sentence for each newer one that
@@ -216,7 +258,7 @@ def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     warnings: list[str] = []
     for _, path in _newest_first(directory):
         try:
-            return read(path), warnings
+            return read(path, without=without), warnings
         except DamagedCheckpoint as error:
             warnings.append(f"skipped the damaged checkpoint {path.name}: {error}")
     return None, warnings
@@ -233,7 +275,7 @@ def _newest_first(directory: Path) -> list[tuple[int, Path]]:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(_read_bytes(path))
+        meta = json.loads(b"".join(_pieces(path)))
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or "schema" not in meta:
@@ -248,18 +290,22 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_verified(path: Path, expected: Mapping[str, Any]) -> bytes:
-    data = _read_bytes(path)
-    if len(data) != expected["nbytes"]:
-        raise DamagedCheckpoint(f"{path} has {len(data)} bytes instead of {expected['nbytes']}")
-    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    digest, nbytes = hashlib.sha256(), 0
+    for piece in _pieces(path):
+        digest.update(piece)
+        nbytes += len(piece)
+    if nbytes != expected["nbytes"]:
+        raise DamagedCheckpoint(f"{path} has {nbytes} bytes instead of {expected['nbytes']}")
+    if digest.hexdigest() != expected["sha256"]:
         raise DamagedCheckpoint(f"{path} does not match its SHA-256")
-    return data
 
 
-def _read_bytes(path: Path) -> bytes:
+def _pieces(path: Path) -> Iterator[bytes]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_NBYTES):
+                yield piece
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing") from error
     except OSError as error:

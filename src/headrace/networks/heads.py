@@ -1,10 +1,13 @@
-"""Heads: features [..., F] to the parameters of a policy, or to a value.
+"""Heads: features [..., F] to the parameters of a policy, to a value, or to action values.
 
-They start as is usual for actor-critics (Andrychowicz et al. 2021, "What matters in on-policy RL"):
-orthogonal, scaled 0.01 for the policy, so that it starts close to uniform, and 1 for the value.
+Those of a policy and its value start as is usual for actor-critics (Andrychowicz et al. 2021, "What
+matters in on-policy RL"): orthogonal, scaled 0.01 for the policy, so that it starts close to
+uniform, and 1 for the value. How action values start, `action_value_head` says.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from headrace.ops.distributions import Distribution
 from headrace.ops.squashed_normal import SquashedNormal
 
 _POLICY_SCALE = 0.01
+_ACTION_VALUE_SCALE = 0.1
+_MAX_HIDDEN = 512
 
 
 class NormalHead(nn.Module):
@@ -46,6 +51,35 @@ class NormalHead(nn.Module):
         return torch.cat((mean, log_std), dim=-1)
 
 
+class DuellingHead(nn.Module):
+    """Q [..., A] of every action as a value plus advantages of mean 0 (Wang et al. 2016, eq. 9).
+
+    Each of the two has a hidden layer of its own.
+    """
+
+    def __init__(self, features: int, actions: int) -> None:
+        """Takes the length of the input, which is the hidden width too up to 512, and A."""
+        super().__init__()
+        hidden = min(features, _MAX_HIDDEN)
+        self.value = _stream(features, hidden, 1)
+        # A bias of an advantage would say twice what the bias of the value says.
+        self.advantage = _stream(features, hidden, actions, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns Q."""
+        value: Tensor = self.value(features)
+        advantage: Tensor = self.advantage(features)
+        return value + advantage - advantage.mean(dim=-1, keepdim=True)
+
+
+def _stream(features: int, hidden: int, outputs: int, *, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(
+        linear_head(features, hidden, scale=math.sqrt(2.0)),
+        nn.ReLU(),
+        linear_head(hidden, outputs, scale=_ACTION_VALUE_SCALE, bias=bias),
+    )
+
+
 def policy_head(
     features: int, distribution: Distribution, *, initial_log_std: float, state_dependent_std: bool
 ) -> nn.Module:
@@ -65,9 +99,23 @@ def value_head(features: int) -> nn.Linear:
     return linear_head(features, 1, scale=1.0)
 
 
-def linear_head(inputs: int, outputs: int, *, scale: float) -> nn.Linear:
-    """A linear layer with orthogonal weight of the given scale and zero bias."""
-    layer = nn.Linear(inputs, outputs)
+def action_value_head(features: int, actions: int, *, duelling: bool) -> nn.Module:
+    """Returns the head that gives Q [..., A]: duelling streams, or one layer (Mnih et al. 2015).
+
+    Q starts near 0 for every action, since targets take the largest: with PyTorch's start they
+    would first learn the spread of random numbers. It does not start as near as a policy's logits:
+    a torso's gradients shrink with the scale, and must stay above Adam's epsilon. Hidden layers
+    start as torsos do, for the same reason (`torsos.ConvTorso`).
+    """
+    if duelling:
+        return DuellingHead(features, actions)
+    return linear_head(features, actions, scale=_ACTION_VALUE_SCALE)
+
+
+def linear_head(inputs: int, outputs: int, *, scale: float, bias: bool = True) -> nn.Linear:
+    """A linear layer with orthogonal weight of the given scale and, if any, zero bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.orthogonal_(layer.weight, scale)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer

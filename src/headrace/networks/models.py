@@ -1,4 +1,4 @@
-"""Actor-critic networks: a torso, perhaps an LSTM, a policy head and a value head.
+"""Networks by name: torsos under the heads of an actor-critic, or under those of action values.
 
 Shape suffixes: U = rows in order, B = unrolls (or environments), N = U times B, F = features, P =
 parameters of the policy, E = features of a previous action.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from headrace.errors import ConfigError
+from headrace.networks.action_values import ActionValueNet
+from headrace.networks.config import NetworkConfig
 from headrace.networks.heads import policy_head, value_head
-from headrace.networks.normalizer import ObservationNormalizer, Observer
+from headrace.networks.normalizer import ObservationNormalizer, Observer, frame_normalizer
 from headrace.networks.recurrent import ResetLSTM
 from headrace.networks.torsos import (
     FOOTBALL_CHANNELS,
     NATURE_CONVS,
     SHALLOW_CONVS,
-    Activation,
     ConvTorso,
     DeepTorso,
     MlpTorso,
@@ -36,38 +36,20 @@ from headrace.ops.distributions import make_distribution
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkConfig:
-    """Which network to build."""
-
-    network: str = "auto"
-    """Name in the catalog, or "my_module:function"; auto: nature for images, structured for
-    observations of several parts, mlp for the rest."""
-    lstm_size: int = 0
-    """Width of the LSTM after the torso; 0 for none."""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of mlp and structured."""
-    activation: Activation = "relu"
-    """Of those layers."""
-    separate_value: bool = False
-    """Whether the value has a torso of its own."""
-    normalize_observations: bool = False
-    """Whether observations that are floats are normalised by what was seen so far."""
-    initial_log_std: float = 0.0
-    """Continuous actions: log standard deviation at the start, before the squash."""
-    state_dependent_std: bool = False
-    """Continuous actions: whether the deviation depends on the observation."""
-
-    def __post_init__(self) -> None:
-        if self.lstm_size < 0:
-            raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
-        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")
-        if self.separate_value and self.lstm_size:
-            raise ConfigError(
-                "separate_value goes with lstm_size 0: policy and value share the LSTM"
-            )
+__all__ = [
+    "AnyNet",
+    "NetworkConfig",
+    "PolicyValue",
+    "PolicyValueNet",
+    "assemble",
+    "default_network",
+    "football",
+    "impala_deep",
+    "impala_shallow",
+    "lower_precision",
+    "mlp",
+    "nature",
+]
 
 
 class PolicyValue(NamedTuple):
@@ -101,13 +83,20 @@ class PolicyValueNet(nn.Module):
             spec: What the heads are built from.
             config: Everything after the torso, and whether its input is normalised.
             value_torso: The value's own, where the config has `separate_value`; a copy if None.
+
+        Raises:
+            ConfigError: the config asks for action values.
         """
         super().__init__()
+        if config.has_action_values:
+            raise ConfigError(
+                f"a PolicyValueNet cannot have heads {config.heads}: make your network with "
+                "headrace.networks.models.assemble, which picks the class by config.heads"
+            )
         self.distribution = make_distribution(spec.action_space)
-        self.normalizer: ObservationNormalizer | None = None
-        space = spec.observation_space
-        if config.normalize_observations and np.issubdtype(space.dtype, np.floating):
-            self.normalizer = ObservationNormalizer(space.shape)
+        self.normalizer: ObservationNormalizer | None = frame_normalizer(
+            spec.observation_space, wanted=config.normalize_observations
+        )
         self.torso = torso
         self.value_torso: nn.Module | None = None
         if config.separate_value:
@@ -166,15 +155,19 @@ class PolicyValueNet(nn.Module):
         return torch.cat((features_UBF, reward_UB1, action_UBE), dim=-1)
 
 
+AnyNet = PolicyValueNet | ActionValueNet
+"""What the builders below give, by `NetworkConfig.heads`."""
+
+
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the weights of the torsos, in place, and nothing else.
 
-    A model that is no `PolicyValueNet`, and the parts of a torso that need float32, are left.
+    Models of other classes, and the parts of a torso that need float32, are left.
     """
-    if isinstance(model, PolicyValueNet):
-        for torso in (model.torso, model.value_torso):
-            if torso is not None:
-                _lower(torso, dtype)
+    if isinstance(model, PolicyValueNet | ActionValueNet):
+        _lower(model.torso, dtype)
+    if isinstance(model, PolicyValueNet) and model.value_torso is not None:
+        _lower(model.value_torso, dtype)
 
 
 def _lower(module: nn.Module, dtype: torch.dtype) -> None:
@@ -187,10 +180,21 @@ def _lower(module: nn.Module, dtype: torch.dtype) -> None:
         module.to(dtype)
 
 
-def policy_value_net(
+def assemble(
     torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
-) -> PolicyValueNet:
-    """Builds a network whose torso, called for as often as the config needs one, is `torso()`."""
+) -> AnyNet:
+    """Builds the network that `config.heads` asks for over `torso()`.
+
+    "auto" stands for a policy and a value: which algorithm asks is not known here.
+
+    Args:
+        torso: Called for as often as the config needs one.
+        features: Length of what it gives per row.
+        spec: What the heads are built from.
+        config: Everything else.
+    """
+    if config.has_action_values:
+        return ActionValueNet(torso(), features, spec, config)
     value_torso = torso() if config.separate_value else None
     return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
 
@@ -204,40 +208,38 @@ def default_network(spec: EnvSpec) -> str:
     return "nature" if is_image else "mlp"
 
 
-def nature(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def nature(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Three convolutions and 512 features (Mnih et al. 2015, "Human-level control")."""
     shape = _image_shape(spec, "nature", 36)
-    return policy_value_net(lambda: ConvTorso(shape, NATURE_CONVS, features=512), 512, spec, config)
+    return assemble(lambda: ConvTorso(shape, NATURE_CONVS, features=512), 512, spec, config)
 
 
-def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Two convolutions and 256 features (IMPALA, figure 3, left)."""
     shape = _image_shape(spec, "impala_shallow", 20)
-    return policy_value_net(
-        lambda: ConvTorso(shape, SHALLOW_CONVS, features=256), 256, spec, config
-    )
+    return assemble(lambda: ConvTorso(shape, SHALLOW_CONVS, features=256), 256, spec, config)
 
 
-def impala_deep(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def impala_deep(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Fifteen convolutions in residual blocks and 256 features (IMPALA, figure 3, right)."""
     shape = _image_shape(spec, "impala_deep", 8)
-    return policy_value_net(lambda: DeepTorso(shape, features=256), 256, spec, config)
+    return assemble(lambda: DeepTorso(shape, features=256), 256, spec, config)
 
 
-def football(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def football(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """SEED RL's for Google Research Football: a fourth residual section, 256 features."""
     shape = _image_shape(spec, "football", 16)
-    return policy_value_net(
+    return assemble(
         lambda: DeepTorso(shape, features=256, channels=FOOTBALL_CHANNELS), 256, spec, config
     )
 
 
-def mlp(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Hidden layers over the flattened observation; uint8 is scaled to [0, 1]."""
     space = spec.observation_space
     scale = 1.0 / max(1.0, float(space.high.max())) if space.dtype == np.uint8 else 1.0
     inputs, sizes = math.prod(spec.stacked_shape), config.hidden_sizes
-    return policy_value_net(
+    return assemble(
         lambda: MlpTorso(inputs, sizes, scale=scale, activation=config.activation),
         sizes[-1],
         spec,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +53,10 @@ class ObservationNormalizer(nn.Module):
 
     def _moments(self) -> Moments:
         return Moments(self.total, self.mean, self.variance)
+
+
+def frame_normalizer(space: gym.spaces.Box, *, wanted: bool) -> ObservationNormalizer | None:
+    """Returns what normalises frames of `space`, where it is wanted and they are floats."""
+    if wanted and np.issubdtype(space.dtype, np.floating):
+        return ObservationNormalizer(space.shape)
+    return None

@@ -38,10 +38,27 @@ class ResetLSTM(nn.Module):
             x_UBF: input per row.
             reset_UB: bool, true where the row is the first of an episode.
             state: h and c, each [B, H], before row 0.
+
+        Returns:
+            h after every row [U, B, H]; h and c, each [B, H], after the last.
         """
+        h, c = self._rows(x_UBF, reset_UB, state)
+        return torch.stack(h), (h[-1], c[-1])
+
+    def unroll(
+        self, x_UBF: Tensor, reset_UB: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Is `forward` for those who need c too: h and c after every row, each [U, B, H]."""
+        h, c = self._rows(x_UBF, reset_UB, state)
+        return (torch.stack(h), torch.stack(c)), (h[-1], c[-1])
+
+    def _rows(
+        self, x_UBF: Tensor, reset_UB: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns h and c, each [B, H], after each row."""
         h_BH, c_BH = state
         recurrent_HG = self.recurrent.weight.t()
-        y = []
+        h, c = [], []
         # The input's share of the gates is one product for all rows; only the rest goes in order.
         rows = zip(self.input(x_UBF).unbind(), reset_UB.unsqueeze(-1).unbind(), strict=True)
         for gates_BG, reset_B1 in rows:
@@ -51,5 +68,6 @@ class ResetLSTM(nn.Module):
             i_BH, f_BH, g_BH, o_BH = torch.addmm(gates_BG, h_BH, recurrent_HG).chunk(4, dim=1)
             c_BH = f_BH.sigmoid() * c_BH + i_BH.sigmoid() * g_BH.tanh()
             h_BH = o_BH.sigmoid() * c_BH.tanh()
-            y.append(h_BH)
-        return torch.stack(y), (h_BH, c_BH)
+            h.append(h_BH)
+            c.append(c_BH)
+        return h, c

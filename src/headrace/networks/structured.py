@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace import tree
-from headrace.networks.models import NetworkConfig, PolicyValueNet, policy_value_net
+from headrace.networks.config import NetworkConfig
+from headrace.networks.models import AnyNet, assemble
 from headrace.networks.normalizer import ObservationNormalizer
 from headrace.networks.torsos import NATURE_CONVS, SHALLOW_CONVS, Activation, ConvTorso, MlpTorso
 from headrace.ops.distributions import one_hot
@@ -144,7 +145,7 @@ def _encoder(part: Part, stack: int) -> ConvTorso:
     return ConvTorso((stack * math.prod(colours), height, width), convs, IMAGE_FEATURES)
 
 
-def structured(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
+def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Hidden layers over all parts of an observation, after convolutions over its images."""
 
     def torso() -> StructuredTorso:
@@ -155,4 +156,4 @@ def structured(spec: EnvSpec, config: NetworkConfig) -> PolicyValueNet:
             normalize=config.normalize_observations,
         )
 
-    return policy_value_net(torso, config.hidden_sizes[-1], spec, config)
+    return assemble(torso, config.hidden_sizes[-1], spec, config)

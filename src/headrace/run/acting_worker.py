@@ -33,7 +33,7 @@ from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
 from headrace.pools.processes import WorkerEnd
 from headrace.run.acting_workers import BEATS, DROPPED, STEPS, UNFINISHED, make_table, tally_of
-from headrace.run.build import make_algorithm, make_model
+from headrace.run.build import exploration, make_algorithm, make_model
 from headrace.run.pools import derived_seed, make_pool
 from headrace.run.system import choose_precision, keep_memory
 from headrace.run.worker import generation_seed
@@ -143,10 +143,12 @@ def make_worker(
         model,
         slots,
         num_envs=share.num_envs,
-        unroll_steps=settings["unroll_steps"],
+        experience=algorithm.experience,
         num_slots=settings["num_slots"],
         allocate=Columns(_mapped(settings["fds"]["unrolls"])),
     )
+    unrolls.first_env, unrolls.generation = share.first_env, generation
+    ladder = exploration(algorithm, config.server.num_envs)
     generator = torch.Generator()
     generator.manual_seed(derived_seed(config.seed, 4, resume_count, worker, generation))
     seat = Seat(
@@ -164,6 +166,7 @@ def make_worker(
         unrolls=unrolls,
         on_episodes=reports.on_episodes,
         device=_CPU,
+        exploration=None if ladder is None else ladder[share.first_env :][: share.num_envs],
     )
     return seat, WeightsCopy(model, _mapped(settings["fds"]["weights"]))
 

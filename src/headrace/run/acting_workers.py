@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headrace.algorithms.base import ExperienceSpec
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.experience.shared import Columns, SharedSlots, shares, table_nbytes
@@ -53,7 +54,7 @@ def make_table(
     queue: Any,
     *,
     num_envs: int,
-    unroll_steps: int,
+    experience: ExperienceSpec,
     num_slots: int,
     allocate: Allocate,
 ) -> UnrollTable:
@@ -64,14 +65,14 @@ def make_table(
         model: The policy, for its recurrent state.
         queue: This side's end of the slots.
         num_envs: Environments that write here: a worker's own, none in the parent.
-        unroll_steps: T.
+        experience: How unrolls are cut and kept.
         num_slots: Of all workers.
         allocate: Gives the shared columns.
     """
     return UnrollTable(
         spec,
         num_envs=num_envs,
-        unroll_steps=unroll_steps,
+        experience=experience,
         num_slots=num_slots,
         queue=queue,
         recurrent=model.initial_state(1),
@@ -110,7 +111,7 @@ class ActingWorkers:
         spec: EnvSpec,
         model: Any,
         *,
-        unroll_steps: int,
+        experience: ExperienceSpec,
         capacity: int,
         groups: int,
         resume_count: int,
@@ -122,7 +123,7 @@ class ActingWorkers:
             config: The run's settings.
             spec: Of the environments.
             model: As workers have it: on the CPU, in their precision.
-            unroll_steps: T.
+            experience: How unrolls are cut and kept.
             capacity: Full unrolls that may wait for the learner.
             groups: See `experience.shared.shares`.
             resume_count: Sessions of the run before this one.
@@ -136,7 +137,6 @@ class ActingWorkers:
         threads = config.env_threads or max(1, usable_cores() // workers)
         self._config = dataclasses.replace(config, env_threads=threads)
         self._resume_count = resume_count
-        self._unroll_steps = unroll_steps
         self._shares = shares(num_envs, workers=workers, capacity=capacity, groups=groups)
         self._num_slots = sum(share.num_slots for share in self._shares)
         self._crew: Crew | None = None
@@ -150,7 +150,7 @@ class ActingWorkers:
                 model,
                 self.queue,
                 num_envs=0,
-                unroll_steps=unroll_steps,
+                experience=experience,
                 num_slots=self._num_slots,
                 allocate=allocate,
             )
@@ -254,7 +254,6 @@ class ActingWorkers:
             "generation": generation,
             "resume_count": self._resume_count,
             "share": share,
-            "unroll_steps": self._unroll_steps,
             "num_slots": self._num_slots,
             "free": self.queue.begin(worker, generation),
             "fds": self._fds,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
-from headrace.experience.fifo import SlotQueue, Slots
+from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
+from headrace.learner.feeds import Feed
 from headrace.networks.models import default_network, lower_precision
 from headrace.run.acting_workers import ActingWorkers
+from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import derived_seed, make_pool, pool_name
 from headrace.run.system import choose_device, choose_precision, usable_cores
 from headrace.server.acting import Actor, initial_state
@@ -49,6 +52,7 @@ class Parts(NamedTuple):
     weights: WeightsEnd
     queue: Slots
     unrolls: UnrollTable
+    feed: Feed
     source: Seat | ActingWorkers  # what acts for the environments that train
     evaluation: Seat | None
     generator: torch.Generator  # of the actions
@@ -123,13 +127,17 @@ def make_model(
         ConfigError: it does not fit the environment, or is no network.
     """
     name = network_name(config, spec)
+    network = config.network
+    if network.heads == "auto":
+        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+        network = dataclasses.replace(network, heads=getattr(rule, "heads", "policy_value"))
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, 0))
         try:
-            model = builder(spec, config.network)
+            model = builder(spec, network)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             if name in catalog.NETWORKS:
                 raise
@@ -143,10 +151,14 @@ def make_model(
 
 
 def network_name(config: RunConfig, spec: EnvSpec) -> str:
-    """Returns the catalog name of the network; "auto" takes what suits the observations."""
+    """Returns the catalog name of the network; "auto" is the algorithm's own, if it has one.
+
+    Else it is what suits the observations.
+    """
     if config.network.network != "auto":
         return config.network.network
-    return default_network(spec)
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+    return getattr(rule, "network", None) or default_network(spec)
 
 
 def make_algorithm(
@@ -176,22 +188,7 @@ def check(config: RunConfig, *, trust_code: bool = True) -> None:
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     queue_capacity(config, algorithm)
     pool_name(config, family.pool)
-
-
-def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
-    """Returns how many full unrolls may wait for the learner.
-
-    Raises:
-        ConfigError: fewer than one batch.
-    """
-    wanted = algorithm.experience.batch_unrolls
-    capacity = config.server.queue_unrolls or wanted
-    if capacity < wanted:
-        raise ConfigError(
-            f"queue_unrolls={capacity} can never hold a batch of batch_unrolls={wanted}: "
-            "raise --queue-unrolls or lower --batch-unrolls"
-        )
-    return capacity
+    place_replay(config, algorithm, spec, model, compute.device)
 
 
 def build(
@@ -232,6 +229,7 @@ def build(
     generator = torch.Generator(compute.device)
     generator.manual_seed(derived_seed(config.seed, 1, resume_count))
     local = Weights(server_model)
+    place = place_replay(config, algorithm, spec, server_model, compute.device)
     weights: WeightsEnd = local
     source: Seat | ActingWorkers
     if config.inference == "worker":
@@ -248,7 +246,8 @@ def build(
         num_envs = config.server.num_envs
         batch = config.server.inference_batch or (num_envs + 1) // 2
         batch = num_envs if takes_turns(config) else batch
-        queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, compute.device)
+        where = compute.device if place is None else place.device
+        queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, where)
         source = Seat(
             make_pool(
                 config,
@@ -262,8 +261,18 @@ def build(
             unrolls=unrolls,
             on_episodes=on_episodes,
             device=compute.device,
+            exploration=exploration(algorithm, num_envs),
         )
     try:
+        feed = make_feed(
+            config,
+            algorithm,
+            place,
+            queue=queue,
+            unrolls=unrolls,
+            device=compute.device,
+            resume_count=resume_count,
+        )
         evaluation = _evaluation(
             config,
             algorithm,
@@ -284,6 +293,7 @@ def build(
         weights,
         queue,
         unrolls,
+        feed,
         source,
         evaluation,
         generator,
@@ -305,6 +315,9 @@ def _evaluation(
     if not count:
         return None
     device = next(server_model.parameters()).device
+    generator = torch.Generator(device)
+    generator.manual_seed(derived_seed(config.seed, 7, resume_count))
+    epsilon = getattr(algorithm, "eval_epsilon", 0.0)
     return Seat(
         make_pool(
             config,
@@ -314,12 +327,24 @@ def _evaluation(
             evaluation=True,
             on_message=on_message,
         ),
-        Actor(algorithm=algorithm, model=server_model, mode="greedy"),
+        Actor(
+            algorithm=algorithm,
+            model=server_model,
+            mode="epsilon" if epsilon else "greedy",
+            epsilon=epsilon,
+            generator=generator,
+        ),
         initial_state(spec, server_model, 1, device),
         unrolls=None,
         on_episodes=on_episodes,
         device=device,
     )
+
+
+def exploration(algorithm: Algorithm, num_envs: int) -> Tensor | None:
+    """Returns the epsilon of each environment that trains, if the algorithm knows any."""
+    ladder: Callable[[int], Tensor] | None = getattr(algorithm, "exploration", None)
+    return None if ladder is None else ladder(num_envs)
 
 
 def _none(*_: object) -> tuple[str, ...]:
@@ -344,36 +369,10 @@ def _acting_workers(
         config,
         spec,
         model,
-        unroll_steps=algorithm.experience.unroll_steps,
+        experience=algorithm.experience,
         capacity=queue_capacity(config, algorithm),
         # Environments with threads of their own step while their worker answers the others.
         groups=2 if pool_name(config, family.pool) == "native" else 1,
         resume_count=resume_count,
         local=local if config.server.eval_envs else None,
     )
-
-
-def make_unrolls(
-    config: RunConfig,
-    algorithm: Algorithm,
-    spec: EnvSpec,
-    server_model: Any,
-    max_batch: int,
-    device: torch.device,
-) -> tuple[SlotQueue, UnrollTable]:
-    """Allocates slots for what is under construction, waiting, read, and filled by one batch."""
-    experience = algorithm.experience
-    capacity = queue_capacity(config, algorithm)
-    num_envs = config.server.num_envs
-    num_slots = num_envs + capacity + max_batch + experience.batch_unrolls
-    queue = SlotQueue(num_slots, capacity=capacity)
-    unrolls = UnrollTable(
-        spec,
-        num_envs=num_envs,
-        unroll_steps=experience.unroll_steps,
-        num_slots=num_slots,
-        queue=queue,
-        recurrent=server_model.initial_state(1),
-        device=device,
-    )
-    return queue, unrolls

@@ -136,13 +136,11 @@ def run_training(
             run.rewrite_config(to_toml(config))
         learner = Learner(
             parts.algorithm,
-            parts.unrolls,
-            parts.queue,
+            parts.feed,
             parts.weights,
             device=parts.compute.device,
             version=before.updates,
             samples=before.samples,
-            max_policy_lag=config.max_policy_lag,
         )
         reporter = Reporter(
             parts,
@@ -277,12 +275,11 @@ def tell(messages: SimpleQueue[str], on_message: Callable[[str], None]) -> None:
 
 
 def train_in_turns(session: Drivable) -> None:
-    """In turns: all updates that there are unrolls for, then one batch of every pool."""
+    """In turns: all updates that there is experience for, then one batch of every pool."""
     parts = session.parts
-    batch = parts.algorithm.experience.batch_unrolls
     while not session.over():
         session.attend()
-        if len(parts.queue) >= batch:
+        if parts.feed.ready():
             session.learn(timeout_s=0.0)
             continue
         for seat in parts.seats:

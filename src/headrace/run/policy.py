@@ -216,7 +216,7 @@ def load(
     """
     directory = RunDirectory.open(Path(run))
     config = from_dict(read_toml(directory.config_path), trust_code=trust_code)
-    saved, warnings = checkpoint.newest_whole(directory.checkpoints)
+    saved, warnings = checkpoint.newest_whole(directory.checkpoints, without=("replay",))
     if saved is None:
         raise ConfigError(f"{run} has no whole checkpoint yet; {' '.join(warnings)}".rstrip("; "))
     where = choose_device(device)

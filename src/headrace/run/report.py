@@ -102,6 +102,7 @@ class Reporter:
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}
         row |= shares
         row["bottleneck"] = bottleneck(shares)
+        row |= learner.feed.metrics()
         if parts.evaluation is not None:
             row |= {f"eval_{name}": value for name, value in self._eval_episodes.read().items()}
         self.lag_histogram = self._count_lags()

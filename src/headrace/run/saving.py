@@ -20,6 +20,7 @@ from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
 from headrace.learner.checkpoint import Checkpoint, flatten, unflatten
+from headrace.learner.feeds import ReplayFeed
 from headrace.learner.loop import Learner
 from headrace.pools.base import Restorable
 from headrace.run.build import Parts
@@ -92,9 +93,12 @@ def save(
         "unfinished_unrolls": parts.unfinished_unrolls,
         "training": training_skeleton,
         "system": None,
+        "replay": None,
     }
     if is_bit_equal(config, parts):
         tensors["system"], meta["system"] = flatten(_system_state(parts))
+    if isinstance(parts.feed, ReplayFeed) and (_keeps_replay(parts) or meta["system"] is not None):
+        tensors["replay"], meta["replay"] = flatten(parts.feed.state_dict())
     return checkpoint.save(
         run.checkpoints,
         agent_steps=reporter.agent_steps,
@@ -119,7 +123,14 @@ def restore(parts: Parts, saved: Checkpoint, on_message: Callable[[str], None]) 
     """
     load_weights(parts.algorithm.model, saved)
     parts.algorithm.load_state_dict(unflatten(saved.tensors["training"], saved.meta["training"]))
-    if saved.meta["system"] is not None:
+    has_system = saved.meta["system"] is not None
+    if isinstance(parts.feed, ReplayFeed):
+        if saved.meta.get("replay") is not None:
+            kept = unflatten(saved.tensors["replay"], saved.meta["replay"])
+            parts.feed.load_state_dict(kept, streams_go_on=has_system)
+        else:
+            on_message("the replay was not saved (--save-replay): it fills anew")
+    if has_system:
         _load_system_state(parts, unflatten(saved.tensors["system"], saved.meta["system"]))
         on_message(f"resumed from {saved.path}")
         return
@@ -127,6 +138,11 @@ def restore(parts: Parts, saved: Checkpoint, on_message: Callable[[str], None]) 
         f"resumed from {saved.path}; the environments cannot be saved, so new episodes start "
         f"({saved.meta['unfinished_unrolls']} unfinished unrolls dropped)"
     )
+
+
+def _keeps_replay(parts: Parts) -> bool:
+    spec = parts.algorithm.experience.replay
+    return spec is not None and spec.settings.save_replay
 
 
 def load_weights(model: nn.Module, saved: Checkpoint) -> None:

@@ -55,6 +55,26 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def free_memory_nbytes() -> int | None:
+    """Returns what this process may still take of main memory; None where that is not known."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return None
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in meminfo.splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    group = Path("/sys/fs/cgroup")  # of a container, which sees itself at the root
+    try:
+        bound = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return free
+    return free if bound == "max" else min(free, max(0, int(bound) - used))
+
+
 def keep_memory() -> None:
     """Tells glibc to keep freed memory: tensors of megabytes come and go at every step.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from headrace.learner.batches import align, moved
 from headrace.run.build import Parts
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import GraphedActor, cuda_capture
@@ -20,8 +19,7 @@ from headrace.server.graphs import GraphedActor, cuda_capture
 def warm_up(parts: Parts) -> None:
     """Runs every shape once; on a GPU, captures acting as CUDA graphs."""
     device = parts.compute.device
-    slots = list(range(parts.algorithm.experience.batch_unrolls))
-    parts.algorithm.warm_up(moved(align(parts.unrolls.gather(slots)), device))
+    parts.algorithm.warm_up(parts.feed.example())
     server_model: Any = parts.server_model
     example = initial_state(parts.spec, server_model, 1, device)
     for seat in parts.seats:
@@ -34,6 +32,7 @@ def warm_up(parts: Parts) -> None:
                 sizes=seat.sizes,
                 capture=capture,
                 action_mask_size=parts.spec.action_mask_size,
+                explores=seat.explores,
             )
         for size in seat.sizes:
             state = initial_state(parts.spec, server_model, size, device)
@@ -42,7 +41,8 @@ def warm_up(parts: Parts) -> None:
             mask = None
             if parts.spec.has_action_mask:
                 mask = torch.ones(size, parts.spec.action_mask_size, dtype=torch.bool).to(device)
-            seat.actor.act(state, state.stack[:, -1], reward, reset, mask)
+            epsilon = torch.zeros(size, device=device) if seat.explores else None
+            seat.actor.act(state, state.stack[:, -1], reward, reset, mask, epsilon)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -56,6 +56,7 @@ class Acting(Protocol):
         reward: Tensor,
         reset: Tensor,
         action_mask: Tensor | None = None,
+        epsilon: Tensor | None = None,
     ) -> tuple[PolicyStep, PolicyState]:
         """See `Actor.act`."""
 
@@ -68,7 +69,7 @@ class Actor:
     model: Model
     mode: ActionMode = "sample"
     epsilon: float = 0.0
-    """Share of uniformly random actions in mode "epsilon"."""
+    """Share of uniformly random actions, where mode and algorithm take any."""
     generator: torch.Generator | None = None
 
     @torch.no_grad()
@@ -79,6 +80,7 @@ class Actor:
         reward: Tensor,
         reset: Tensor,
         action_mask: Tensor | None = None,
+        epsilon: Tensor | None = None,
     ) -> tuple[PolicyStep, PolicyState]:
         """Sees one observation per environment, acts, and returns the state for the next step.
 
@@ -88,6 +90,7 @@ class Actor:
             reward: [N] float32 raw reward of the step that led here.
             reset: [N] bool.
             action_mask: [N, A] bool, where the environment says what is allowed.
+            epsilon: [N] float32 share of random actions of each; None for the actor's own.
         """
         stack = torch.cat([state.stack[:, 1:], observation.unsqueeze(1)], dim=1)
         inputs = PolicyInput(
@@ -103,7 +106,7 @@ class Actor:
             state.recurrent,
             mode=self.mode,
             generator=self.generator,
-            epsilon=self.epsilon,
+            epsilon=self.epsilon if epsilon is None else epsilon,
         )
         return step, PolicyState(stack, recurrent, step.action)
 

@@ -31,6 +31,7 @@ class _Recorded(NamedTuple):
     reward: Tensor
     reset: Tensor
     action_mask: Tensor | None
+    epsilon: Tensor | None
     replay: Callable[[], None]
     outputs: Outputs
 
@@ -46,11 +47,17 @@ class GraphedActor:
         sizes: Sequence[int],
         capture: Capture,
         action_mask_size: int = 0,
+        explores: bool = False,
     ) -> None:
-        """Captures a graph for every size, the largest first, so that all share its memory."""
+        """Captures a graph for every size, the largest first, so that all share its memory.
+
+        `explores` says whether `act` will be given an epsilon for each environment.
+        """
         self._recorded: dict[int, _Recorded] = {}
         for size in sorted(sizes, reverse=True):
-            self._recorded[size] = _record(actor, example, size, capture, action_mask_size)
+            self._recorded[size] = _record(
+                actor, example, size, capture, action_mask_size, explores=explores
+            )
 
     def act(
         self,
@@ -59,6 +66,7 @@ class GraphedActor:
         reward: Tensor,
         reset: Tensor,
         action_mask: Tensor | None = None,
+        epsilon: Tensor | None = None,
     ) -> Outputs:
         """Does what `Actor.act` does."""
         graph = self._recorded[len(reward)]
@@ -68,6 +76,8 @@ class GraphedActor:
         graph.reset.copy_(reset)
         if graph.action_mask is not None and action_mask is not None:
             graph.action_mask.copy_(action_mask)
+        if graph.epsilon is not None and epsilon is not None:
+            graph.epsilon.copy_(epsilon)
         graph.replay()
         return graph.outputs
 
@@ -97,7 +107,13 @@ def cuda_capture(generator: torch.Generator | None) -> Capture:
 
 
 def _record(
-    actor: Actor, example: PolicyState, size: int, capture: Capture, action_mask_size: int
+    actor: Actor,
+    example: PolicyState,
+    size: int,
+    capture: Capture,
+    action_mask_size: int,
+    *,
+    explores: bool,
 ) -> _Recorded:
     state = repeated(example, size)
     observation = state.stack[:, -1].clone()
@@ -108,8 +124,9 @@ def _record(
         if action_mask_size
         else None
     )
-    replay, outputs = capture(lambda: actor.act(state, observation, reward, reset, mask))
-    return _Recorded(state, observation, reward, reset, mask, replay, outputs)
+    epsilon = torch.zeros_like(reward) if explores else None
+    replay, outputs = capture(lambda: actor.act(state, observation, reward, reset, mask, epsilon))
+    return _Recorded(state, observation, reward, reset, mask, epsilon, replay, outputs)
 
 
 def _copy_state(into: PolicyState, state: PolicyState) -> None:

@@ -58,6 +58,7 @@ class Seat:
         unrolls: UnrollTable | None,
         on_episodes: OnEpisodes,
         device: torch.device,
+        exploration: Tensor | None = None,
     ) -> None:
         """Takes a pool.
 
@@ -68,6 +69,7 @@ class Seat:
             unrolls: Where rows go; None for evaluation.
             on_episodes: Told of episodes that ended.
             device: Of the policy.
+            exploration: [environments] float32, the epsilon of each; None for the actor's own.
         """
         self.pool = pool
         self.unrolls = unrolls
@@ -77,6 +79,9 @@ class Seat:
         self._on_episodes = on_episodes
         self._table = StateTable(example, pool.num_envs)
         self._device = device
+        self._exploration: Tensor | None = None
+        if exploration is not None:  # and a last one, for padding
+            self._exploration = torch.cat([exploration, exploration[:1]]).to(device)
         self.sizes = batch_sizes(pool.max_batch)
         self._return = np.zeros(pool.num_envs, np.float64)
         self._length = np.zeros(pool.num_envs, np.int64)
@@ -110,18 +115,25 @@ class Seat:
         reset = self._upload(_padded(step.reset, size))
         mask = None if step.action_mask is None else self._upload(_padded(step.action_mask, size))
         state = self._table.gather(ids)
+        epsilon = None if self._exploration is None else self._exploration.index_select(0, ids)
         bootstrap = None
         if self.unrolls is not None and step.truncated.any():
-            bootstrap = self._final_value(step, state, reward, mask)
+            all_allowed = None if mask is None else torch.ones_like(mask)  # it is of the next one
+            bootstrap = self._final_value(step, state, reward, all_allowed, epsilon)
         if step.reset.any():
             state = cleared(state, reset)
-        done, after = self.actor.act(state, frames, reward, reset, mask)
+        done, after = self.actor.act(state, frames, reward, reset, mask, epsilon)
         self._table.scatter(ids, after)
         if self.unrolls is not None:
             self.unrolls.append(
                 step,
                 frames[:count],
-                PolicyStep(done.action[:count], done.log_prob[:count], done.value[:count]),
+                PolicyStep(
+                    done.action[:count],
+                    done.log_prob[:count],
+                    done.value[:count],
+                    action_value=None if done.action_value is None else done.action_value[:count],
+                ),
                 previous_action=state.previous_action[:count],
                 recurrent=tuple(part[:count] for part in state.recurrent),
                 version=version,
@@ -134,16 +146,26 @@ class Seat:
         return actions
 
     def _final_value(
-        self, step: EnvStep, state: PolicyState, reward: Tensor, mask: Tensor | None
+        self,
+        step: EnvStep,
+        state: PolicyState,
+        reward: Tensor,
+        mask: Tensor | None,
+        epsilon: Tensor | None,
     ) -> Tensor:
         """Values of final observations, with the old episode's stack, state and action."""
         if step.final_observation is None:
             raise RuntimeError("a truncated step came without its final observation")
         final = self._upload(_padded(step.final_observation, len(reward)))
         going_on = torch.zeros_like(reward, dtype=torch.bool)
-        done, _ = self.actor.act(state, final, reward, going_on, mask)  # a mask changes no value
+        done, _ = self.actor.act(state, final, reward, going_on, mask, epsilon)
         # A copy: a captured actor writes its next outputs where these are.
         return done.value[: len(step.env_id)].clone()
+
+    @property
+    def explores(self) -> bool:
+        """Whether each environment has an epsilon of its own."""
+        return self._exploration is not None
 
     def _log_episodes(self, step: EnvStep) -> None:
         env = step.env_id

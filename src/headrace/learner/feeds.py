@@ -1,0 +1,279 @@
+"""Where the learner's batches come from: full unrolls in their order, or a replay's samples.
+
+```
+first in, first out    slots that are full ──▶ batch, slots free again
+replay                 slots that are full ──▶ replay ──▶ batch ──▶ update
+                                                 ▲                    │
+                                                 └──── priorities ────┘
+```
+A feed belongs to the learner's thread, and so does a replay: nothing there needs a lock. Where the
+limiter holds inserts back, slots stay full, and whoever fills them waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headrace.algorithms.base import ExperienceSpec
+from headrace.errors import DeadlineExceeded
+from headrace.experience.fifo import Slots
+from headrace.experience.limiter import SampleLimiter
+from headrace.experience.replay import Replay, Sample
+from headrace.experience.unrolls import UnrollTable
+from headrace.learner.batches import align, moved
+from headrace.records import Batch, Update
+from headrace.telemetry.metrics import Waits
+
+
+class Feed(Protocol):
+    """What gives the learner its batches."""
+
+    def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
+        """Returns a batch on the learner's device; None if none could be made in `timeout_s`."""
+
+    def learned(self, update: Update) -> None:
+        """Takes what the update of the last batch said of it."""
+
+    def ready(self) -> bool:
+        """Whether `next` has something to do at once."""
+
+    def example(self) -> Batch:
+        """Returns a batch of the right shapes, whatever is in it."""
+
+    def metrics(self) -> dict[str, float | int]:
+        """Returns counts and means for a row of metrics."""
+
+
+class FifoFeed:
+    """Every unroll once, oldest first."""
+
+    def __init__(
+        self,
+        unrolls: UnrollTable,
+        queue: Slots,
+        *,
+        batch_unrolls: int,
+        device: torch.device,
+        max_policy_lag: int | None = None,
+    ) -> None:
+        """Takes both ends of the slots.
+
+        Unrolls whose first row is more than `max_policy_lag` updates old are dropped, and counted
+        by the queue; None keeps all.
+        """
+        self._unrolls, self._queue = unrolls, queue
+        self._batch_unrolls, self._device = batch_unrolls, device
+        self._max_policy_lag = max_policy_lag
+
+    def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
+        """Borrows the oldest slots, copies them, and gives them back."""
+
+        def is_fresh(slot: int) -> bool:
+            bound = self._max_policy_lag
+            return bound is None or version - self._unrolls.oldest_version(slot) <= bound
+
+        before_s = time.perf_counter()
+        try:
+            with self._queue.reading(
+                self._batch_unrolls, timeout_s=timeout_s, keep=is_fresh
+            ) as slots:
+                waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+                return moved(align(self._unrolls.gather(slots)), self._device)
+        except DeadlineExceeded:
+            waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+            return None
+
+    def learned(self, update: Update) -> None:
+        """Has nothing to keep: the unrolls are gone."""
+
+    def ready(self) -> bool:
+        """Whether a batch of unrolls is full."""
+        return len(self._queue) >= self._batch_unrolls
+
+    def example(self) -> Batch:
+        """Copies the first slots, full or not."""
+        slots = list(range(self._batch_unrolls))
+        return moved(align(self._unrolls.gather(slots)), self._device)
+
+    def metrics(self) -> dict[str, float | int]:
+        """Has nothing to say that the queue does not."""
+        return {}
+
+
+class ReplayFeed:
+    """Sequences from a replay, which takes the unrolls in as the limiter lets it."""
+
+    def __init__(
+        self,
+        unrolls: UnrollTable,
+        queue: Slots,
+        replay: Replay,
+        limiter: SampleLimiter,
+        *,
+        experience: ExperienceSpec,
+        device: torch.device,
+        seed: int,
+        initial_priority: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        """Takes the parts.
+
+        Args:
+            unrolls: Where segments arrive.
+            queue: Which of them are full.
+            replay: Where they go.
+            limiter: How often they may come out.
+            experience: How many sequences make a batch, and what one unroll brings.
+            device: Of the learner.
+            seed: Of the draws.
+            initial_priority: Says from a batch without observations what new sequences are worth;
+                None for as much as the best ones.
+        """
+        self.replay, self.limiter = replay, limiter
+        self._unrolls, self._queue = unrolls, queue
+        self._batch_sequences, self._device = experience.batch_unrolls, device
+        self._per_unroll = sequences_per_unroll(experience)
+        self._rng = np.random.default_rng(seed)
+        self._initial_priority = initial_priority
+        self._drawn: Sample | None = None  # the batch that is being learned from
+        self._late: tuple[Sample, Callable[[], NDArray[np.float32]]] | None = None
+        self._age: Tensor | None = None
+
+    def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
+        """Takes in what has come and may, then samples if that may be; else waits for unrolls."""
+        until_s = time.monotonic() + timeout_s
+        while True:
+            self._take_in(waiting=len(self._queue))
+            if self.limiter.may_sample(self._batch_sequences):
+                return self._sampled(version)
+            before_s = time.perf_counter()
+            came = self._queue.wait_for_full(max(0.0, until_s - time.monotonic()))
+            waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+            if not came:
+                return None
+
+    def learned(self, update: Update) -> None:
+        """Gives the sampled sequences their new priorities; on a GPU, those of the update before.
+
+        There they arrive while the next update is computed, so that nobody waits.
+        """
+        self.settle()
+        if self._drawn is not None and update.priority is not None:
+            self._late = self._drawn, _copied(update.priority)
+            if not update.priority.is_cuda:
+                self.settle()
+        self._drawn = None
+
+    def settle(self) -> None:
+        """Hands priorities on that are still under way."""
+        if self._late is not None:
+            (drawn, read), self._late = self._late, None
+            priority = read()
+            # A loss that is not finite ends the run (`learner.loop`), and must do it by its name.
+            if np.isfinite(priority).all():
+                self.replay.set_priority(drawn.slot, drawn.generation, priority)
+
+    def ready(self) -> bool:
+        """Whether something may be taken in or sampled."""
+        return self.limiter.may_sample(self._batch_sequences) or (
+            len(self._queue) > 0 and self.limiter.may_insert(self._per_unroll)
+        )
+
+    def example(self) -> Batch:
+        """Gathers the first sequence, complete or not, as often as a batch has sequences."""
+        first = np.zeros(self._batch_sequences, np.int64)
+        drawn = Sample(first, first, np.ones(self._batch_sequences, np.float32))
+        return align(self.replay.gather(drawn, self._device))
+
+    def metrics(self) -> dict[str, float | int]:
+        """Returns how full the replay is, and how often what it holds was sampled."""
+        replay = self.replay
+        row: dict[str, float | int] = {
+            "replay_sequences": replay.sequences,
+            "replay_inserted": replay.inserted,
+            "replay_sampled": replay.sampled,
+            "samples_per_insert": replay.sampled / max(1, replay.inserted),
+            "replay_late_priorities": replay.late,
+        }
+        if self._age is not None:
+            row["replay_age_updates"] = float(self._age)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns replay, counts and random state."""
+        self.settle()
+        return {
+            "replay": self.replay.state_dict(),
+            "limiter": self.limiter.state_dict(),
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, streams_go_on: bool) -> None:
+        """Puts back what `state_dict` gave.
+
+        `streams_go_on` says whether the environments go on where they were; else what comes next
+        belongs to no sequence that was begun.
+        """
+        self.replay.load_state_dict(state["replay"])
+        self.limiter.load_state_dict(state["limiter"])
+        self._rng.bit_generator.state = state["rng"]
+        if not streams_go_on:
+            self.replay.forget_streams()
+
+    def _take_in(self, *, waiting: int) -> None:
+        """Moves up to `waiting` full slots into the replay, as far as the limiter lets it."""
+        while waiting > 0:
+            count = min(waiting, self._batch_sequences)
+            while count and not self.limiter.may_insert(count * self._per_unroll):
+                count //= 2
+            if not count:
+                return
+            try:
+                with self._queue.reading(count, timeout_s=0.0) as slots:
+                    segment = self._unrolls.segments(slots)
+                    new = self.replay.insert(segment)
+            except DeadlineExceeded:  # a worker has died, and its slots with it
+                return
+            self.limiter.inserted(len(new.slot))
+            if self._initial_priority is not None and len(new.slot):
+                said = align(self.replay.gather(new, self._device, observations=False))
+                priority = self._initial_priority(said).cpu().numpy()
+                self.replay.set_priority(new.slot, new.generation, priority)
+            waiting -= count
+
+    def _sampled(self, version: int) -> Batch:
+        drawn = self.replay.sample(self._batch_sequences, self._rng)
+        self.limiter.sampled(self._batch_sequences)
+        self._drawn = drawn
+        batch = align(self.replay.gather(drawn, self._device))
+        self._age = (version - batch.version).float().mean()
+        return batch
+
+
+def sequences_per_unroll(experience: ExperienceSpec) -> int:
+    """Returns the most sequences that become complete with one unroll."""
+    replay = experience.replay
+    return 1 if replay is None else -(-experience.unroll_steps // replay.stride_steps)
+
+
+def _copied(priority: Tensor) -> Callable[[], NDArray[np.float32]]:
+    """Starts copying priorities to the host; what it returns waits for that copy only."""
+    if not priority.is_cuda:
+        return priority.numpy
+    host = torch.empty(priority.shape, dtype=priority.dtype, pin_memory=True)
+    host.copy_(priority, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> NDArray[np.float32]:
+        copied.synchronize()
+        array: NDArray[np.float32] = host.numpy()
+        return array
+
+    return read

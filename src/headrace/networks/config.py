@@ -1,0 +1,57 @@
+"""Settings of the networks in the catalog."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headrace.errors import ConfigError
+from headrace.networks.torsos import Activation
+
+Heads = Literal["auto", "policy_value", "duelling", "action_value"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """Which network to build."""
+
+    network: str = "auto"
+    """Name in the catalog, or "my_module:function"; auto: nature for images, structured for
+    observations of several parts, mlp for the rest."""
+    heads: Heads = "auto"
+    """What the network says of a row: a policy and a value, or Q of every action, from duelling
+    streams (action_value: from one layer); auto: what the algorithm needs."""
+    lstm_size: int = 0
+    """Width of the LSTM after the torso; 0 for none."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of mlp and structured."""
+    activation: Activation = "relu"
+    """Of those layers."""
+    separate_value: bool = False
+    """Whether the value has a torso of its own."""
+    normalize_observations: bool = False
+    """Whether observations that are floats are normalised by what was seen so far."""
+    initial_log_std: float = 0.0
+    """Continuous actions: log standard deviation at the start, before the squash."""
+    state_dependent_std: bool = False
+    """Continuous actions: whether the deviation depends on the observation."""
+
+    def __post_init__(self) -> None:
+        if self.lstm_size < 0:
+            raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")
+        if self.separate_value and self.lstm_size:
+            raise ConfigError(
+                "separate_value goes with lstm_size 0: policy and value share the LSTM"
+            )
+        if self.separate_value and self.has_action_values:
+            raise ConfigError(
+                f"separate_value goes with a policy and a value: heads {self.heads} have one "
+                "torso, leave separate_value off"
+            )
+
+    @property
+    def has_action_values(self) -> bool:
+        """Whether the heads are an `ActionValueNet`'s."""
+        return self.heads in ("duelling", "action_value")
