@@ -9,6 +9,7 @@ import pytest
 from headrace import preset
 from headrace.algorithms.impala import ImpalaConfig
 from headrace.algorithms.ppo import PpoConfig
+from headrace.algorithms.r2d2 import R2d2Config
 from headrace.config import RunConfig, from_dict, merged, to_dict
 from headrace.envs.atari import AtariConfig
 from headrace.errors import ConfigError
@@ -108,6 +109,8 @@ EXAMPLES = {
     "mujoco-impala": "HalfCheetah-v5",
     "ppo-mujoco": "HalfCheetah-v5",
     "ppo-control": "CartPole-v1",
+    "r2d2-control": "recall",
+    "dqn-control": "CartPole-v1",
     "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
 }
 
@@ -118,7 +121,8 @@ def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> 
     if env.startswith("envpool:"):
         pytest.importorskip("envpool")
     config = preset(name, env)
-    assert isinstance(config.learning, PpoConfig if name.startswith("ppo") else ImpalaConfig)
+    kinds = {"ppo": PpoConfig, "r2d2": R2d2Config, "dqn": R2d2Config}
+    assert isinstance(config.learning, kinds.get(name.partition("-")[0], ImpalaConfig))
     assert find(name).summary.endswith(".")
     assert find(name).source
     # Nothing is set in vain: what the preset says is what the run gets.

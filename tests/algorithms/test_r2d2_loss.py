@@ -228,6 +228,27 @@ def test_the_loss_is_that_of_a_walk_along_every_sequence(
     assert (expected.skipped > 0) == (keep < 1)
 
 
+def test_a_clock_within_the_burn_in_leaves_the_first_learned_step_alone(
+    spec_of: MakeSpec, random_batch: MakeBatch
+) -> None:
+    config, spec = config_of(), spec_of("discrete")
+    algorithm = R2d2(Echo().double(), config, spec=spec)
+    batch = in_double(random_batch(spec, (torch.randn(B, 1),), T=config.sequence_steps, B=B))
+    ended = torch.zeros_like(batch.truncated)
+    ended[2:5] = True  # two steps of the burn-in, and the first that is learned from
+    reset = torch.cat((torch.zeros(1, B, dtype=torch.bool), ended))
+    batch = batch._replace(
+        inputs=batch.inputs._replace(reset=reset),
+        truncated=ended,
+        terminated=torch.zeros_like(ended),
+    )
+    batch = with_finals(batch, keep=1.0)
+    total, metrics, _ = algorithm.loss(batch)
+    expected = walk((algorithm.model, algorithm.target_model), batch, config)
+    assert total.item() == pytest.approx(expected.loss, rel=1e-6)
+    assert metrics["truncated_skipped"].item() == 0
+
+
 @pytest.mark.parametrize("lstm_size", [0, 6])
 def test_the_real_network_is_walked_alike(
     spec_of: MakeSpec, random_batch: MakeBatch, lstm_size: int

@@ -14,6 +14,7 @@ from headrace.algorithms.base import ExperienceSpec
 from headrace.errors import TrainingDiverged
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.unrolls import UnrollTable
+from headrace.learner.feeds import FifoFeed
 from headrace.learner.loop import LAG_BINS, Learner
 from headrace.records import Batch, PolicyStep, Update
 from headrace.specs import EnvSpec
@@ -58,7 +59,7 @@ class Bench:
         self.table = UnrollTable(
             spec,
             num_envs=B,
-            unroll_steps=T,
+            experience=Counting.experience,
             num_slots=20,
             queue=self.queue,
             recurrent=(),
@@ -67,9 +68,8 @@ class Bench:
         self.algorithm = Counting()
         self.server_model = nn.Linear(1, 1, bias=False)
         self.weights = Weights(self.server_model)
-        self.learner = Learner(
-            self.algorithm, self.table, self.queue, self.weights, device=CPU, version=version
-        )
+        self.feed = FifoFeed(self.table, self.queue, batch_unrolls=B, device=CPU)
+        self.learner = Learner(self.algorithm, self.feed, self.weights, device=CPU, version=version)
 
     def append(self, version: int) -> None:
         never = np.zeros(B, np.bool_)

@@ -29,8 +29,8 @@ class ReplayConfig:
     replay_min: int = 500
     """Sequences there must be before the first update."""
     replay_place: Literal["auto", "cpu", "cuda", "disk"] = "auto"
-    """Where they lie: with the learner, in main memory, or in a mapped file. auto takes the first of
-    these that they fit into."""
+    """Where they lie: with the learner, in main memory, or in a mapped file. auto takes the first
+    of these that they fit into."""
     replay_folder: str = ""
     """For the mapped file; empty for the system's folder for temporary files."""
     save_replay: bool = False
@@ -125,6 +125,7 @@ class Algorithm(Protocol):
 
     - `on_policy` (class): True if server and learner should take turns.
     - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
+    - `target_model`: a second network, compiled where `model` is.
     - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
     - `eval_epsilon`: epsilon of the environments that play beside training.
     - `initial_priority(batch) -> Tensor [B]`: of sequences that are new in a replay, from what the

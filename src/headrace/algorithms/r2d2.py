@@ -19,22 +19,22 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms import sequences
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Model, ReplayConfig, ReplaySpec
+from headrace.algorithms.base import ActionMode, ExperienceSpec, Model, ReplaySpec
 from headrace.algorithms.optimizers import (
-    OptimizerConfig,
     clipped_step,
     learning_rate_at,
     load_optimizer,
     make_optimizer,
 )
+from headrace.algorithms.r2d2_config import R2d2Config
 from headrace.errors import ConfigError
 from headrace.networks.normalizer import Observer
 from headrace.ops.distributions import Categorical
@@ -45,100 +45,20 @@ from headrace.ops.value_scale import rescale, unrescale
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
 
+__all__ = ["R2d2", "R2d2Config"]
+
 _LEAST_PRIORITY = 1e-6
 """Added to all priorities: a sequence without an error must not be lost for good."""
+_LEAST_PIECE_STEPS = 16
 
 
-def _default_optimizer() -> OptimizerConfig:
-    """SEED RL's for Atari: eps 1e-3 and clip 80 of a sum over 80 steps."""
-    return OptimizerConfig(
-        optimizer="adam",
-        learning_rate=1e-4,
-        learning_rate_schedule="constant",
-        optimizer_eps=1e-3 / 80,
-        max_gradient_norm=80.0 / 80,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class R2d2Config:
-    """The learning rule's settings."""
-
-    unroll_steps: int = 80
-    """T: agent steps of a sequence that are learned from."""
-    burn_in_steps: int = 40
-    """Steps before them that only warm the recurrent state up."""
-    overlap_steps: int | None = None
-    """Steps that a sequence shares with the next one of its environment; None: as many as are not
-    learned from, so that every step is learned from in one sequence."""
-    batch_unrolls: int = 64
-    """B: sequences per update."""
-    discount: float = 0.997
-    """gamma, per agent step."""
-    n_steps: int = 5
-    """n: rewards in a target, before the value behind them."""
-    full_returns: bool = False
-    """True: sequences are n_steps - 1 steps longer, which are not learned from, so that the last
-    targets need not make do with fewer rewards."""
-    rescale_values: bool = True
-    """Whether values are learned as h(Q), which tames large returns without clipping rewards."""
-    value_scale_epsilon: float = 1e-3
-    """The linear part of h."""
-    double_q: bool = True
-    """Whether the network that learns chooses the action whose value the target network gives (van
-    Hasselt et al. 2016, arXiv:1509.06461); else the target network does both."""
-    target_update_interval: int = 2500
-    """Updates between two copies of the weights into the target network."""
-    priority_eta: float = 0.9
-    """Share of the largest error in a sequence's priority; the rest is the mean's."""
-    epsilon_base: float = 0.4
-    """Share of random actions of the environment that explores most."""
-    epsilon_power: float = 7.0
-    """The last environment has epsilon_base to the power 1 + epsilon_power."""
-    eval_epsilon: float = 1e-3
-    """Share of random actions of the environments that play beside training."""
-    reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
-    """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
-    reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
-    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
-    """How gradients become steps."""
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
-    """What is kept, and how it is sampled."""
-
-    def __post_init__(self) -> None:
-        counts = (self.unroll_steps, self.batch_unrolls, self.n_steps, self.target_update_interval)
-        if min(counts) < 1:
-            raise ConfigError(
-                "unroll_steps, batch_unrolls, n_steps and target_update_interval must be at least 1"
-            )
-        if min(self.burn_in_steps, self.value_scale_epsilon, self.epsilon_power) < 0:
-            raise ConfigError(
-                "burn_in_steps, value_scale_epsilon and epsilon_power must not be negative"
-            )
-        shares = (self.discount, self.priority_eta, self.epsilon_base, self.eval_epsilon)
-        if min(shares) < 0 or max(shares) > 1:
-            raise ConfigError(
-                "discount, priority_eta, epsilon_base and eval_epsilon must be in [0, 1]"
-            )
-        if not 1 <= self.stride_steps <= self.sequence_steps:
-            raise ConfigError(
-                f"overlap_steps must be in [0, {self.sequence_steps - 1}], since sequences have "
-                f"{self.sequence_steps} steps, not {self.overlap_steps}"
-            )
-
-    @property
-    def sequence_steps(self) -> int:
-        """Steps of a sampled sequence: burn-in, T, and what full returns need behind them."""
-        behind = self.n_steps - 1 if self.full_returns else 0
-        return self.burn_in_steps + self.unroll_steps + behind
-
-    @property
-    def stride_steps(self) -> int:
-        """Steps from the start of one sequence to the start of the next."""
-        if self.overlap_steps is None:
-            return self.unroll_steps
-        return self.sequence_steps - self.overlap_steps
+def _piece_steps(config: R2d2Config, *, is_recurrent: bool) -> int:
+    """Returns c, the steps in which experience comes to the replay."""
+    if is_recurrent:
+        # Pieces that end where sequences do: each is complete as soon as it can be.
+        return math.gcd(config.stride_steps, config.sequence_steps)
+    # Nothing need be stored at every start, and a piece costs as much to hand over as ten steps.
+    return config.stride_steps * -(-_LEAST_PIECE_STEPS // config.stride_steps)
 
 
 class SequenceLoss(NamedTuple):
@@ -185,8 +105,7 @@ class R2d2:
         self.target_model = copy.deepcopy(model).requires_grad_(False)
         self.eval_epsilon = config.eval_epsilon
         self.experience = ExperienceSpec(
-            # Pieces that end where sequences do: each is complete as soon as it can be.
-            unroll_steps=math.gcd(config.stride_steps, config.sequence_steps),
+            unroll_steps=_piece_steps(config, is_recurrent=bool(cast(Any, model).initial_state(1))),
             batch_unrolls=config.batch_unrolls,
             replay=ReplaySpec(
                 sequence_steps=config.sequence_steps,
@@ -343,10 +262,13 @@ class R2d2:
         return online_state, target_state
 
     def _run(
-        self, model: nn.Module, inputs: PolicyInput, recurrent: tuple[Tensor, ...]
+        self,
+        model: Callable[..., Any],
+        inputs: PolicyInput,
+        recurrent: tuple[Tensor, ...],
     ) -> tuple[Any, tuple[Tensor, ...]]:
-        # A context for every call: within one, casts of weights that were made without a gradient
-        # would be kept for the call that needs it.
+        # A context for every call, so that its cache of cast weights never serves both calls with a
+        # gradient and calls without.
         with torch.autocast(
             self._device_type, self._precision, enabled=self._precision != torch.float32
         ):
@@ -360,9 +282,10 @@ class R2d2:
         if finals is None:
             return torch.zeros_like(target.value[1:, :, 0]), torch.zeros_like(batch.truncated)
         inputs, at = sequences.final_inputs(batch, finals), (finals.step, finals.column)
-        # One step on from the state after the row that the clock ended.
+        # One step on from the state after the row that the clock ended; `forward`, since code that
+        # is compiled would be so anew for every F.
         value_1FA = [
-            self._run(model, inputs, tuple(part[at] for part in output.states))[0].value
+            self._run(model.forward, inputs, tuple(part[at] for part in output.states))[0].value
             for model, output in ((self.model, online), (self.target_model, target))
         ]
         value_F = self._best_value(value_1FA[0], value_1FA[1], None)[0]

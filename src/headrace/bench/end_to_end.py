@@ -268,6 +268,7 @@ def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling)
     env_threads = min(config.env_threads or usable_cores(), config.server.num_envs)
     return {
         "env": config.env,
+        "algorithm": config.algorithm,
         "network": network_name(config, parts.spec),
         "precision": row["precision"],
         "device": str(compute.device),
@@ -277,7 +278,8 @@ def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling)
         "agent_steps_per_s": row["agent_steps_per_s"],
         "samples_per_agent_step": window.samples_per_agent_step(),
         "updates_per_s": row["updates_per_s"],
-        "policy_lag_mean": row["policy_lag_mean"],
+        "policy_lag_mean": row.get("policy_lag_mean"),  # a replay's is its age
+        "replay_age_updates": row.get("replay_age_updates"),
         "wait": {name: row[name] for name in row if name.startswith("wait/")},
         "bottleneck": row["bottleneck"],
         "ceiling": ceiling._asdict(),
@@ -298,7 +300,9 @@ def print_table(result: dict[str, Any]) -> None:
     for name in ("env_frames", "agent_steps", "updates"):
         table.add_row(f"{name.replace('_', ' ')}/s", cell(result[f"{name}_per_s"]))
     table.add_row("samples per agent step", cell(result["samples_per_agent_step"]))
-    table.add_row("policy lag, updates", cell(result["policy_lag_mean"]))
+    for name, text in (("policy_lag_mean", "policy lag"), ("replay_age_updates", "age")):
+        if result[name] is not None:
+            table.add_row(f"{text}, updates", cell(result[name]))
     for name, share in result["wait"].items():
         table.add_row(name.removeprefix("wait/").replace("_for_", " waits for "), f"{share:.0%}")
     table.add_row("stage that limits", result["bottleneck"], end_section=True)

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -23,10 +22,8 @@ from numpy.typing import NDArray
 
 from headrace import catalog
 from headrace.bench import stages
+from headrace.bench.replay_ours import Headrace, env_spec
 from headrace.bench.replay_peers import (
-    ACTIONS,
-    IMPORTANCE_EXPONENT,
-    PRIORITY_EXPONENT,
     Copy,
     Cpprb,
     Implementation,
@@ -34,7 +31,6 @@ from headrace.bench.replay_peers import (
     Stream,
     TorchrlSequences,
     TorchrlSlices,
-    Turns,
 )
 from headrace.bench.settings import (
     OutputArguments,
@@ -44,12 +40,8 @@ from headrace.bench.settings import (
     run_config,
 )
 from headrace.errors import ConfigError
-from headrace.experience.replay import Replay, Sample
-from headrace.experience.replay_layout import ReplayLayout
-from headrace.experience.unrolls import Segment
 from headrace.run.build import choose_compute
 from headrace.run.system import keep_memory
-from headrace.specs import EnvSpec
 
 _CPU = torch.device("cpu")
 _ROUNDS = 5
@@ -109,44 +101,6 @@ _SMOKE_PROBLEM = Problem(
 )
 
 
-class Headrace:
-    """Ours."""
-
-    def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
-        self._problem, self._generator = problem, generator
-        steps = problem.segment_steps
-        self._segments = Turns(
-            [segment(stream, start, steps) for start in range(0, stream.period, steps)]
-        )
-        self.replay = make_replay(problem, stream)
-        self.bytes_per_step = self.replay.bytes_per_step
-
-    def insert(self) -> int:
-        """Stores the next segment of all environments."""
-        self.store()
-        return self._problem.inserted_sequences
-
-    def store(self) -> Sample:
-        """Stores the next segment of all environments; returns the sequences that became whole."""
-        return self.replay.insert(self._segments.take())
-
-    def sample(self) -> list[Any]:
-        """Samples sequences; they come time first."""
-        sample = self.draw()
-        unrolls = self.replay.gather(sample, _CPU)
-        frames = unrolls.observation.squeeze(2).transpose(0, 1)
-        others = [part for part in unrolls[1:] if isinstance(part, torch.Tensor)]
-        return [frames, *others, *unrolls.recurrent]
-
-    def draw(self) -> Sample:
-        """Chooses a batch and gives it new priorities, without its rows."""
-        size = self._problem.batch_size
-        sample = self.replay.sample(size, self._generator)
-        priority = self._generator.random(size, np.float32)
-        self.replay.set_priority(sample.slot, sample.generation, priority)
-        return sample
-
-
 IMPLEMENTATIONS: dict[str, Callable[[Problem, Stream, np.random.Generator], Implementation]] = {
     "headrace": Headrace,
     "torchrl": TorchrlSlices,
@@ -179,15 +133,9 @@ def run(argv: list[str]) -> None:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
-        stack.enter_context(warnings.catch_warnings())
-        for package in ("torchrl", "tensordict", "cpprb"):
-            warnings.filterwarnings("ignore", module=package)  # theirs to mend
+        stack.enter_context(warnings.catch_warnings())  # peers change what is shown
         rows = compare(arguments, problem)
         curve = measure_curve(arguments)
-    shape = (
-        f"{problem.batch_size} x {problem.rows} rows of {problem.frame_nbytes} bytes, "
-        f"no stacks, {threads} thread{'s' * (threads > 1)}"
-    )
     if arguments.output.json:
         setting = {
             "threads": threads,
@@ -199,7 +147,11 @@ def run(argv: list[str]) -> None:
         }
         print(json.dumps({"rows": rows, "curve": curve, "setting": setting}))
         return
-    print_rows(f"replay: {shape}", rows, as_json=False)
+    title = (
+        f"replay: {problem.capacity} sequences, batches of {problem.batch_size} with "
+        f"{problem.rows} rows, no stacks, {threads} thread{'s' * (threads > 1)}"
+    )
+    print_rows(title, [as_shown(row) for row in rows], as_json=False)
     if curve:
         print_rows("drawing a batch and its new priorities, no rows", curve, as_json=False)
 
@@ -285,6 +237,23 @@ def row_of(
     }
 
 
+def as_shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a row with fewer and narrower columns, for a terminal."""
+
+    def ratio(name: str) -> str:
+        return "" if row[name] is None else f"{row[name]:.2f}"
+
+    return {
+        "": row["implementation"],
+        "sampled per s": f"{row['sampled_sequences_per_s']:,.0f} ±{row['sampled_spread'] / 2:.0%}",
+        "x torchrl": ratio("times_torchrl"),
+        "x copy": ratio("share_of_copy"),
+        "MB per batch": f"{row['bytes_per_batch'] / 1e6:.1f}",
+        "inserted per s": f"{row['inserted_sequences_per_s']:,.0f}",
+        "bytes per step": f"{row['bytes_per_step']:,.0f}",
+    }
+
+
 def measure_curve(arguments: Arguments) -> list[dict[str, Any]]:
     """Returns a row for each capacity: microseconds to draw a batch and set its priorities."""
     replays = {capacity: _filled(capacity, arguments) for capacity in arguments.curve}
@@ -326,65 +295,12 @@ def _filled(capacity: int, arguments: Arguments) -> Headrace:
     return ours
 
 
-def make_replay(problem: Problem, stream: Stream) -> Replay:
-    """Returns an empty replay on the CPU that keeps what R2D2 needs of each step."""
-    layout = ReplayLayout(
-        spec=_spec(problem),
-        num_envs=problem.num_envs,
-        capacity=problem.capacity,
-        segment_steps=problem.segment_steps,
-        sequence_steps=problem.sequence_steps,
-        stride_steps=problem.stride_steps,
-        burn_in_steps=problem.sequence_steps - problem.stride_steps,
-        recurrent=tuple(torch.zeros(1, *part.shape[2:]) for part in stream.state),
-        columns=("value", "action_value"),
-    )
-    return Replay(
-        layout,
-        device=_CPU,
-        priority_exponent=PRIORITY_EXPONENT,
-        importance_exponent=IMPORTANCE_EXPONENT,
-    )
-
-
-def segment(stream: Stream, start: int, steps: int) -> Segment:
-    """Returns what the server's thread would hand over for rows `start` to `start + steps`."""
-    columns = stream.window(start, steps + 1)
-    frames, shape = columns["frame"], columns["reward"].shape
-    return Segment(
-        env_id=np.arange(shape[0]),
-        run_id=np.zeros(shape[0], np.int64),
-        frames=torch.from_numpy(frames),
-        columns={
-            "action": torch.from_numpy(columns["action"]),
-            **{name: torch.zeros(shape) for name in ("log_prob", "value", "action_value")},
-        },
-        host={
-            **{name: columns[name] for name in ("reward", "reset", "terminated", "truncated")},
-            "version": np.zeros(shape, np.int64),
-        },
-        recurrent=tuple(torch.from_numpy(part[:, 0]) for part in stream.states(start)),
-        final_frames=torch.from_numpy(frames[:0, 0]),
-        final_at=np.zeros((0, 2), np.int64),
-        final_value=torch.zeros(0),
-    )
-
-
 def _spread(rates: NDArray[np.float64]) -> float:
     """Difference of the best and the worst, as a share of the median."""
     return float(np.ptp(rates) / np.median(rates))
 
 
-def _spec(problem: Problem) -> EnvSpec:
-    """Returns an environment that would make such rows."""
-    return EnvSpec(
-        name="synthetic",
-        observation_space=gym.spaces.Box(0, 255, problem.frame_shape, np.uint8),
-        action_space=gym.spaces.Discrete(ACTIONS),
-    )
-
-
 def _learner_threads(compute_threads: int, problem: Problem) -> int:
     """Returns the threads that a learner has on this machine."""
     policy = PolicyArguments(env="catch", network="auto", compute_threads=compute_threads)
-    return choose_compute(run_config(policy, server={}), _spec(problem)).threads
+    return choose_compute(run_config(policy, server={}), env_spec(problem)).threads

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -159,37 +160,36 @@ class Turns:
 
 
 class Copy:
-    """The bytes of a batch, copied and nothing else."""
+    """The bytes of a batch, copied and nothing else.
+
+    By numpy, whose plain assignment is a memcpy: on bytes it was 1.4 times as fast as Tensor.copy_.
+    """
 
     def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
         self._problem, self._generator = problem, generator
-        scalars = sum(
-            values.dtype.itemsize for name, values in stream.columns.items() if name != "frame"
-        )
-        self._row_nbytes = problem.frame_nbytes + scalars
-        self._sequence_nbytes = problem.rows * self._row_nbytes + problem.state_nbytes
-        # What the issue of storing once comes to: frames, and a state for each sequence.
+        row_nbytes = sum(values[0, 0].nbytes for values in stream.columns.values())
+        self._sequence_nbytes = problem.rows * row_nbytes + problem.state_nbytes
+        # The least there is to store: frames once, and a state for each sequence.
         self.bytes_per_step = problem.frame_nbytes + problem.state_nbytes / problem.stride_steps
-        self._stored = torch.zeros(
-            int(problem.capacity_steps * self.bytes_per_step) + self._sequence_nbytes,
-            dtype=torch.uint8,
-        )
-        self._batch = torch.zeros(problem.batch_size, self._sequence_nbytes, dtype=torch.uint8)
-        piece = problem.segment_steps * self._row_nbytes
-        self._pieces = torch.zeros(problem.num_envs, piece, dtype=torch.uint8)
+        size = int(problem.capacity_steps * self.bytes_per_step) + self._sequence_nbytes
+        # Written before it is read: memory that never was costs a page fault at the first touch,
+        # and the wall would look lower than it is.
+        self._stored = np.frombuffer(bytearray(generator.bytes(size)), np.uint8)
+        self._batch = np.ones((problem.batch_size, self._sequence_nbytes), np.uint8)
+        self._pieces = np.ones((problem.num_envs, problem.segment_steps * row_nbytes), np.uint8)
 
     def insert(self) -> int:
         """Copies the bytes of an insertion to random places."""
         length = self._pieces.shape[1]
         for piece, start in zip(self._pieces, self._starts(len(self._pieces), length), strict=True):
-            self._stored[start : start + length].copy_(piece)
+            self._stored[start : start + length] = piece
         return self._problem.inserted_sequences
 
     def sample(self) -> list[Any]:
         """Copies the bytes of a batch from random places."""
         length = self._sequence_nbytes
         for row, start in zip(self._batch, self._starts(len(self._batch), length), strict=True):
-            row.copy_(self._stored[start : start + length])
+            row[:] = self._stored[start : start + length]
         return [self._batch]
 
     def _starts(self, count: int, length: int) -> list[int]:
@@ -353,6 +353,8 @@ def _torchrl() -> tuple[Any, Callable[..., Any]]:
     finally:
         sys.setdlopenflags(flags)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
+    # For the author of TorchRL to mend; it asks on import that they be shown, so this comes after.
+    warnings.filterwarnings("ignore", module="torchrl|tensordict")
     return data, importlib.import_module("tensordict").TensorDict
 
 

@@ -75,7 +75,7 @@ def run_config(
 def learning_settings(
     algorithm: str, *, unroll_steps: int | None, batch_unrolls: int | None
 ) -> dict[str, Any]:
-    """Returns the sizes of unrolls: 20 and 32 where none are given, or, with a replay, the preset's.
+    """Returns the sizes of unrolls: 20 and 32 unless given or, with a replay, the preset's.
 
     A replay is learned from as soon as there is any, so that a benchmark need not wait.
     """

@@ -150,12 +150,12 @@ class FreePool:
             final_observation=None,
         )
         turns = math.lcm(num_envs, batch_size) // batch_size
-        self._steps = itertools.cycle(
-            [
-                step._replace(env_id=(step.env_id + turn * batch_size) % num_envs)
-                for turn in range(turns)
-            ]
-        )
+        steps = [
+            step._replace(env_id=(step.env_id + turn * batch_size) % num_envs)
+            for turn in range(turns)
+        ]
+        first = [step._replace(reset=~never) for step in steps]
+        self._steps = itertools.chain(first, itertools.cycle(steps))
 
     def receive(self, timeout_s: float) -> EnvStep | None:
         """Returns the environments whose turn it is, at once."""
@@ -303,7 +303,7 @@ def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessRepl
         return EndlessFifo(server, batch_unrolls=batch, device=device)
     replay = parts.feed.replay
     replay.forget_streams()  # the free environments continue nothing
-    limiter = SampleLimiter(0.0, min_inserted=1, batch=batch, max_insert=batch)
+    limiter = SampleLimiter(0.0, min_inserted=1, batch=batch, max_insert=1)
     limiter.inserted(replay.sequences)
     return EndlessReplay(
         server.unrolls,

@@ -24,8 +24,8 @@ from headrace.experience.replay_frames import FrameReader, Stacks
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.replay_rings import Rings
 from headrace.experience.replay_rows import NO_FINAL, ReplayRows, moved
+from headrace.experience.segments import Segment
 from headrace.experience.sum_tree import SumTree
-from headrace.experience.unrolls import Segment
 from headrace.records import Finals, Unrolls
 from headrace.rows import upload
 
@@ -163,6 +163,15 @@ class Replay:
         """
         if not self._rings.current(sample.slot, sample.generation).all():
             raise ValueError("a sequence was written over before it was gathered")
+        return self._gather(sample, device, observations=observations)
+
+    def example(self, count: int, device: torch.device) -> Unrolls:
+        """Returns a batch of the right shapes, from whatever lies in the first slot."""
+        first = np.zeros(count, np.int64)
+        return self._gather(_undrawn(first, first), device, observations=True)
+
+    def _gather(self, sample: Sample, device: torch.device, *, observations: bool) -> Unrolls:
+        device = torch.empty(0, device=device).device  # "cuda" is a name of "cuda:0"
         rows, prefix = self._rows, self.layout.prefix
         around = self._rings.sequence_rows(sample.slot)
         at = around[prefix:]  # [U, B]

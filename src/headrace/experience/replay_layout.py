@@ -95,8 +95,10 @@ class ReplayLayout:
     def ring_rows(self) -> int:
         """R, a multiple of `alignment`."""
         per_env = -(-self.capacity // self.num_envs)
-        # Whole sequences start within the last R - prefix - sequence_steps rows.
-        rows = per_env * self.stride_steps + self.sequence_steps + self.prefix
+        # Whole sequences start within the last R - prefix - sequence_steps rows; what one segment
+        # completes must all be among them.
+        starts = max(per_env * self.stride_steps, self.segment_steps)
+        rows = starts + self.sequence_steps + self.prefix
         return -(-rows // self.alignment) * self.alignment
 
     @property

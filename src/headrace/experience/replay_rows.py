@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.experience.replay_finals import FinalTable
 from headrace.experience.replay_layout import HOST_FIELDS, Field, ReplayLayout
-from headrace.experience.unrolls import Segment
+from headrace.experience.segments import Segment
 from headrace.rows import upload, write_rows
 
 NO_FINAL = -1

@@ -22,7 +22,7 @@ said of its actions. The table then lies where the replay does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from headrace.algorithms.base import ExperienceSpec
 from headrace.experience.fifo import SlotQueue
+from headrace.experience.segments import Segment
 from headrace.records import PolicyStep, Unrolls
 from headrace.rows import upload, write_rows
 from headrace.specs import EnvSpec
@@ -59,20 +60,6 @@ def device_fields(
     if spec.has_action_mask:
         fields["action_mask"] = ((spec.action_mask_size,), np.dtype(np.bool_))
     return fields
-
-
-class Segment(NamedTuple):
-    """Unrolls as they were stored, without stacks: n of c + 1 rows. What a replay takes."""
-
-    env_id: NDArray[np.int64]  # [n]
-    run_id: NDArray[np.int64]  # [n]
-    frames: Tensor  # [n, c + 1, ...] single frames
-    columns: dict[str, Tensor]  # each [n, c + 1, ...]: action, log_prob, value, action_value, ...
-    host: dict[str, NDArray[Any]]  # each [n, c + 1]: reward, reset, terminated, truncated, version
-    recurrent: tuple[Tensor, ...]  # each [n, ...] state fed to row 0
-    final_frames: Tensor  # [f, ...] final observations of truncated rows
-    final_at: NDArray[np.int64]  # [f, 2] which of the n, and which row of it, 1 to c
-    final_value: Tensor  # [f] float32 what the policy that acted said of them
 
 
 class UnrollTable:
@@ -210,21 +197,25 @@ class UnrollTable:
         slot = np.asarray(slots, np.int64)
         rows = np.arange(self.rows)[:, None]
         flat = slot * self.rows + rows  # [U, B]
-        at = self._upload(flat.reshape(-1))
+        at = self._upload(flat)
         shape = flat.shape
         stack = self._frames.index_select(0, self._upload(self._stack_rows(slot).reshape(-1)))
-        device = {
-            name: field.index_select(0, at).view(*shape, *field.shape[1:])
-            for name, field in self._fields.items()
-        }
+        device = {name: _rows(field, at) for name, field in self._fields.items()}
         host = {name: self._upload(field[flat]) for name, field in self._host.items()}
         slot_index = self._upload(slot)
-        unrolls = Unrolls(  # type: ignore[arg-type]  # what has a name in `device` is a Tensor
+        unrolls = Unrolls(
             observation=stack.view(*shape, self.prefix + 1, *stack.shape[1:]),
             reset=self._upload(self._reset[slot, self.prefix + rows]),
+            reward=host["reward"],
+            terminated=host["terminated"],
+            truncated=host["truncated"],
+            bootstrap=device["bootstrap"],
+            previous_action=device["previous_action"],
+            action=device["action"],
+            log_prob=device["log_prob"],
+            version=host["version"],
             recurrent=tuple(part.index_select(0, slot_index) for part in self._recurrent),
-            **device,
-            **host,
+            action_mask=device.get("action_mask"),
         )
         self._mark(self._read, slots)
         return unrolls

@@ -138,7 +138,7 @@ class ReplayFeed:
         self.replay, self.limiter = replay, limiter
         self._unrolls, self._queue = unrolls, queue
         self._batch_sequences, self._device = experience.batch_unrolls, device
-        self._per_unroll = sequences_per_unroll(experience)
+        self._at_once, self._most = insert_sizes(experience)
         self._rng = np.random.default_rng(seed)
         self._initial_priority = initial_priority
         self._drawn: Sample | None = None  # the batch that is being learned from
@@ -182,14 +182,12 @@ class ReplayFeed:
     def ready(self) -> bool:
         """Whether something may be taken in or sampled."""
         return self.limiter.may_sample(self._batch_sequences) or (
-            len(self._queue) > 0 and self.limiter.may_insert(self._per_unroll)
+            len(self._queue) > 0 and self.limiter.may_insert(self._most // self._at_once)
         )
 
     def example(self) -> Batch:
-        """Gathers the first sequence, complete or not, as often as a batch has sequences."""
-        first = np.zeros(self._batch_sequences, np.int64)
-        drawn = Sample(first, first, np.ones(self._batch_sequences, np.float32))
-        return align(self.replay.gather(drawn, self._device))
+        """Gathers what lies in the first slot, as often as a batch has sequences."""
+        return align(self.replay.example(self._batch_sequences, self._device))
 
     def metrics(self) -> dict[str, float | int]:
         """Returns how full the replay is, and how often what it holds was sampled."""
@@ -229,8 +227,8 @@ class ReplayFeed:
     def _take_in(self, *, waiting: int) -> None:
         """Moves up to `waiting` full slots into the replay, as far as the limiter lets it."""
         while waiting > 0:
-            count = min(waiting, self._batch_sequences)
-            while count and not self.limiter.may_insert(count * self._per_unroll):
+            count = min(waiting, self._at_once)
+            while count and not self.limiter.may_insert(count * self._most // self._at_once):
                 count //= 2
             if not count:
                 return
@@ -256,10 +254,15 @@ class ReplayFeed:
         return batch
 
 
-def sequences_per_unroll(experience: ExperienceSpec) -> int:
-    """Returns the most sequences that become complete with one unroll."""
+def insert_sizes(experience: ExperienceSpec) -> tuple[int, int]:
+    """Returns the most unrolls that are inserted at once, and the most sequences that they bring.
+
+    These are about as many as are sampled at once: the limiter holds the ratio that closely.
+    """
     replay = experience.replay
-    return 1 if replay is None else -(-experience.unroll_steps // replay.stride_steps)
+    per_unroll = 1 if replay is None else -(-experience.unroll_steps // replay.stride_steps)
+    at_once = max(1, experience.batch_unrolls // per_unroll)
+    return at_once, at_once * per_unroll
 
 
 def _copied(priority: Tensor) -> Callable[[], NDArray[np.float32]]:

@@ -224,8 +224,9 @@ def build(
     server_model: Any = copy.deepcopy(model).requires_grad_(False)
     lower_precision(server_model, compute.precision)
     if compute.compiled:
-        model.compile(dynamic=False)
-        server_model.compile(dynamic=False)
+        for network in (model, server_model, getattr(algorithm, "target_model", None)):
+            if network is not None:
+                network.compile(dynamic=False)
     generator = torch.Generator(compute.device)
     generator.manual_seed(derived_seed(config.seed, 1, resume_count))
     local = Weights(server_model)

@@ -18,7 +18,7 @@ from headrace.experience.limiter import SampleLimiter
 from headrace.experience.replay import Replay
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.unrolls import UnrollTable
-from headrace.learner.feeds import Feed, FifoFeed, ReplayFeed, sequences_per_unroll
+from headrace.learner.feeds import Feed, FifoFeed, ReplayFeed, insert_sizes
 from headrace.run.pools import derived_seed
 from headrace.run.system import free_memory_nbytes
 from headrace.specs import EnvSpec
@@ -199,7 +199,7 @@ def make_feed(
             settings.samples_per_insert,
             min_inserted=settings.replay_min,
             batch=experience.batch_unrolls,
-            max_insert=experience.batch_unrolls * sequences_per_unroll(experience),
+            max_insert=insert_sizes(experience)[1],
         ),
         experience=experience,
         device=device,

@@ -1,0 +1,102 @@
+"""Settings of R2D2, with the paper's values as defaults (Kapturowski et al. 2019, appendix)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from headrace.algorithms.base import ReplayConfig
+from headrace.algorithms.optimizers import OptimizerConfig
+from headrace.errors import ConfigError
+
+
+def _default_optimizer() -> OptimizerConfig:
+    """SEED RL's for Atari: eps 1e-3 and clip 80 of a sum over 80 steps."""
+    return OptimizerConfig(
+        optimizer="adam",
+        learning_rate=1e-4,
+        learning_rate_schedule="constant",
+        optimizer_eps=1e-3 / 80,
+        max_gradient_norm=80.0 / 80,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class R2d2Config:
+    """The learning rule's settings."""
+
+    unroll_steps: int = 80
+    """T: agent steps of a sequence that are learned from."""
+    burn_in_steps: int = 40
+    """Steps before them that only warm the recurrent state up."""
+    overlap_steps: int | None = None
+    """Steps that a sequence shares with the next one of its environment; None: as many as are not
+    learned from, so that every step is learned from in one sequence."""
+    batch_unrolls: int = 64
+    """B: sequences per update."""
+    discount: float = 0.997
+    """gamma, per agent step."""
+    n_steps: int = 5
+    """n: rewards in a target, before the value behind them."""
+    full_returns: bool = False
+    """True: sequences are n_steps - 1 steps longer, which are not learned from, so that the last
+    targets need not make do with fewer rewards."""
+    rescale_values: bool = True
+    """Whether values are learned as h(Q), which tames large returns without clipping rewards."""
+    value_scale_epsilon: float = 1e-3
+    """The linear part of h."""
+    double_q: bool = True
+    """Whether the network that learns chooses the action whose value the target network gives (van
+    Hasselt et al. 2016, arXiv:1509.06461); else the target network does both."""
+    target_update_interval: int = 2500
+    """Updates between two copies of the weights into the target network."""
+    priority_eta: float = 0.9
+    """Share of the largest error in a sequence's priority; the rest is the mean's."""
+    epsilon_base: float = 0.4
+    """Share of random actions of the environment that explores most."""
+    epsilon_power: float = 7.0
+    """The last environment has epsilon_base to the power 1 + epsilon_power."""
+    eval_epsilon: float = 1e-3
+    """Share of random actions of the environments that play beside training."""
+    reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
+    """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
+    reward_scale: float = 1.0
+    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    """How gradients become steps."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """What is kept, and how it is sampled."""
+
+    def __post_init__(self) -> None:
+        counts = (self.unroll_steps, self.batch_unrolls, self.n_steps, self.target_update_interval)
+        if min(counts) < 1:
+            raise ConfigError(
+                "unroll_steps, batch_unrolls, n_steps and target_update_interval must be at least 1"
+            )
+        if min(self.burn_in_steps, self.value_scale_epsilon, self.epsilon_power) < 0:
+            raise ConfigError(
+                "burn_in_steps, value_scale_epsilon and epsilon_power must not be negative"
+            )
+        shares = (self.discount, self.priority_eta, self.epsilon_base, self.eval_epsilon)
+        if min(shares) < 0 or max(shares) > 1:
+            raise ConfigError(
+                "discount, priority_eta, epsilon_base and eval_epsilon must be in [0, 1]"
+            )
+        if not 1 <= self.stride_steps <= self.sequence_steps:
+            raise ConfigError(
+                f"overlap_steps must be in [0, {self.sequence_steps - 1}], since sequences have "
+                f"{self.sequence_steps} steps, not {self.overlap_steps}"
+            )
+
+    @property
+    def sequence_steps(self) -> int:
+        """Steps of a sampled sequence: burn-in, T, and what full returns need behind them."""
+        behind = self.n_steps - 1 if self.full_returns else 0
+        return self.burn_in_steps + self.unroll_steps + behind
+
+    @property
+    def stride_steps(self) -> int:
+        """Steps from the start of one sequence to the start of the next."""
+        if self.overlap_steps is None:
+            return self.unroll_steps
+        return self.sequence_steps - self.overlap_steps

@@ -1,0 +1,225 @@
+"""R2D2 as whole runs: reproducible, resumed with its replay, in both cuts, and refused in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from headrace import train
+from headrace.config import RunConfig, from_dict, merged
+from headrace.errors import ConfigError
+from headrace.experience.replay import Sample
+from headrace.learner.feeds import ReplayFeed
+from headrace.presets import find
+from headrace.records import PolicyInput
+from headrace.run import experience
+from headrace.run.build import build, check
+from headrace.telemetry.metrics import Waits
+from headrace.telemetry.record import read_metrics
+from tests.run.test_local import assert_same_weights, newest, stop_after, timeless
+
+REPLAY = {"replay_capacity": 60, "replay_min": 10, "samples_per_insert": 4.0}
+
+
+def a_config(out: Path, preset: str = "r2d2-control", **settings: Any) -> RunConfig:
+    base = {
+        "env": "recall",
+        "out": str(out),
+        "device": "cpu",
+        "precision": "float32",
+        "lockstep": True,
+        "tensorboard": False,
+        "total_frames": 3000,
+        "log_interval_s": 1e-9,
+        "server": {"num_envs": 8},
+        "network": {"lstm_size": 8},
+        "learning": {
+            "unroll_steps": 6,
+            "burn_in_steps": 3,
+            "batch_unrolls": 8,
+            "target_update_interval": 7,
+            "replay": REPLAY,
+        },
+    }
+    if preset == "dqn-control":
+        base["network"] = {"lstm_size": 0}
+        base["learning"] = {"batch_unrolls": 16, "replay": {**REPLAY, "replay_capacity": 400}}
+    return from_dict(merged(merged(find(preset).values, base), settings))
+
+
+@pytest.mark.parametrize("preset", ["r2d2-control", "dqn-control"])
+def test_one_seed_gives_one_run(tmp_path: Path, preset: str) -> None:
+    for name in ("a", "b"):
+        assert train(a_config(tmp_path / name, preset)).finished
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    rows = timeless(tmp_path / "a")
+    assert rows == timeless(tmp_path / "b")
+    assert rows[-1]["updates"] > 50
+    # More came than there is room for, and none was sampled oftener than it may be.
+    assert rows[-1]["replay_inserted"] > rows[-1]["replay_sequences"]
+    assert rows[-1]["samples_per_insert"] == pytest.approx(4.0, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"env": "catch", "environment": {"truncate_after": 4}, "server": {"eval_envs": 3}},
+    ],
+    ids=["recall", "truncated-and-evaluated"],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(a_config(whole, **settings))
+    for stop in (9, 30):
+        resume = halves if halves.exists() else None
+        config = None if resume else a_config(halves, **settings)
+        result = train(config, resume=resume, on_update=stop_after(stop))
+        assert result.metrics["updates"] == stop
+    assert train(resume=halves).finished
+    assert_same_weights(whole, halves)  # of the replay as well: it is a group of its own
+    assert "replay" in newest(halves).tensors
+    last, other = (read_metrics(run / "metrics.jsonl")[-1] for run in (whole, halves))
+    for name in ("agent_steps", "updates", "samples", "replay_inserted", "replay_sampled"):
+        assert last[name] == other[name], name
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_is_not_in_lockstep_keeps_its_replay_when_asked(
+    tmp_path: Path, saved: bool
+) -> None:
+    learning = {"replay": {**REPLAY, "save_replay": saved}}
+    config = a_config(tmp_path / "run", lockstep=False, learning=learning)
+    first = train(config).metrics
+    assert ("replay" in newest(tmp_path / "run").tensors) == saved
+    rows: list[dict[str, Any]] = []
+    messages = []
+
+    def keep(row: Any) -> None:
+        rows.append(dict(row))
+
+    result = train(resume=tmp_path / "run", changes={"total_frames": 4000}, on_row=keep)
+    messages = (tmp_path / "run" / "log.txt").read_text()
+    assert ("fills anew" in messages) != saved
+    assert result.metrics["updates"] > first["updates"]
+    before = first["replay_inserted"] if saved else 0
+    assert before <= rows[0]["replay_inserted"] < before + 60
+
+
+def test_workers_that_act_fill_the_same_replay(tmp_path: Path) -> None:
+    config = a_config(
+        tmp_path / "run",
+        lockstep=False,
+        inference="worker",
+        total_frames=3000,
+        workers={"num_workers": 2},
+    )
+    result = train(config)
+    assert result.finished
+    assert result.metrics["updates"] > 10
+    assert result.metrics["samples_per_insert"] == pytest.approx(4.0, rel=0.5)
+
+
+def test_stored_recurrent_state_is_that_of_the_whole_history(tmp_path: Path) -> None:
+    """Stitches all rows of each environment together and runs the policy over them from zero."""
+    learning = {"overlap_steps": 4, "replay": {"replay_capacity": 4000, "replay_min": 4000}}
+    config = a_config(tmp_path, learning=learning, environment={"delay_steps": 5})
+    parts = build(
+        config, resume_count=0, on_episodes=lambda *_: None, on_eval_episodes=lambda *_: None
+    )
+    parts.weights.publish(parts.algorithm.model, 0)
+    feed = parts.feed
+    assert isinstance(feed, ReplayFeed)
+    waits = Waits()
+    for _ in range(60):
+        parts.training.serve(parts.weights.pull, 1.0, waits)
+        if feed.ready():
+            assert feed.next(version=0, timeout_s=0.0, waits=waits) is None
+    replay = feed.replay
+    layout = replay.layout
+    slots = np.flatnonzero(replay._rings._alive)
+    generation = replay._rings.generation(slots)
+    drawn = Sample(slots, generation, np.ones(len(slots), np.float32))
+    unrolls = replay.gather(drawn, torch.device("cpu"))
+    start = replay._rings._start[slots]
+    env = slots // layout.slots_per_env
+    assert layout.stride_steps == 5
+    assert len(slots) == 8 * ((59 - 9) // 5 + 1)
+    model: Any = parts.server_model
+    started = 0
+    for number in range(8):
+        own = np.flatnonzero(env == number)
+        length = int(start[own].max()) + layout.sequence_steps + 1
+        fields = {}
+        for name in ("observation", "reward", "previous_action", "reset"):
+            values = getattr(unrolls, name)
+            whole = values.new_zeros(length, 1, *values.shape[2:])
+            for column in own:
+                rows = slice(int(start[column]), int(start[column]) + layout.sequence_steps + 1)
+                whole[rows, 0] = values[:, column]
+            fields[name] = whole
+        assert fields["reset"].sum() > 5
+        inputs = PolicyInput(**fields)
+        inputs = inputs._replace(reward=torch.where(inputs.reset, 0.0, inputs.reward))
+        with torch.no_grad():
+            output, _ = model(inputs, model.initial_state(1))
+        for column in own:
+            at = int(start[column])
+            for part, states in zip(unrolls.recurrent, output.states, strict=True):
+                begins = bool(fields["reset"][at, 0])
+                wanted = torch.zeros_like(part[column]) if begins else states[at - 1, 0]
+                started += begins
+                torch.testing.assert_close(part[column], wanted, rtol=1e-5, atol=1e-6)
+    assert 0 < started < len(slots)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"learning": {"replay": {"replay_capacity": 10**12}}},
+            r"takes [0-9.]+ GiB.*cpu [0-9.]+ GiB, disk .*lower --replay-capacity",
+        ),
+        ({"learning": {"replay": {"replay_gib": 1e-6}}}, r"holds no sequence.*raise it"),
+        ({"learning": {"replay": {"replay_place": "cuda"}}}, r"needs a run on a GPU"),
+        ({"learning": {"replay": {"replay_folder": "/no/such"}}}, r"is no folder"),
+        ({"max_policy_lag": 3}, r"leave out --max-policy-lag"),
+        ({"env": "pointmass", "environment": {}}, r"one discrete action"),
+    ],
+    ids=["memory", "gib", "cuda", "folder", "lag", "continuous"],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    tmp_path: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check(a_config(tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_replay_lies_where_it_is_told_to(tmp_path: Path, place: str) -> None:
+    replay = {**REPLAY, "replay_place": place, "replay_folder": str(tmp_path)}
+    result = train(a_config(tmp_path / place, learning={"replay": replay}))
+    other = train(a_config(tmp_path / "other"))
+    assert result.metrics["loss/total"] == other.metrics["loss/total"]
+
+
+def test_a_replay_goes_to_disk_when_memory_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experience, "free_memory_nbytes", lambda: 1000)
+    config = a_config(tmp_path / "run", learning={"replay": {"replay_folder": str(tmp_path)}})
+    parts = build(
+        config, resume_count=0, on_episodes=lambda *_: None, on_eval_episodes=lambda *_: None
+    )
+    place = experience.place_replay(
+        config, parts.algorithm, parts.spec, parts.server_model, torch.device("cpu")
+    )
+    assert place is not None
+    assert place.folder == tmp_path
+    parts.close()
