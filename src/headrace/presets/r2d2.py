@@ -59,14 +59,14 @@ R2D2 = {
         },
     ),
     "r2d2-small": Preset(
-        "One Atari game with R2D2 on a few cores and 8 GB: shorter sequences, a smaller LSTM.",
+        "One Atari game with R2D2 on a few cores and 8 GB: small network, short sequences.",
         "ours (docs/results.md); environment as in preset atari, but for lost lives",
         {
             "algorithm": "r2d2",
             "total_frames": 20_000_000,
             "environment": {**ATARI, "life_loss_ends_episode": False},
             "server": {"num_envs": 32},
-            "network": {"network": "r2d2", "lstm_size": 256},
+            "network": {"network": "impala_shallow", "lstm_size": 256},
             "learning": {
                 **_R2D2_ATARI,
                 "unroll_steps": 20,
@@ -86,7 +86,7 @@ R2D2 = {
                     **_R2D2_ATARI["replay"],
                     "replay_capacity": 15_000,
                     "replay_min": 1_000,
-                    "samples_per_insert": 2.0,
+                    "samples_per_insert": 4.0,
                 },
             },
         },
