@@ -6,6 +6,7 @@ An algorithm is a config, `act` and `update`: no process, clock or file. The sys
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -106,6 +107,18 @@ class ExperienceSpec:
         return steps * self.batch_unrolls * self.passes
 
 
+Beside = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Starts some work, perhaps in another thread; what it returns gives the result, when it is there.
+
+The work computes without gradients and draws nothing, so that it does not matter where it runs."""
+
+
+def in_turn(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Does the work at once: a `Beside` without another thread."""
+    result = work()
+    return lambda: result
+
+
 class Model(Protocol):
     """A network with its recurrent state, as algorithms and the server see it."""
 
@@ -125,6 +138,7 @@ class Algorithm(Protocol):
 
     - `on_policy` (class): True if server and learner should take turns.
     - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
+    - `beside`: a `Beside`, which the system may replace by one that has a thread.
     - `target_model`: a second network, compiled where `model` is.
     - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
     - `eval_epsilon`: epsilon of the environments that play beside training.

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms import sequences
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Model, ReplaySpec
+from headrace.algorithms.base import (
+    ActionMode,
+    Beside,
+    ExperienceSpec,
+    Model,
+    ReplaySpec,
+    in_turn,
+)
 from headrace.algorithms.optimizers import (
     clipped_step,
     learning_rate_at,
@@ -121,6 +128,7 @@ class R2d2:
         self._distribution = Categorical(int(space.n))
         self._optimizer = make_optimizer(model.parameters(), config.optimizer)
         self._updates = 0
+        self.beside: Beside = in_turn
 
     def exploration(self, num_envs: int) -> Tensor:
         """Epsilon of each environment that trains, float32 [num_envs]."""
@@ -160,11 +168,19 @@ class R2d2:
     def loss(self, batch: Batch) -> SequenceLoss:
         """Returns the loss of a batch, its parts, and what to sample the sequences by."""
         config, steps = self._config, self._config.unroll_steps
-        online_state, target_state = self._burned_in(batch)
-        batch = sequences.without_burn_in(batch, config.burn_in_steps)
+        burn_in, learned = batch, sequences.without_burn_in(batch, config.burn_in_steps)
+
+        def of_target() -> Any:
+            with torch.no_grad():  # in whichever thread this is
+                state = self._burned_in(self.target_model, burn_in)
+                return self._run(self.target_model, learned.inputs, state)[0]
+
+        target_later = self.beside(of_target)
         with torch.no_grad():
-            target, _ = self._run(self.target_model, batch.inputs, target_state)
+            online_state = self._burned_in(self.model, burn_in)
+        batch = learned
         online, _ = self._run(self.model, batch.inputs, online_state)
+        target = target_later()
         next_UB = self._best_value(online.value.detach(), target.value, batch.inputs.action_mask)
         final_value_RB, has_final_RB = self._finals(batch, online, target)
         target_TB = self._targets(batch, final_value_RB, next_UB)
@@ -250,16 +266,13 @@ class R2d2:
         self.target_model.load_state_dict(state["target"])
         self._updates = state["updates"]
 
-    @torch.no_grad()
-    def _burned_in(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """State of either network before the first learned row, from the one that was stored."""
+    def _burned_in(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """State of a network before the first learned row, from the one that was stored."""
         burn_in = self._config.burn_in_steps
         if not burn_in or not batch.recurrent:  # nothing warms up without a state
-            return batch.recurrent, batch.recurrent
+            return batch.recurrent
         inputs = sequences.rows_of(batch.inputs, slice(burn_in))
-        _, online_state = self._run(self.model, inputs, batch.recurrent)
-        _, target_state = self._run(self.target_model, inputs, batch.recurrent)
-        return online_state, target_state
+        return self._run(model, inputs, batch.recurrent)[1]
 
     def _run(
         self,

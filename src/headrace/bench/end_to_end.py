@@ -36,6 +36,7 @@ from headrace.bench.settings import (
 )
 from headrace.config import RunConfig
 from headrace.learner.loop import Learner
+from headrace.run.beside import second_thread
 from headrace.run.build import Parts, build, network_name
 from headrace.run.local import train_overlapped
 from headrace.run.pools import make_pool
@@ -235,7 +236,8 @@ def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
     waits = Waits()
     learner = Learner(parts.algorithm, parts.feed, parts.weights, device=parts.compute.device)
     window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
-    train_overlapped(window)
+    with second_thread(parts):
+        train_overlapped(window)
     learner.ensure_finite()
     return window
 

@@ -38,6 +38,7 @@ from headrace.pools.base import Pool
 from headrace.records import Update
 from headrace.run import saving
 from headrace.run.acting_workers import ActingWorkers
+from headrace.run.beside import second_thread
 from headrace.run.build import Parts, build
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory
@@ -175,7 +176,8 @@ def run_training(
         if checkpoint is None:
             session.save()  # so that there is something to go back to, however early the end
         drive = train_in_turns if takes_turns(config) else train_overlapped
-        drive(session)
+        with second_thread(parts):
+            drive(session)
         session.save()
         session.report()
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
