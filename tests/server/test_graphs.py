@@ -72,6 +72,36 @@ def test_a_captured_actor_does_what_the_actor_does() -> None:
         assert torch.equal(want, have)
 
 
+def test_a_captured_actor_takes_an_epsilon_for_each_environment() -> None:
+    config = from_dict({"env": "recall", "algorithm": "r2d2", "network": {"lstm_size": 8}})
+    from headrace.envs.recall import RECALL  # noqa: PLC0415
+
+    spec = RECALL.spec("recall", config.environment)
+    model = make_model(config, spec, torch.device("cpu"))
+    algorithm = make_algorithm(config, model, spec, torch.float32)
+    epsilon = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    seen = []
+    for captured in (False, True):
+        generator = torch.Generator().manual_seed(5)
+        actor = Actor(algorithm=algorithm, model=model, generator=generator)
+        act: Callable[..., Outputs] = actor.act
+        if captured:
+            example = initial_state(spec, model, 1, torch.device("cpu"))
+            act = GraphedActor(actor, example, sizes=(4,), capture=called_again, explores=True).act
+            generator.manual_seed(5)
+        state = initial_state(spec, model, 4, torch.device("cpu"))
+        frames = torch.rand(4, *spec.observation_space.shape, generator=generator)
+        began = torch.zeros(4, dtype=torch.bool)
+        actions = [
+            act(state, frames, torch.zeros(4), began, None, epsilon)[0].action.clone()
+            for _ in range(40)
+        ]
+        seen.append(torch.stack(actions))
+    assert torch.equal(seen[0], seen[1])
+    spread = seen[0].float().std(dim=0)
+    assert torch.equal(spread > 0, epsilon > 0)
+
+
 def test_a_size_that_was_not_captured_is_refused() -> None:
     actor, spec = make_actor("cpu")
     example = initial_state(spec, actor.model, 1, torch.device("cpu"))

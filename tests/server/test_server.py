@@ -394,3 +394,32 @@ def test_the_state_of_no_other_environment_is_touched() -> None:
     assert torch.equal(table.recurrent[0][others], start.recurrent[0][others])
     assert torch.equal(table.previous_action[others], start.previous_action[others])
     assert table.stack[1, -1].item() == 5
+
+
+class Shares(Sums):
+    """Acts by its epsilon: the action is ten times that."""
+
+    def act(
+        self, model: Any, inputs: PolicyInput, recurrent: tuple[Tensor, ...], **given: Any
+    ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
+        step, after = super().act(model, inputs, recurrent)
+        return step._replace(action=(10 * given["epsilon"]).round().long()), after
+
+
+def test_every_environment_has_its_own_epsilon_in_every_batch() -> None:
+    steps = list(random_steps(30, seed=3))
+    script = Script(steps)
+    rule: Any = Shares()
+    seat = Seat(
+        script,
+        Actor(algorithm=rule, model=rule),
+        initial_state(SPEC, rule, 1, CPU),
+        unrolls=None,
+        on_episodes=lambda *_: None,
+        device=CPU,
+        exploration=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]),
+    )
+    assert seat.explores
+    for _ in steps:
+        seat.serve(lambda: 0, 0.0, Waits())
+    assert script.actions == [[int(env) + 1 for env in step.env_id] for step in steps]
