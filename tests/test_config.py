@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from headrace import catalog
+from headrace.algorithms.base import ReplayConfig
 from headrace.config import (
     FREE_ON_RESUME,
     RunConfig,
@@ -178,7 +179,11 @@ def test_every_flag_has_one_meaning() -> None:
 
 
 def test_what_a_resumed_run_may_change_is_a_setting() -> None:
-    assert {field.name for field in dataclasses.fields(RunConfig)} > FREE_ON_RESUME
+    kinds = {"learning.replay": ReplayConfig}
+    for setting in FREE_ON_RESUME:
+        section, _, last = setting.rpartition(".")
+        kind = kinds[section] if section else RunConfig
+        assert last in {field.name for field in dataclasses.fields(kind)}
     for name in ("env", "algorithm", "seed", "lockstep", "server", "network", "learning", "out"):
         assert name not in FREE_ON_RESUME
 

@@ -166,3 +166,43 @@ def test_a_preset_without_an_environment_is_no_config() -> None:
     with pytest.raises(ConfigError, match="no environment"):
         from_dict(PRESETS["atari"].values)
     assert RunConfig(env="catch").learning is None
+
+
+def test_r2d2_atari_has_the_published_numbers() -> None:
+    config = preset("r2d2-atari", "ALE/MsPacman-v5")
+    learning, replay, optimizer = (
+        config.learning,
+        config.learning.replay,
+        config.learning.optimizer,
+    )
+    assert (learning.unroll_steps, learning.burn_in_steps, learning.overlap_steps) == (80, 40, 40)
+    assert (learning.batch_unrolls, learning.discount, learning.n_steps) == (64, 0.997, 5)
+    assert (learning.target_update_interval, learning.priority_eta) == (2500, 0.9)
+    assert (learning.epsilon_base, learning.epsilon_power, learning.eval_epsilon) == (0.4, 7, 1e-3)
+    assert learning.double_q
+    assert learning.rescale_values
+    assert not learning.full_returns
+    assert learning.value_scale_epsilon == 1e-3
+    assert (learning.reward_transform, learning.reward_scale) == ("none", 1.0)
+    assert (replay.replay_capacity, replay.replay_min) == (100_000, 5_000)
+    assert (replay.priority_exponent, replay.importance_exponent) == (0.9, 0.6)
+    assert replay.samples_per_insert == 0.8
+    # The published loss is a sum over 80 steps.
+    assert (optimizer.optimizer, optimizer.learning_rate) == ("adam", 1e-4)
+    assert optimizer.learning_rate_schedule == "constant"
+    assert optimizer.optimizer_eps * 80 == pytest.approx(1e-3)
+    assert optimizer.max_gradient_norm * 80 == pytest.approx(80.0)
+    assert (config.network.network, config.network.lstm_size) == ("r2d2", 512)
+    assert config.server.num_envs == 256
+    environment = config.environment
+    assert environment.full_action_space
+    assert not environment.life_loss_ends_episode
+    assert (environment.frame_stack, environment.frame_skip) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [("ALE/Pong-v5", "r2d2-small"), ("recall", "r2d2-control"), ("CartPole-v1", "r2d2-control")],
+)
+def test_what_r2d2_takes_unasked(env: str, name: str) -> None:
+    assert default_for(env, "r2d2") == name

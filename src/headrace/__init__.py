@@ -9,7 +9,7 @@ One step of an environment, in ten stops:
  5. the policy acts for the batch                           server/server.py, server/acting.py
  6. actions go back                                         pools/
  7. rows of one environment become an unroll of T + 1       experience/unrolls.py
- 8. the unroll waits its turn                               experience/fifo.py
+ 8. the unroll waits its turn, or is kept and sampled       experience/fifo.py, experience/replay.py
  9. rows are aligned; loss, gradient, step                  learner/, algorithms/, ops/
 10. weights of version n are published                      weights.py
 """

@@ -41,7 +41,7 @@ usage: headrace COMMAND …
   eval RUN      play full episodes with a trained agent, and film one
   envs          what can be trained here, and what is missing
   presets       named settings, and where their numbers come from
-  bench NAME    measure this machine: end-to-end, pools, inference, learner
+  bench NAME    measure this machine: end-to-end, pools, inference, learner, replay
 
 `headrace COMMAND --help` explains a command."""
 
@@ -104,7 +104,13 @@ def train_command(argv: list[str]) -> None:
     if not name and isinstance(env, str):
         name = presets.default_for(env, algorithm)
     if name:
-        layers = merged(layers, presets.find(name).values)
+        own = presets.find(name).values
+        if algorithm and own.get("algorithm", algorithm) != algorithm:
+            raise ConfigError(
+                f"preset {name} is for {own['algorithm']}, not {algorithm}: leave out one of "
+                "--preset and --algorithm"
+            )
+        layers = merged(layers, own)
     layers = merged(layers, file)
     layers = merged(
         layers,

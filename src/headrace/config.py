@@ -110,6 +110,7 @@ FREE_ON_RESUME = frozenset(
         *("total_frames", "device", "precision", "compile", "compute_threads", "env_threads"),
         *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
         *("wandb", "workers"),
+        *(f"learning.replay.{name}" for name in ("replay_place", "replay_folder", "save_replay")),
     }
 )
 """Settings that a resumed run may change; every other one is the run's."""

@@ -9,7 +9,7 @@ import torch
 
 from headrace.algorithms.impala import Impala, ImpalaConfig
 from headrace.algorithms.optimizers import OptimizerConfig
-from headrace.learner.checkpoint import flatten, unflatten
+from headrace.learner.flattening import flatten, unflatten
 from headrace.networks.models import NetworkConfig, impala_shallow
 from headrace.records import Batch, PolicyInput
 from headrace.specs import EnvSpec

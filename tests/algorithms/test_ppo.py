@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headrace.algorithms.optimizers import OptimizerConfig
 from headrace.algorithms.ppo import Ppo, PpoConfig
 from headrace.errors import ConfigError
-from headrace.learner.checkpoint import flatten, unflatten
+from headrace.learner.flattening import flatten, unflatten
 from headrace.networks.models import NetworkConfig, PolicyValueNet, mlp
 from headrace.records import Batch, PolicyInput
 from headrace.specs import EnvSpec

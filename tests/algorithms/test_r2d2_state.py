@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.algorithms.optimizers import OptimizerConfig
 from headrace.algorithms.r2d2 import R2d2, R2d2Config
-from headrace.learner.checkpoint import flatten, unflatten
+from headrace.learner.flattening import flatten, unflatten
 from headrace.networks.config import NetworkConfig
 from headrace.networks.models import mlp, nature
 from headrace.records import Batch, Finals, PolicyInput

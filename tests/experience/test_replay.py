@@ -15,7 +15,7 @@ from headrace.errors import ConfigError
 from headrace.experience.replay import Replay, Sample
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.segments import Segment
-from headrace.learner.checkpoint import flatten, unflatten
+from headrace.learner.flattening import flatten, unflatten
 from headrace.specs import EnvSpec
 
 CPU = torch.device("cpu")

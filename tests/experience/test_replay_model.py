@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.experience.replay import LEAST_PRIORITY, Replay, Sample
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.segments import Segment
-from headrace.learner.checkpoint import flatten, unflatten
+from headrace.learner.flattening import flatten, unflatten
 from headrace.records import Finals, Unrolls
 from headrace.specs import EnvSpec
 

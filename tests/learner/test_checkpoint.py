@@ -20,7 +20,8 @@ from hypothesis import given, settings
 
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
-from headrace.learner.checkpoint import DamagedCheckpoint, flatten, newest_whole, read, unflatten
+from headrace.learner.checkpoint import DamagedCheckpoint, newest_whole, read
+from headrace.learner.flattening import flatten, unflatten
 
 
 def write(directory: Path, agent_steps: int, keep: int = 0, size: int = 4) -> Path:

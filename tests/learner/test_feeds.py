@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ class Desk:
             seed=0,
             initial_priority=self.initial_priority if priorities else None,
         )
-        self.time = 0
+        self.time, self.run_id = 0, -1
 
     def initial_priority(self, batch: Batch) -> Tensor:
         assert batch.inputs.observation.numel() == 0
@@ -102,7 +104,7 @@ class Desk:
                 run_id=np.full(ENVS, run_id, np.int64),
                 observation=number[:, None].copy(),
                 reward=10 * number,
-                reset=ended | (self.time == 0),
+                reset=ended | (run_id != self.run_id),
                 terminated=np.zeros(ENVS, np.bool_),
                 truncated=ended,
                 final_observation=-number[:, None] if ended.any() else None,
@@ -117,6 +119,7 @@ class Desk:
                 version=self.time,
                 bootstrap=number_T + 0.25 if ended.any() else None,
             )
+            self.run_id = run_id
             self.time += 1
 
     def next(self) -> Batch | None:
@@ -245,6 +248,43 @@ def test_priorities_that_are_not_finite_are_left_to_the_check_of_the_loss() -> N
     desk.feed.learned(Update({}, torch.tensor(False), torch.full((BATCH,), float("nan"))))
     after = desk.replay._tree.get(np.arange(desk.replay.layout.num_slots))
     assert np.array_equal(before, after)
+
+
+def test_an_acting_policy_that_has_diverged_does_not_end_the_run_here() -> None:
+    desk = Desk()
+    desk.initial_priority = lambda batch: torch.full_like(batch.reward[0], float("nan"))  # type: ignore[method-assign]
+    desk.feed._initial_priority = desk.initial_priority
+    desk.step(12)
+    assert desk.next() is not None
+
+
+def test_next_returns_in_time_though_unrolls_keep_coming() -> None:
+    desk = Desk()
+
+    def always(timeout_s: float) -> bool:
+        if len(desk.queue) < 20:
+            desk.step()
+        return True
+
+    desk.feed._may_sample = lambda: False  # type: ignore[method-assign]
+    desk.queue.wait_for_full = always  # type: ignore[method-assign]
+    before_s = time.monotonic()
+    assert desk.feed.next(version=0, timeout_s=0.05, waits=Waits()) is None
+    assert time.monotonic() - before_s < 5.0
+
+
+def test_a_replay_that_lost_everything_takes_in_again() -> None:
+    desk = Desk()
+    desk.step(60)
+    while desk.next() is not None:
+        pass
+    desk.replay._rings._alive[:] = False
+    desk.replay._rings.sequences = 0
+    desk.feed.limiter.num_inserted += 10_000  # far ahead: by the ratio alone, inserts would wait
+    assert desk.next() is None
+    desk.step(12, run_id=1)
+    assert desk.feed.ready()
+    assert desk.next() is not None
 
 
 def test_a_feed_goes_on_bit_for_bit() -> None:

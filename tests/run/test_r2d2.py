@@ -17,11 +17,16 @@ from headrace.learner.feeds import ReplayFeed
 from headrace.presets import find
 from headrace.records import PolicyInput
 from headrace.run import experience
-from headrace.run.build import build, check
+from headrace.run.build import Parts, build, check
 from headrace.telemetry.metrics import Waits
 from headrace.telemetry.record import read_metrics
 from tests.run.test_local import assert_same_weights, newest, stop_after, timeless
 
+NOBODY: dict[str, Any] = {
+    "resume_count": 0,
+    "on_episodes": lambda *_: None,
+    "on_eval_episodes": lambda *_: None,
+}
 REPLAY = {"replay_capacity": 60, "replay_min": 10, "samples_per_insert": 4.0}
 
 
@@ -88,6 +93,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     last, other = (read_metrics(run / "metrics.jsonl")[-1] for run in (whole, halves))
     for name in ("agent_steps", "updates", "samples", "replay_inserted", "replay_sampled"):
         assert last[name] == other[name], name
+    if "eval_return_mean" in last:  # these actions are drawn too
+        assert last["eval_return_mean"] == other["eval_return_mean"]
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -128,7 +135,7 @@ def test_workers_that_act_fill_the_same_replay(tmp_path: Path) -> None:
 
 def test_stored_recurrent_state_is_that_of_the_whole_history(tmp_path: Path) -> None:
     """Stitches all rows of each environment together and runs the policy over them from zero."""
-    learning = {"overlap_steps": 4, "replay": {"replay_capacity": 4000, "replay_min": 4000}}
+    learning = {"overlap_steps": 1, "replay": {"replay_capacity": 4000, "replay_min": 4000}}
     config = a_config(tmp_path, learning=learning, environment={"delay_steps": 5})
     parts = build(
         config, resume_count=0, on_episodes=lambda *_: None, on_eval_episodes=lambda *_: None
@@ -150,7 +157,7 @@ def test_stored_recurrent_state_is_that_of_the_whole_history(tmp_path: Path) -> 
     start = replay._rings._start[slots]
     env = slots // layout.slots_per_env
     assert layout.stride_steps == 5
-    assert len(slots) == 8 * ((59 - 9) // 5 + 1)
+    assert len(slots) == 8 * ((55 - 9) // 5 + 1)  # the last whole piece ends with row 55
     model: Any = parts.server_model
     started = 0
     for number in range(8):
@@ -204,22 +211,83 @@ def test_what_cannot_be_is_said_before_anything_starts(
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_replay_lies_where_it_is_told_to(tmp_path: Path, place: str) -> None:
     replay = {**REPLAY, "replay_place": place, "replay_folder": str(tmp_path)}
-    result = train(a_config(tmp_path / place, learning={"replay": replay}))
-    other = train(a_config(tmp_path / "other"))
-    assert result.metrics["loss/total"] == other.metrics["loss/total"]
+    messages: list[str] = []
+    config = a_config(tmp_path / "run", learning={"replay": replay})
+    parts = build(config, **NOBODY, on_message=messages.append)
+    assert frames_are_in_a_file(parts) == (place == "disk")
+    where = f"a file in {tmp_path}" if place == "disk" else "cpu memory"
+    assert messages[0].startswith("replay: ")
+    assert messages[0].endswith(where)
+    parts.close()
 
 
+@pytest.mark.parametrize("is_in_memory", [False, True])
 def test_a_replay_goes_to_disk_when_memory_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_in_memory: bool
+) -> None:
+    # Room for all but the frames, and no folder was named.
+    config = a_config(tmp_path / "run", environment={"num_cues": 2000})
+    place = build_place(config)
+    beside = place.layout.nbytes - place.layout.frame_nbytes
+    assert beside < place.layout.frame_nbytes
+    monkeypatch.setattr(experience, "free_memory_nbytes", lambda: 2 * beside)
+    monkeypatch.setattr(experience, "is_in_memory", lambda _: is_in_memory)
+    if is_in_memory:  # a file there would be memory too
+        with pytest.raises(ConfigError, match="lower --replay-capacity"):
+            check(config)
+        return
+    parts = build(config, **NOBODY)
+    assert frames_are_in_a_file(parts)
+    parts.close()
+
+
+def test_what_lies_beside_the_file_needs_memory_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experience, "free_memory_nbytes", lambda: 1000)
-    config = a_config(tmp_path / "run", learning={"replay": {"replay_folder": str(tmp_path)}})
-    parts = build(
-        config, resume_count=0, on_episodes=lambda *_: None, on_eval_episodes=lambda *_: None
+    with pytest.raises(ConfigError, match="lower --replay-capacity"):
+        check(a_config(tmp_path / "run", learning={"replay": {"replay_place": "disk"}}))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "heads"), [("r2d2", "policy_value"), ("impala", "duelling"), ("ppo", "duelling")]
+)
+def test_heads_that_the_algorithm_cannot_use_are_refused(
+    tmp_path: Path, algorithm: str, heads: str
+) -> None:
+    config = from_dict(
+        {"env": "recall", "algorithm": algorithm, "network": {"network": "mlp", "heads": heads}}
     )
+    with pytest.raises(ConfigError, match=rf"{algorithm} needs heads .*leave out --heads"):
+        check(config)
+
+
+def test_where_a_replay_lies_may_change_on_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(a_config(run, total_frames=500))
+    changes = {"total_frames": 600, "learning": {"replay": {"replay_place": "disk"}}}
+    assert train(resume=run, changes=changes).finished
+    with pytest.raises(ConfigError, match=r"learning\.replay\.replay_capacity belongs to the run"):
+        train(resume=run, changes={"learning": {"replay": {"replay_capacity": 10}}})
+
+
+def build_place(config: RunConfig) -> experience.Place:
+    parts = build(config, **NOBODY)
     place = experience.place_replay(
         config, parts.algorithm, parts.spec, parts.server_model, torch.device("cpu")
     )
-    assert place is not None
-    assert place.folder == tmp_path
     parts.close()
+    assert place is not None
+    return place
+
+
+def frames_are_in_a_file(parts: Parts) -> bool:
+    """Looks in the kernel's list of what is mapped where."""
+    assert isinstance(parts.feed, ReplayFeed)
+    address = parts.feed.replay._rows.frames.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5) if line.count("/") else (line.split()[0], "")
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return name.endswith("(deleted)") and not name.startswith("/dev/zero")
+    raise AssertionError("the frames are nowhere")

@@ -6,6 +6,7 @@ An algorithm is a config, `act` and `update`: no process, clock or file. The sys
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -35,7 +36,8 @@ class ReplayConfig:
     replay_folder: str = ""
     """For the mapped file; empty for the system's folder for temporary files."""
     save_replay: bool = False
-    """Whether checkpoints hold it, in a file of its own; else a resumed run fills it anew."""
+    """Whether every checkpoint holds it, whole, in a file of its own; else a resumed run fills it
+    anew. In lockstep they always do."""
     samples_per_insert: float = 0.8
     """Times that a sequence is sampled on average, held by making the faster side wait; 0: neither
     waits."""
@@ -45,6 +47,9 @@ class ReplayConfig:
     """How far weights in the loss undo that: 0 not at all, 1 wholly."""
 
     def __post_init__(self) -> None:
+        numbers = (self.replay_gib, self.samples_per_insert, self.priority_exponent)
+        if not all(map(math.isfinite, (*numbers, self.importance_exponent))):
+            raise ConfigError("settings of the replay must be finite numbers")
         if self.replay_capacity < 1 or self.replay_min < 1:
             raise ConfigError("replay_capacity and replay_min must be at least 1")
         if self.replay_gib < 0 or self.samples_per_insert < 0:

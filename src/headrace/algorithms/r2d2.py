@@ -18,6 +18,7 @@ observations, N = environments, A = actions.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -60,12 +61,18 @@ _LEAST_PIECE_STEPS = 16
 
 
 def _piece_steps(config: R2d2Config, *, is_recurrent: bool) -> int:
-    """Returns c, the steps in which experience comes to the replay."""
-    if is_recurrent:
-        # Pieces that end where sequences do: each is complete as soon as it can be.
-        return math.gcd(config.stride_steps, config.sequence_steps)
-    # Nothing need be stored at every start, and a piece costs as much to hand over as ten steps.
-    return config.stride_steps * -(-_LEAST_PIECE_STEPS // config.stride_steps)
+    """Returns c, the steps in which experience comes to the replay.
+
+    A piece costs as much to hand over as ten steps, so it should not be short. With a recurrent
+    state, sequences must start where pieces do; where they also end there, each is complete as soon
+    as it can be.
+    """
+    stride = config.stride_steps
+    if not is_recurrent:
+        return stride * -(-_LEAST_PIECE_STEPS // stride)
+    fitting = math.gcd(stride, config.sequence_steps)
+    pieces = (c for c in range(fitting, stride + 1, fitting) if stride % c == 0)
+    return next((c for c in pieces if c >= _LEAST_PIECE_STEPS), stride)
 
 
 class SequenceLoss(NamedTuple):
@@ -108,11 +115,14 @@ class R2d2:
                 f"{spec.name}: r2d2 needs one discrete choice of action, not {space}: use "
                 "--algorithm impala or ppo"
             )
+        is_recurrent = bool(cast(Any, model).initial_state(1))
+        if not is_recurrent:  # nothing to warm up
+            config = dataclasses.replace(config, burn_in_steps=0)
         self.model = model
         self.target_model = copy.deepcopy(model).requires_grad_(False)
         self.eval_epsilon = config.eval_epsilon
         self.experience = ExperienceSpec(
-            unroll_steps=_piece_steps(config, is_recurrent=bool(cast(Any, model).initial_state(1))),
+            unroll_steps=_piece_steps(config, is_recurrent=is_recurrent),
             batch_unrolls=config.batch_unrolls,
             replay=ReplaySpec(
                 sequence_steps=config.sequence_steps,
@@ -269,7 +279,7 @@ class R2d2:
     def _burned_in(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
         """State of a network before the first learned row, from the one that was stored."""
         burn_in = self._config.burn_in_steps
-        if not burn_in or not batch.recurrent:  # nothing warms up without a state
+        if not burn_in:
             return batch.recurrent
         inputs = sequences.rows_of(batch.inputs, slice(burn_in))
         return self._run(model, inputs, batch.recurrent)[1]

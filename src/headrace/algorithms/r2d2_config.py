@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,9 +30,9 @@ class R2d2Config:
     """T: agent steps of a sequence that are learned from."""
     burn_in_steps: int = 40
     """Steps before them that only warm the recurrent state up."""
-    overlap_steps: int | None = None
-    """Steps that a sequence shares with the next one of its environment; None: as many as are not
-    learned from, so that every step is learned from in one sequence."""
+    overlap_steps: int = 0
+    """Learned steps that a sequence shares with the next one of its environment: 40 of 80 as
+    published; 0 to learn from every step in one sequence."""
     batch_unrolls: int = 64
     """B: sequences per update."""
     discount: float = 0.997
@@ -68,6 +69,12 @@ class R2d2Config:
     """What is kept, and how it is sampled."""
 
     def __post_init__(self) -> None:
+        numbers = (
+            *(self.discount, self.value_scale_epsilon, self.priority_eta, self.reward_scale),
+            *(self.epsilon_base, self.epsilon_power, self.eval_epsilon),
+        )
+        if not all(map(math.isfinite, numbers)):
+            raise ConfigError("settings of r2d2 must be finite numbers")
         counts = (self.unroll_steps, self.batch_unrolls, self.n_steps, self.target_update_interval)
         if min(counts) < 1:
             raise ConfigError(
@@ -82,10 +89,10 @@ class R2d2Config:
             raise ConfigError(
                 "discount, priority_eta, epsilon_base and eval_epsilon must be in [0, 1]"
             )
-        if not 1 <= self.stride_steps <= self.sequence_steps:
+        if not 0 <= self.overlap_steps < self.unroll_steps:
             raise ConfigError(
-                f"overlap_steps must be in [0, {self.sequence_steps - 1}], since sequences have "
-                f"{self.sequence_steps} steps, not {self.overlap_steps}"
+                f"overlap_steps must be in [0, {self.unroll_steps - 1}], since unroll_steps="
+                f"{self.unroll_steps} are learned from, not {self.overlap_steps}"
             )
 
     @property
@@ -97,6 +104,4 @@ class R2d2Config:
     @property
     def stride_steps(self) -> int:
         """Steps from the start of one sequence to the start of the next."""
-        if self.overlap_steps is None:
-            return self.unroll_steps
-        return self.sequence_steps - self.overlap_steps
+        return self.unroll_steps - self.overlap_steps

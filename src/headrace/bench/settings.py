@@ -23,11 +23,10 @@ class PolicyArguments:
     """Environment; its preset gives all settings that are not flags here."""
     algorithm: str = "impala"
     """Learning rule; the preset is that of both."""
-    network: str = "auto"
-    """Name in the catalog; auto: what suits observations and algorithm, for images nature or
-    r2d2."""
-    lstm_size: int = 0
-    """Width of the LSTM after the torso; 0 for none, or the network's own."""
+    network: str | None = None
+    """Name in the catalog, or auto; None for the preset's."""
+    lstm_size: int | None = None
+    """Width of the LSTM after the torso, 0 for none; None for the preset's."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -64,7 +63,11 @@ def run_config(
         "device": policy.device,
         "compile": policy.compile,
         "compute_threads": policy.compute_threads,
-        "network": {"network": policy.network, "lstm_size": policy.lstm_size},
+        "network": {
+            key: value
+            for key, value in (("network", policy.network), ("lstm_size", policy.lstm_size))
+            if value is not None
+        },
         "server": {"inference_batch": 0, "eval_envs": 0, **server},
         "learning": learning or {},
         **settings,

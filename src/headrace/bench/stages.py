@@ -303,7 +303,7 @@ def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessRepl
         return EndlessFifo(server, batch_unrolls=batch, device=device)
     replay = parts.feed.replay
     replay.forget_streams()  # the free environments continue nothing
-    limiter = SampleLimiter(0.0, min_inserted=1, batch=batch, max_insert=1)
+    limiter = SampleLimiter(0.0, min_inserted=batch, batch=batch, max_insert=1)
     limiter.inserted(replay.sequences)
     return EndlessReplay(
         server.unrolls,

@@ -26,6 +26,7 @@ from headrace.experience.replay_rings import Rings
 from headrace.experience.replay_rows import NO_FINAL, ReplayRows, moved
 from headrace.experience.segments import Segment
 from headrace.experience.sum_tree import SumTree
+from headrace.ops.priorities import importance_weights
 from headrace.records import Finals, Unrolls
 from headrace.rows import upload
 
@@ -142,11 +143,11 @@ class Replay:
             raise ValueError("an empty replay has nothing to sample")
         slot = self._tree.sample((np.arange(count) + generator.random(count)) / count)
         chance = self._tree.get(slot) / self._tree.total
-        weight = (self.sequences * chance) ** -self._importance_exponent
-        self.sampled += count
-        return Sample(
-            slot, self._rings.generation(slot), (weight / weight.max()).astype(np.float32)
+        weight = importance_weights(
+            torch.from_numpy(chance), self.sequences, self._importance_exponent
         )
+        self.sampled += count
+        return Sample(slot, self._rings.generation(slot), weight.float().numpy())
 
     def gather(self, sample: Sample, device: torch.device, *, observations: bool = True) -> Unrolls:
         """Copies sequences into a batch on `device`, time first, stacks rebuilt.

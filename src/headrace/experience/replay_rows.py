@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import tempfile
 from math import prod
@@ -106,10 +108,13 @@ class ReplayRows:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
-        if self.frames.shape != state["frames"].shape:
+        own = [self.frames, *self.columns.values(), *self.recurrent]
+        saved = [state["frames"], *map(state["columns"].get, self.columns), *state["recurrent"]]
+        if [part.shape for part in own] != [getattr(part, "shape", None) for part in saved]:
             raise ConfigError(
-                f"the checkpoint's replay has {len(state['frames']) - 1} rows of frames, this one "
-                f"{len(self.frames) - 1}: resume with the settings that wrote it"
+                f"the checkpoint's replay has {len(state['frames']) - 1} rows of frames, or other "
+                f"columns than this one with {len(self.frames) - 1}: resume with the settings that "
+                "wrote it"
             )
         self.frames.copy_(state["frames"])
         for name, column in self.columns.items():
@@ -159,10 +164,22 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def _zeros(rows: int, field: Field, device: torch.device) -> Tensor:
     shape, dtype = field
     if device.type == "cpu":
-        # Asks the kernel for large pages, which random rows need; torch.zeros does not.
-        return torch.from_numpy(np.zeros((rows, *shape), dtype))
+        return torch.from_numpy(_pages(rows * prod(shape), dtype).reshape(rows, *shape))
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.zeros(rows, *shape, dtype=kind, device=device)
+
+
+def _pages(count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros in memory of their own, which the system has back when they go.
+
+    It asks for large pages, which random rows need. glibc, told to keep what is freed
+    (run/system.py), would keep a replay too.
+    """
+    block = mmap.mmap(-1, max(1, count * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, dtype, count)
 
 
 def _mapped(rows: int, field: Field, folder: Path) -> Tensor:

@@ -109,7 +109,7 @@ class UnrollTable:
             for name, (shape, dtype) in device_fields(spec, for_replay=for_replay).items()
         }
         self._finals: Tensor | None = None
-        if for_replay:  # most of it is never written, so that most of it is never memory
+        if for_replay:  # few rows are ever written: in main memory, few are ever there
             self._finals = self._tensor("finals", (rows, *space.shape), np.dtype(space.dtype))
         self._of_slot = {
             name: self._array(name, (num_slots,), np.dtype(np.int64))

@@ -22,7 +22,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -46,12 +45,12 @@ _DTYPES = {  # as safetensors calls them
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
     torch.bool: "BOOL",
 }
 _OWN_KEYS = ("schema", "agent_steps", "files", "meta_sha256")
-
-Skeleton = dict[str, Any] | int | float | bool | str | None
-"""JSON that remembers the containers of a tree, with names in place of its tensors."""
 
 
 class DamagedCheckpoint(ConfigError):
@@ -125,7 +124,7 @@ def _tensor_file(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     The library's own writer wants all tensors in one string first.
     """
-    # The widest first, as the library has them, so that each begins at a multiple of its items.
+    # The widest first, as the library has them: each begins at a multiple of its items.
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
     header, end = {}, 0
     for name in order:
@@ -137,10 +136,10 @@ def _tensor_file(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        row_major = named[name].detach().to("cpu").contiguous().reshape(-1)
-        data = row_major.view(torch.uint8).numpy().data
-        for start in range(0, len(data), _PIECE_NBYTES):
-            yield data[start : start + _PIECE_NBYTES]
+        row_major = named[name].detach().contiguous().reshape(-1)  # wherever it is
+        step = _PIECE_NBYTES // row_major.element_size()
+        for start in range(0, len(row_major), step):
+            yield row_major[start : start + step].cpu().view(torch.uint8).numpy().data
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, str | int]:
@@ -310,91 +309,3 @@ def _pieces(path: Path) -> Iterator[bytes]:
         raise DamagedCheckpoint(f"{path} is missing") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-
-
-def flatten(tree: Any) -> tuple[dict[str, Tensor], Skeleton]:
-    """Takes a tree of state apart, such as an optimiser's `state_dict` or a generator's state.
-
-    Args:
-        tree: dicts (keys str or int), lists and tuples of tensors, numpy arrays and scalars, int,
-            float, bool, str and None.
-
-    Returns:
-        Tensors by path, and the JSON skeleton from which `unflatten` restores the tree. Arrays
-        become uint8 tensors of their bytes, because not every dtype of numpy is one of torch.
-
-    Raises:
-        TypeError: names the place of a value or a key of another type.
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _flatten(tree, "", tensors)
-
-
-def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Skeleton:
-    if isinstance(tree, Tensor):
-        return {"tensor": _put(tensors, path, tree.detach())}
-    if isinstance(tree, np.ndarray | np.generic):
-        return _flatten_array(tree, path, tensors)
-    if isinstance(tree, dict):
-        if wrong := [key for key in tree if type(key) not in (str, int)]:
-            raise TypeError(f"{path or '/'}: a key must be a str or an int, not {wrong[0]!r}")
-        items = [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in tree.items()]
-        return {"dict": items}
-    if type(tree) in (list, tuple):
-        values = [_flatten(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
-        return {type(tree).__name__: values}
-    if tree is None or type(tree) in (int, float, bool, str):
-        return tree  # type: ignore[no-any-return]
-    raise TypeError(f"{path or '/'}: a checkpoint cannot hold a {type(tree).__name__}")
-
-
-def _flatten_array(
-    array: np.ndarray[Any, Any] | np.generic, path: str, tensors: dict[str, Tensor]
-) -> Skeleton:
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"{path or '/'}: a checkpoint cannot hold an array of {array.dtype}")
-    raw = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else None
-    return {
-        "array": _put(tensors, path, torch.empty(0, dtype=torch.uint8) if raw is None else raw),
-        "dtype": array.dtype.str,
-        "shape": list(array.shape),
-        "scalar": isinstance(array, np.generic),
-    }
-
-
-def _put(tensors: dict[str, Tensor], path: str, tensor: Tensor) -> str:
-    name = path or "/"
-    while name in tensors:  # the keys 0 and "0" have one path
-        name += "'"
-    tensors[name] = tensor
-    return name
-
-
-def unflatten(tensors: Mapping[str, Tensor], skeleton: Skeleton) -> Any:
-    """Restores the tree that `flatten` took apart; tensors stay where they are.
-
-    Raises:
-        ConfigError: a tensor that the skeleton names is missing, or the skeleton is none of ours.
-    """
-    if not isinstance(skeleton, dict):
-        return skeleton
-    try:
-        if "tensor" in skeleton:
-            return tensors[skeleton["tensor"]]
-        if "array" in skeleton:
-            return _unflatten_array(tensors[skeleton["array"]], skeleton)
-    except KeyError as error:
-        raise ConfigError(f"the checkpoint has no tensor named {error}") from error
-    if "dict" in skeleton:
-        return {key: unflatten(tensors, value) for key, value in skeleton["dict"]}
-    if "list" in skeleton:
-        return [unflatten(tensors, value) for value in skeleton["list"]]
-    if "tuple" in skeleton:
-        return tuple(unflatten(tensors, value) for value in skeleton["tuple"])
-    raise ConfigError(f"the checkpoint holds a container of unknown kind: {', '.join(skeleton)}")
-
-
-def _unflatten_array(raw: Tensor, skeleton: Mapping[str, Any]) -> Any:
-    flat = np.frombuffer(raw.numpy().tobytes(), dtype=skeleton["dtype"])
-    array = flat.reshape(skeleton["shape"]).copy()  # a view of bytes would be read-only
-    return array[()] if skeleton["scalar"] else array

@@ -142,7 +142,7 @@ class ReplayFeed:
         self._rng = np.random.default_rng(seed)
         self._initial_priority = initial_priority
         self._drawn: Sample | None = None  # the batch that is being learned from
-        self._late: tuple[Sample, Callable[[], NDArray[np.float32]]] | None = None
+        self._under_way: list[tuple[Sample, Callable[[], NDArray[np.float32]]]] = []
         self._age: Tensor | None = None
 
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
@@ -150,13 +150,14 @@ class ReplayFeed:
         until_s = time.monotonic() + timeout_s
         while True:
             self._take_in(waiting=len(self._queue))
-            if self.limiter.may_sample(self._batch_sequences):
+            if self._may_sample():
                 return self._sampled(version)
-            before_s = time.perf_counter()
-            came = self._queue.wait_for_full(max(0.0, until_s - time.monotonic()))
-            waits.add("learner_for_unrolls", time.perf_counter() - before_s)
-            if not came:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0.0:
                 return None
+            before_s = time.perf_counter()
+            self._queue.wait_for_full(left_s)
+            waits.add("learner_for_unrolls", time.perf_counter() - before_s)
 
     def learned(self, update: Update) -> None:
         """Gives the sampled sequences their new priorities; on a GPU, those of the update before.
@@ -165,25 +166,35 @@ class ReplayFeed:
         """
         self.settle()
         if self._drawn is not None and update.priority is not None:
-            self._late = self._drawn, _copied(update.priority)
-            if not update.priority.is_cuda:
-                self.settle()
+            self._prioritise(self._drawn, update.priority)
         self._drawn = None
 
     def settle(self) -> None:
         """Hands priorities on that are still under way."""
-        if self._late is not None:
-            (drawn, read), self._late = self._late, None
+        under_way, self._under_way = self._under_way, []
+        for sample, read in under_way:
             priority = read()
             # A loss that is not finite ends the run (`learner.loop`), and must do it by its name.
-            if np.isfinite(priority).all():
-                self.replay.set_priority(drawn.slot, drawn.generation, priority)
+            known = np.isfinite(priority)
+            self.replay.set_priority(sample.slot[known], sample.generation[known], priority[known])
+
+    def _prioritise(self, sample: Sample, priority: Tensor) -> None:
+        self._under_way.append((sample, _copied(priority)))
+        if not priority.is_cuda:
+            self.settle()
 
     def ready(self) -> bool:
         """Whether something may be taken in or sampled."""
-        return self.limiter.may_sample(self._batch_sequences) or (
-            len(self._queue) > 0 and self.limiter.may_insert(self._most // self._at_once)
+        return self._may_sample() or (
+            len(self._queue) > 0 and self._may_insert(self._most // self._at_once)
         )
+
+    def _may_sample(self) -> bool:
+        return self.replay.sequences > 0 and self.limiter.may_sample(self._batch_sequences)
+
+    def _may_insert(self, count: int) -> bool:
+        # A small replay can lose all its sequences when all environments start anew.
+        return self.replay.sequences == 0 or self.limiter.may_insert(count)
 
     def example(self) -> Batch:
         """Gathers what lies in the first slot, as often as a batch has sequences."""
@@ -204,7 +215,7 @@ class ReplayFeed:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns replay, counts and random state."""
+        """Returns replay, counts and random state; on a GPU, priorities are waited for."""
         self.settle()
         return {
             "replay": self.replay.state_dict(),
@@ -228,7 +239,7 @@ class ReplayFeed:
         """Moves up to `waiting` full slots into the replay, as far as the limiter lets it."""
         while waiting > 0:
             count = min(waiting, self._at_once)
-            while count and not self.limiter.may_insert(count * self._most // self._at_once):
+            while count and not self._may_insert(count * self._most // self._at_once):
                 count //= 2
             if not count:
                 return
@@ -241,8 +252,7 @@ class ReplayFeed:
             self.limiter.inserted(len(new.slot))
             if self._initial_priority is not None and len(new.slot):
                 said = align(self.replay.gather(new, self._device, observations=False))
-                priority = self._initial_priority(said).cpu().numpy()
-                self.replay.set_priority(new.slot, new.generation, priority)
+                self._prioritise(new, self._initial_priority(said))
             waiting -= count
 
     def _sampled(self, version: int) -> Batch:

@@ -16,13 +16,14 @@ class NetworkConfig:
     """Which network to build."""
 
     network: str = "auto"
-    """Name in the catalog, or "my_module:function"; auto: nature for images, structured for
-    observations of several parts, mlp for the rest."""
+    """Name in the catalog, or "my_module:function"; auto: the algorithm's own (r2d2), or else
+    nature for images, structured for observations of several parts, mlp for the rest."""
     heads: Heads = "auto"
     """What the network says of a row: a policy and a value, or Q of every action, from duelling
     streams (action_value: from one layer); auto: what the algorithm needs."""
-    lstm_size: int = 0
-    """Width of the LSTM after the torso; 0 for none."""
+    lstm_size: int | None = None
+    """Width of the LSTM after the torso; 0 for none; None for the network's own, which is 512 for
+    r2d2 and none for the others."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of mlp and structured."""
     activation: Activation = "relu"
@@ -37,7 +38,7 @@ class NetworkConfig:
     """Continuous actions: whether the deviation depends on the observation."""
 
     def __post_init__(self) -> None:
-        if self.lstm_size < 0:
+        if self.lstm_size is not None and self.lstm_size < 0:
             raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")

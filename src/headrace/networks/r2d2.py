@@ -15,11 +15,11 @@ _LSTM_SIZE = 512  # Kapturowski et al. 2019
 def r2d2(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """The torso that suits the observations, an LSTM of 512 and duelling heads.
 
-    `lstm_size` may say another width, and `heads` others: an actor-critic too can learn with it.
+    `lstm_size` may say another width, or 0, and `heads` others: an actor-critic can have it too.
     """
     if config.heads == "auto":
         config = replace(config, heads="duelling")
-    if not config.lstm_size:
+    if config.lstm_size is None:
         config = replace(config, lstm_size=_LSTM_SIZE)
     builders = {"nature": nature, "structured": structured, "mlp": mlp}
     return builders[default_network(spec)](spec, config)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,18 +159,23 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
     Raises:
         ConfigError: names a setting that a resumed run may not change.
     """
-    kept = sorted(set(changes) - FREE_ON_RESUME)
+    kept = sorted(name for name in _leaves(changes) if not _is_free(name))
     if kept:
-        names = [kept[0]]
-        while isinstance(inner := _at(changes, names), Mapping) and inner:
-            names.append(min(inner))
         raise ConfigError(
-            f"{'.'.join(names)} belongs to the run and cannot change on --resume; "
+            f"{kept[0]} belongs to the run and cannot change on --resume; "
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
     return from_dict(merged(read_toml(run.config_path), changes), trust_code=trust_code)
 
 
-def _at(values: Mapping[str, Any], names: list[str]) -> Any:
-    """Returns the value at a path of keys."""
-    return functools.reduce(lambda inner, name: inner[name], names, values)
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted name of every value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)

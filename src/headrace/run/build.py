@@ -17,7 +17,8 @@ from headrace.errors import ConfigError
 from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import Feed
-from headrace.networks.models import default_network, lower_precision
+from headrace.networks.action_values import ActionValueNet
+from headrace.networks.models import PolicyValueNet, default_network, lower_precision
 from headrace.run.acting_workers import ActingWorkers
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import derived_seed, make_pool, pool_name
@@ -127,10 +128,15 @@ def make_model(
         ConfigError: it does not fit the environment, or is no network.
     """
     name = network_name(config, spec)
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+    wanted: Any = getattr(rule, "heads", "policy_value")
     network = config.network
     if network.heads == "auto":
-        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-        network = dataclasses.replace(network, heads=getattr(rule, "heads", "policy_value"))
+        network = dataclasses.replace(network, heads=wanted)
+    if network.has_action_values != (wanted != "policy_value"):
+        raise ConfigError(
+            f"{config.algorithm} needs heads {wanted}, not {network.heads}: leave out --heads"
+        )
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
@@ -146,6 +152,12 @@ def make_model(
         raise ConfigError(
             f"network {name} must return a torch module with initial_state(batch), such as a "
             f"headrace.networks.models.PolicyValueNet, not {type(model).__name__}"
+        )
+    other = PolicyValueNet if network.has_action_values else ActionValueNet
+    if isinstance(model, other):
+        raise ConfigError(
+            f"network {name} is a {type(model).__name__}, and {config.algorithm} needs heads "
+            f"{network.heads}: build it with headrace.networks.models.assemble, which gives either"
         )
     return model.to(device)
 
@@ -212,6 +224,8 @@ def build(
         torch.cuda.set_device(compute.device)  # where events and streams are made
     if compute.compiled:
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
+        # Two networks, a burn-in, and three sizes of batches of training and of evaluation.
+        torch._dynamo.config.recompile_limit = 32
     for notice in getattr(family, "notices", _none)(config.env, config.environment):
         on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
@@ -231,6 +245,8 @@ def build(
     generator.manual_seed(derived_seed(config.seed, 1, resume_count))
     local = Weights(server_model)
     place = place_replay(config, algorithm, spec, server_model, compute.device)
+    if place is not None:
+        on_message(str(place))
     weights: WeightsEnd = local
     source: Seat | ActingWorkers
     if config.inference == "worker":

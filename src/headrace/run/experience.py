@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig
@@ -19,8 +21,9 @@ from headrace.experience.replay import Replay
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import Feed, FifoFeed, ReplayFeed, insert_sizes
+from headrace.records import Batch
 from headrace.run.pools import derived_seed
-from headrace.run.system import free_memory_nbytes
+from headrace.run.system import free_memory_nbytes, is_in_memory
 from headrace.specs import EnvSpec
 
 _SHARE = 0.85  # of free memory that a replay may take: the rest is for networks and batches
@@ -33,6 +36,13 @@ class Place(NamedTuple):
     layout: ReplayLayout
     device: torch.device
     folder: Path | None  # of the mapped file; None for memory
+
+    def __str__(self) -> str:
+        where = f"a file in {self.folder}" if self.folder else f"{self.device.type} memory"
+        return (
+            f"replay: {self.layout.capacity} sequences, {self.layout.nbytes / _GIB:.1f} GiB in "
+            f"{where}"
+        )
 
 
 def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
@@ -105,15 +115,19 @@ def place_replay(
             f"--replay-min {settings.replay_min}: raise it, or lower that"
         )
     folder = Path(settings.replay_folder or tempfile.gettempdir())
-    room = {"cuda": _free_on(device), "cpu": free_memory_nbytes(), "disk": _free_in(folder)}
+    memory = free_memory_nbytes()
+    room = {"cuda": _free_on(device), "cpu": memory, "disk": _free_in(folder)}
     wanted = [settings.replay_place]
     if settings.replay_place == "auto":
         wanted = ["cuda", "cpu", "disk"] if device.type == "cuda" else ["cpu", "disk"]
+        if not settings.replay_folder and is_in_memory(folder):
+            wanted.remove("disk")
     if settings.replay_place == "cuda" and device.type != "cuda":
         raise ConfigError("--replay-place cuda needs a run on a GPU: say cpu or auto")
     for place in wanted:
-        free = room[place]
-        if free is None or layout.nbytes <= _SHARE * free:
+        needs = layout.frame_nbytes if place == "disk" else layout.nbytes
+        beside = layout.nbytes - needs  # only frames lie in the file
+        if _has_room(needs, room[place]) and _has_room(beside, memory):
             return Place(
                 layout,
                 device if place == "cuda" else torch.device("cpu"),
@@ -139,7 +153,7 @@ def replay_layout(
     replay = experience.replay
     if replay is None:
         raise ConfigError("the algorithm learns from no replay")
-    said = ("value", "action_value") if hasattr(algorithm, "initial_priority") else ()
+    said = ("value", "action_value") if _first_priority(algorithm) is not None else ()
     layout = ReplayLayout(
         spec=spec,
         num_envs=num_envs,
@@ -185,16 +199,20 @@ def make_feed(
             max_policy_lag=config.max_policy_lag,
         )
     settings = experience.replay.settings
-    return ReplayFeed(
-        unrolls,
-        queue,
-        Replay(
+    try:
+        replay = Replay(
             place.layout,
             device=place.device,
             folder=place.folder,
             priority_exponent=settings.priority_exponent,
             importance_exponent=settings.importance_exponent,
-        ),
+        )
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        raise ConfigError(f"{place}: there is not so much: lower --replay-capacity") from error
+    return ReplayFeed(
+        unrolls,
+        queue,
+        replay,
         SampleLimiter(
             settings.samples_per_insert,
             min_inserted=settings.replay_min,
@@ -204,12 +222,27 @@ def make_feed(
         experience=experience,
         device=device,
         seed=derived_seed(config.seed, 6, resume_count),
-        initial_priority=getattr(algorithm, "initial_priority", None),
+        initial_priority=_first_priority(algorithm),
     )
 
 
+def _first_priority(algorithm: Algorithm) -> Callable[[Batch], Tensor] | None:
+    """What says the priority of new sequences; None where all are sampled alike."""
+    replay = algorithm.experience.replay
+    if replay is None or replay.settings.priority_exponent == 0:
+        return None
+    return getattr(algorithm, "initial_priority", None)
+
+
+def _has_room(nbytes: int, free: int | None) -> bool:
+    return free is None or nbytes <= _SHARE * free
+
+
 def _free_on(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()  # what an earlier run in this process left
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _free_in(folder: Path) -> int:

@@ -135,6 +135,7 @@ def run_training(
         if checkpoint is not None:  # after the warm-up, which draws random numbers
             saving.restore(parts, checkpoint, hooks.on_message)
             run.rewrite_config(to_toml(config))
+            checkpoint = None  # its files are mapped, and would keep their place on the disk
         learner = Learner(
             parts.algorithm,
             parts.feed,
@@ -173,7 +174,7 @@ def run_training(
             before=before,
             messages=messages,
         )
-        if checkpoint is None:
+        if not resume:
             session.save()  # so that there is something to go back to, however early the end
         drive = train_in_turns if takes_turns(config) else train_overlapped
         with second_thread(parts):

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from headrace import __version__
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
-from headrace.learner.checkpoint import Checkpoint, flatten, unflatten
+from headrace.learner.checkpoint import Checkpoint
 from headrace.learner.feeds import ReplayFeed
+from headrace.learner.flattening import flatten, unflatten
 from headrace.learner.loop import Learner
 from headrace.pools.base import Restorable
 from headrace.run.build import Parts
 from headrace.run.report import Reporter
+from headrace.server.acting import Actor
 from headrace.telemetry.record import RunDirectory
 
 
@@ -97,7 +100,9 @@ def save(
     }
     if is_bit_equal(config, parts):
         tensors["system"], meta["system"] = flatten(_system_state(parts))
-    if isinstance(parts.feed, ReplayFeed) and (_keeps_replay(parts) or meta["system"] is not None):
+    if isinstance(parts.feed, ReplayFeed) and (
+        meta["system"] is not None or (_keeps_replay(parts) and parts.feed.replay.inserted)
+    ):
         tensors["replay"], meta["replay"] = flatten(parts.feed.state_dict())
     return checkpoint.save(
         run.checkpoints,
@@ -170,7 +175,15 @@ def _system_state(parts: Parts) -> dict[str, Any]:
             seat.pool.snapshot() for seat in parts.seats if isinstance(seat.pool, Restorable)
         ],
         "generator": parts.generator.get_state(),
+        "evaluation": [generator.get_state() for generator in _of_evaluation(parts)],
     }
+
+
+def _of_evaluation(parts: Parts) -> list[torch.Generator]:
+    """Generator of the actions beside training, if there are any that draw."""
+    actor = None if parts.evaluation is None else parts.evaluation.actor
+    generator = actor.generator if isinstance(actor, Actor) else None
+    return [] if generator is None else [generator]
 
 
 def _load_system_state(parts: Parts, state: dict[str, Any]) -> None:
@@ -179,3 +192,6 @@ def _load_system_state(parts: Parts, state: dict[str, Any]) -> None:
         if isinstance(seat.pool, Restorable):
             seat.pool.restore(environments)
     parts.generator.set_state(state["generator"].cpu())
+    saved_states = state.get("evaluation", [])  # runs of before have none
+    for generator, drawn in zip(_of_evaluation(parts), saved_states, strict=False):
+        generator.set_state(drawn.cpu())

@@ -70,9 +70,25 @@ def free_memory_nbytes() -> int | None:
     try:
         bound = (group / "memory.max").read_text(encoding="utf-8").strip()
         used = int((group / "memory.current").read_text(encoding="utf-8"))
+        stat = dict(
+            line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines()
+        )
+        used -= int(stat.get("inactive_file", 0))  # a cache of files, which gives way
     except (OSError, ValueError):
         return free
     return free if bound == "max" else min(free, max(0, int(bound) - used))
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether files in a folder are in main memory, as far as can be known."""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return False
+    path = folder.resolve()
+    kinds = {Path(line.split()[1]): line.split()[2] for line in mounts}
+    mount = next((place for place in (path, *path.parents) if place in kinds), None)
+    return mount is not None and kinds[mount] in ("tmpfs", "ramfs")
 
 
 def keep_memory() -> None:

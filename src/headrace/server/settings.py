@@ -16,7 +16,8 @@ class ServerConfig:
     inference_batch: int = 0
     """Environments answered at once; 0 for half of num_envs, so that the other half steps."""
     queue_unrolls: int = 0
-    """Full unrolls that may wait before the server waits; 0 for one learner batch."""
+    """Full unrolls that may wait before the server waits; 0 for one learner batch, or, with a
+    replay, for two of each environment."""
     eval_envs: int = 0
     """Environments that play greedily beside training, in a pool of their own, and never train."""
 
