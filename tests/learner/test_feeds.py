@@ -280,6 +280,8 @@ def test_a_replay_that_lost_everything_takes_in_again() -> None:
         pass
     desk.replay._rings._alive[:] = False
     desk.replay._rings.sequences = 0
+    slots = np.arange(desk.replay.layout.num_slots)
+    desk.replay._tree.set(slots, np.zeros(len(slots)))
     desk.feed.limiter.num_inserted += 10_000  # far ahead: by the ratio alone, inserts would wait
     assert desk.next() is None
     desk.step(12, run_id=1)
