@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -171,6 +172,28 @@ def test_batches_are_whole_sequences_and_come_as_often_as_they_may() -> None:
     row = desk.feed.metrics()
     assert row["samples_per_insert"] == pytest.approx(2.0, rel=0.05)
     assert row["replay_age_updates"] > 0
+
+
+def test_batches_that_are_drawn_ahead_are_whole_and_as_often() -> None:
+    desk = Desk()
+    with ThreadPoolExecutor(1) as threads:
+        desk.feed.beside = lambda work: threads.submit(work).result
+        updates = 0
+        for _ in range(300):
+            desk.step()
+            while desk.feed.ready():
+                batch = desk.next()
+                if batch is not None:
+                    check(batch)
+                    updates += 1
+                    drawn = desk.feed._drawn
+                    desk.feed.learned(Update({}, torch.tensor(True), torch.rand(BATCH) + 0.5))
+                    assert drawn is not None
+                    assert len(desk.feed.state_dict()["replay"]["rows"]["host"]["reward"]) > 0
+    due = 2.0 * (desk.replay.inserted - SETTINGS.replay_min)
+    assert abs(desk.replay.sampled - due) <= desk.feed.limiter.slack
+    assert desk.replay.sampled - updates * BATCH in (0, BATCH)
+    assert desk.replay.late < desk.replay.sampled / 4
 
 
 def test_nothing_is_sampled_before_the_least_number_is_there() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,25 +20,43 @@ GOALS = {
 }
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", GOALS)
-def test_a_preset_solves_its_game(name: str, seed: int, tmp_path: Path) -> None:
-    env, worst, best, goal = GOALS[name]
+def play(preset_name: str, env: str, seed: int, out: Path, **settings: Any) -> float:
+    """Trains in lockstep and returns the mean return of greedy episodes."""
     config = preset(
-        name,
+        preset_name,
         env,
         seed=seed,
-        out=str(tmp_path / "run"),
+        out=str(out),
         device="cpu",
         precision="float32",
         lockstep=True,
         tensorboard=False,
+        **settings,
     )
     start_s = time.perf_counter()
     assert train(config).finished
-    episodes = 500 if env == name else 20
-    result = evaluate(load(tmp_path / "run", device="cpu"), episodes=episodes, seed=1000 + seed)
+    episodes = 20 if env.startswith("CartPole") else 500
+    result = evaluate(load(out, device="cpu"), episodes=episodes, seed=1000 + seed)
     seconds = time.perf_counter() - start_s
-    mean = result.returns.mean()
-    print(f"{name}, seed {seed}: {mean:.3f} in {seconds:.0f} s")  # noqa: T201
+    mean = float(result.returns.mean())
+    print(f"{preset_name}, {env}, seed {seed}: {mean:.3f} in {seconds:.0f} s")  # noqa: T201
+    return mean
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", GOALS)
+def test_a_preset_solves_its_game(name: str, seed: int, tmp_path: Path) -> None:
+    env, worst, best, goal = GOALS[name]
+    mean = play(name, env, seed, tmp_path / "run")
     assert (mean - worst) / (best - worst) >= goal
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_r2d2_remembers(seed: int, tmp_path: Path) -> None:
+    assert play("r2d2-control", "recall", seed, tmp_path / "run", total_frames=40_000) >= 0.95
+
+
+def test_the_same_rule_without_recurrent_state_can_only_guess(tmp_path: Path) -> None:
+    network = {"network": "mlp", "lstm_size": 0}
+    mean = play("r2d2-control", "recall", 1, tmp_path / "run", total_frames=40_000, network=network)
+    assert abs(mean) < 0.3  # 500 episodes of 1 or -1: the deviation of their mean is 0.045

@@ -36,7 +36,7 @@ from headrace.bench.settings import (
 )
 from headrace.config import RunConfig
 from headrace.learner.loop import Learner
-from headrace.run.beside import second_thread
+from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build, network_name
 from headrace.run.local import train_overlapped
 from headrace.run.pools import make_pool
@@ -236,7 +236,7 @@ def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
     waits = Waits()
     learner = Learner(parts.algorithm, parts.feed, parts.weights, device=parts.compute.device)
     window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
-    with second_thread(parts):
+    with more_threads(parts):
         train_overlapped(window)
     learner.ensure_finite()
     return window

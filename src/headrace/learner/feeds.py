@@ -6,7 +6,8 @@ replay                 slots that are full ──▶ replay ──▶ batch ─�
                                                  ▲                    │
                                                  └──── priorities ────┘
 ```
-A feed belongs to the learner's thread, and so does a replay: nothing there needs a lock. Where the
+A feed belongs to the learner's thread, and so does a replay: nothing there needs a lock. Another
+thread may draw the next batch, while the learner's is busy with an update and keeps away. Where the
 limiter holds inserts back, slots stay full, and whoever fills them waits.
 """
 
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.algorithms.base import ExperienceSpec
+from headrace.algorithms.base import Beside, ExperienceSpec
 from headrace.errors import DeadlineExceeded
 from headrace.experience.fifo import Slots
 from headrace.experience.limiter import SampleLimiter
@@ -144,14 +145,26 @@ class ReplayFeed:
         self._drawn: Sample | None = None  # the batch that is being learned from
         self._under_way: list[tuple[Sample, Callable[[], NDArray[np.float32]]]] = []
         self._age: Tensor | None = None
+        self.beside: Beside | None = None
+        """Draws the next batch while one is learned from, whose priorities it then does not know
+        yet; None to draw only when asked."""
+        self._ahead: Callable[[], tuple[Sample, Batch]] | None = None
 
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
         """Takes in what has come and may, then samples if that may be; else waits for unrolls."""
         until_s = time.monotonic() + timeout_s
         while True:
+            ahead = self._joined()
+            self._ahead = None
             self._take_in(waiting=len(self._queue))
-            if self._may_sample():
-                return self._sampled(version)
+            if ahead is None and self._may_sample():
+                ahead = self._draw()
+            if ahead is not None:
+                self._drawn, batch = ahead
+                self._age = (version - batch.version).float().mean()
+                if self.beside is not None and self._may_sample():
+                    self._ahead = self.beside(self._draw)
+                return batch
             left_s = until_s - time.monotonic()
             if left_s <= 0.0:
                 return None
@@ -164,6 +177,7 @@ class ReplayFeed:
 
         There they arrive while the next update is computed, so that nobody waits.
         """
+        self._joined()
         self.settle()
         if self._drawn is not None and update.priority is not None:
             self._prioritise(self._drawn, update.priority)
@@ -185,8 +199,10 @@ class ReplayFeed:
 
     def ready(self) -> bool:
         """Whether something may be taken in or sampled."""
-        return self._may_sample() or (
-            len(self._queue) > 0 and self._may_insert(self._most // self._at_once)
+        return (
+            self._ahead is not None
+            or self._may_sample()
+            or (len(self._queue) > 0 and self._may_insert(self._most // self._at_once))
         )
 
     def _may_sample(self) -> bool:
@@ -215,7 +231,11 @@ class ReplayFeed:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns replay, counts and random state; on a GPU, priorities are waited for."""
+        """Returns replay, counts and random state; what is under way is waited for.
+
+        A batch that was drawn ahead is not saved: it counts as sampled.
+        """
+        self._joined()
         self.settle()
         return {
             "replay": self.replay.state_dict(),
@@ -255,13 +275,14 @@ class ReplayFeed:
                 self._prioritise(new, self._initial_priority(said))
             waiting -= count
 
-    def _sampled(self, version: int) -> Batch:
+    def _draw(self) -> tuple[Sample, Batch]:
         drawn = self.replay.sample(self._batch_sequences, self._rng)
         self.limiter.sampled(self._batch_sequences)
-        self._drawn = drawn
-        batch = align(self.replay.gather(drawn, self._device))
-        self._age = (version - batch.version).float().mean()
-        return batch
+        return drawn, align(self.replay.gather(drawn, self._device))
+
+    def _joined(self) -> tuple[Sample, Batch] | None:
+        """Waits until nobody else is at the replay; returns the batch that was drawn ahead."""
+        return None if self._ahead is None else self._ahead()
 
 
 def insert_sizes(experience: ExperienceSpec) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""A second thread for the learner, where an algorithm can use one and a core is idle.
+"""More threads for the learner, where there is something to do at the same time on a CPU.
 
-What the target network says of a batch needs nothing of the network that learns. On a CPU it is
-computed at the same time, each network on one thread: two threads within every operation gain
+What the target network says of a batch needs nothing of the network that learns, and the next batch
+can be copied out of a replay while one is learned from. Two threads within every operation gain
 nothing there, since most operations are small (docs/log.md).
 """
 
@@ -14,26 +14,35 @@ from contextlib import contextmanager
 import torch
 
 from headrace.algorithms.base import in_turn
+from headrace.learner.feeds import ReplayFeed
 from headrace.run.build import Parts
 from headrace.run.system import usable_cores
 
 
 @contextmanager
-def second_thread(parts: Parts) -> Iterator[None]:
-    """Lends the algorithm a thread for the block, if that serves."""
-    algorithm, compute = parts.algorithm, parts.compute
+def more_threads(parts: Parts, *, lockstep: bool = False) -> Iterator[None]:
+    """Lends algorithm and feed a thread each for the block, if that serves.
+
+    In lockstep batches are not drawn ahead: they would not know the newest priorities, and with one
+    core they would.
+    """
+    algorithm, feed, compute = parts.algorithm, parts.feed, parts.compute
     serves = compute.device.type == "cpu" and not compute.compiled and usable_cores() > 1
     if not serves or not hasattr(algorithm, "beside"):
         yield
         return
     with ThreadPoolExecutor(
-        1,
+        2,
         thread_name_prefix="learner-beside",
         initializer=torch.set_num_threads,
         initargs=(compute.threads,),
     ) as threads:
         algorithm.beside = lambda work: threads.submit(work).result
+        if isinstance(feed, ReplayFeed) and not lockstep:
+            feed.beside = algorithm.beside
         try:
             yield
         finally:
             algorithm.beside = in_turn
+            if isinstance(feed, ReplayFeed):
+                feed.beside = None

@@ -38,7 +38,7 @@ from headrace.pools.base import Pool
 from headrace.records import Update
 from headrace.run import saving
 from headrace.run.acting_workers import ActingWorkers
-from headrace.run.beside import second_thread
+from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory
@@ -177,7 +177,7 @@ def run_training(
         if not resume:
             session.save()  # so that there is something to go back to, however early the end
         drive = train_in_turns if takes_turns(config) else train_overlapped
-        with second_thread(parts):
+        with more_threads(parts, lockstep=config.lockstep):
             drive(session)
         session.save()
         session.report()
