@@ -88,6 +88,23 @@ def test_numbers_of_the_environment_take_no_place() -> None:
     assert plain_line(reported, 10_000_000, 1.0) == plain_line(FULL, 10_000_000, 1.0)
 
 
+def test_a_run_with_a_replay_shows_what_it_has_and_not_what_it_has_not() -> None:
+    row: Row = {
+        "env_frames": 500,
+        "replay_sequences": 14_000,
+        "samples_per_insert": 3.875,
+        "loss/td_error_mean": 0.0625,
+    }
+    table = "\n".join(drawn(row))
+    for text in ("sequences in the replay", "14.0 k", "3.875", "TD error", "0.0625"):
+        assert text in table
+    for text in ("policy lag", "policy loss", "entropy"):
+        assert text not in table
+    line = plain_line(row, 1000, 1.0)
+    assert "TD error 0.0625" in line
+    assert "replay 14.0 k" in line
+
+
 def test_table_stays_readable_on_a_wide_terminal() -> None:
     assert max(len(line.rstrip()) for line in drawn(FULL, width=200)) == 100
 

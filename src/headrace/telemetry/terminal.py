@@ -35,6 +35,18 @@ _STAGE_WAITS = (
 )
 
 
+_OF_A_POLICY = (
+    ("policy loss", "loss/policy"),
+    ("value loss", "loss/value"),
+    ("entropy, nats", "loss/entropy"),
+)
+_OF_VALUES = (
+    ("loss", "loss/total"),
+    ("TD error", "loss/td_error_mean"),
+    ("value", "value_mean"),
+)
+
+
 class Display(Protocol):
     """Where progress is shown."""
 
@@ -190,7 +202,9 @@ def plain_line(row: Row, total_env_frames: int, eta_s: float) -> str:
         ("best {}", _plain(_number(row, "return_max"))),
         ("episodes {}", _short(_number(row, "episodes"))),
         ("loss {}", _plain(_number(row, "loss/policy"))),
+        ("TD error {}", _plain(_number(row, "loss/td_error_mean"))),
         ("lag {}", _plain(_number(row, "policy_lag_mean"))),
+        ("replay {}", _short(_number(row, "replay_sequences"))),
         ("worker deaths {}", _some(_number(row, "worker_deaths"))),
         ("bottleneck {}", str(row.get("bottleneck", _MISSING))),
     ):
@@ -256,10 +270,9 @@ def _episodes(row: Row) -> Table:
 
 def _learning(row: Row) -> Table:
     table = _section("Learning", "")
+    of_rule = _OF_VALUES if "replay_sequences" in row else _OF_A_POLICY
     for label, name in (
-        ("policy loss", "loss/policy"),
-        ("value loss", "loss/value"),
-        ("entropy, nats", "loss/entropy"),
+        *of_rule,
         ("gradient norm", "gradient_norm"),
         ("learning rate", "learning_rate"),
     ):
@@ -271,7 +284,11 @@ def _lag(row: Row) -> Table:
     table = _section("Run", "")
     table.add_row("episodes", _short(_number(row, "episodes")))
     table.add_row("steps per episode", _short(_number(row, "length_mean")))
-    table.add_row("policy lag, mean / max", _pair(row, "policy_lag_mean", "policy_lag_max"))
+    if "replay_sequences" in row:
+        table.add_row("sequences in the replay", _short(_number(row, "replay_sequences")))
+        table.add_row("samples per insert", _plain(_number(row, "samples_per_insert")))
+    else:
+        table.add_row("policy lag, mean / max", _pair(row, "policy_lag_mean", "policy_lag_max"))
     turnaround = _pair(row, "server_turnaround_ms_p50", "server_turnaround_ms_p99")
     table.add_row("server ms, p50 / p99", turnaround)
     deaths = _some(_number(row, "worker_deaths"))
