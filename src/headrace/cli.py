@@ -241,7 +241,7 @@ class EvalArguments:
     mode: Literal["greedy", "sample", "epsilon"] = "greedy"
     """The likeliest action, a draw from the policy, or greedy but for a share of random actions."""
     epsilon: float = 0.001
-    """That share, for --mode epsilon."""
+    """That share, for --mode epsilon; where Q-values act, sample is the same."""
     seed: int | None = None
     """Of the environments; None for one derived from the run's."""
     video: str | None = None
