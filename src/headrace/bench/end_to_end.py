@@ -65,6 +65,8 @@ class Arguments:
     """Agent steps per unroll; None for 20, or with a replay for the preset's."""
     batch_unrolls: int | None = None
     """Unrolls per update; None for 32, or with a replay for the preset's."""
+    samples_per_insert: float | None = None
+    """With a replay, times that a sequence is sampled; None for the preset's."""
     env_threads: int = 0
     """Threads that step a native pool; 0 for one per core."""
     warmup_s: float = 10.0
@@ -202,6 +204,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
             arguments.policy.algorithm,
             unroll_steps=arguments.unroll_steps,
             batch_unrolls=arguments.batch_unrolls,
+            samples_per_insert=arguments.samples_per_insert,
         ),
         precision=arguments.precision,
         env_threads=arguments.env_threads,

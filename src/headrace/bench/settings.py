@@ -76,7 +76,11 @@ def run_config(
 
 
 def learning_settings(
-    algorithm: str, *, unroll_steps: int | None, batch_unrolls: int | None
+    algorithm: str,
+    *,
+    unroll_steps: int | None,
+    batch_unrolls: int | None,
+    samples_per_insert: float | None = None,
 ) -> dict[str, Any]:
     """Returns the sizes of unrolls: 20 and 32 unless given or, with a replay, the preset's.
 
@@ -87,7 +91,12 @@ def learning_settings(
     sizes = {"unroll_steps": unroll_steps, "batch_unrolls": batch_unrolls}
     if has_replay:
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-        return {**given, "replay": {"replay_min": 1}}
+        replay: dict[str, Any] = {"replay_min": 1}
+        if samples_per_insert is not None:
+            replay["samples_per_insert"] = samples_per_insert
+        return {**given, "replay": replay}
+    if samples_per_insert is not None:
+        raise ConfigError(f"{algorithm} has no replay: leave out --samples-per-insert")
     return {"unroll_steps": unroll_steps or 20, "batch_unrolls": batch_unrolls or 32}
 
 

@@ -207,7 +207,7 @@ def make_feed(
             priority_exponent=settings.priority_exponent,
             importance_exponent=settings.importance_exponent,
         )
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (MemoryError, OSError, torch.cuda.OutOfMemoryError) as error:
         raise ConfigError(f"{place}: there is not so much: lower --replay-capacity") from error
     return ReplayFeed(
         unrolls,
