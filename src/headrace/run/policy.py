@@ -126,8 +126,8 @@ class Policy:
             state: What the last call, or `initial_state`, returned. It is not changed.
             reward: [N] raw reward of the step that led here.
             reset: [N] whether this is the first observation of an episode.
-            mode: greedy takes the likeliest or best action, sample draws from the policy, epsilon is
-                greedy but for a share of random ones; so is sample where Q-values act.
+            mode: greedy takes the likeliest or best action, sample draws from the policy, epsilon
+                is greedy but for a share of random ones; so is sample where Q-values act.
             epsilon: That share.
             action_mask: [N, A], or [A] for one, which actions are allowed here. Where the
                 environment says so, hand on the `info["action_mask"]` that came with the
