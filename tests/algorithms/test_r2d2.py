@@ -332,9 +332,10 @@ def test_how_the_stream_is_cut(
         model.initial_state = lambda batch: (torch.zeros(batch, 2),)
     experience = R2d2(model, config, spec=SPEC).experience
     assert experience.replay is not None
-    assert experience.replay.sequence_steps == sequence
+    burn_in = config.burn_in_steps if is_recurrent else 0  # else there is nothing to warm up
+    assert experience.replay.sequence_steps == sequence - config.burn_in_steps + burn_in
     assert experience.replay.stride_steps == stride
-    assert experience.replay.burn_in_steps == config.burn_in_steps
+    assert experience.replay.burn_in_steps == burn_in
     assert experience.replay.settings is kept
     assert experience.unroll_steps == pieces[not is_recurrent]
     assert experience.samples_per_update == config.unroll_steps * 6

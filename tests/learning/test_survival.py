@@ -43,7 +43,7 @@ def test_catch_is_learned_though_workers_die(
     inference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Workers that act import torch, so each restart costs seconds: they get more steps for each.
-    killer = Killer(every_steps=10_000 if inference == "server" else 25_000)
+    killer = Killer(every_steps=7_500 if inference == "server" else 25_000)
     seen = {"unrolls": 0, "mixed": 0, "steps": 0}
     run_of: dict[tuple[int, int], int] = {}  # slot and row -> run id, as they were written
     append, gather = UnrollTable.append, UnrollTable.gather

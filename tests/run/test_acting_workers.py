@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from headrace import catalog
+from headrace.algorithms.base import ExperienceSpec
+from headrace.algorithms.impala import ImpalaConfig
 from headrace.config import RunConfig, completed
 from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
 from headrace.networks.models import NetworkConfig
@@ -134,13 +136,22 @@ def running(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> I
             server=ServerConfig(num_envs=NUM_ENVS),
             workers=WorkerConfig(num_workers=2, **settings),
             network=NetworkConfig(hidden_sizes=(8,)),
+            learning=ImpalaConfig(unroll_steps=T, batch_unrolls=B),
             environment=catalog.resolve("environment", {}, "numbers_env:Config")(fault=fault),
         )
     )
     spec = catalog.environment_family(config.env).spec(config.env, config.environment)
     model = make_model(config, spec, torch.device("cpu"))
     run = Run(
-        ActingWorkers(config, spec, model, unroll_steps=T, capacity=B, groups=1, resume_count=0),
+        ActingWorkers(
+            config,
+            spec,
+            model,
+            experience=ExperienceSpec(unroll_steps=T, batch_unrolls=B),
+            capacity=B,
+            groups=1,
+            resume_count=0,
+        ),
         model,
         [],
         [],

@@ -142,8 +142,9 @@ def test_a_run_without_a_checkpoint_is_refused(run: Path) -> None:
 
 def test_weights_of_another_network_are_refused(run: Path) -> None:
     config = run / "config.toml"
-    text = config.read_text().replace("lstm_size = 0", "lstm_size = 8")
-    config.write_text(text)
+    text = config.read_text()
+    assert "[network]\n" in text
+    config.write_text(text.replace("[network]\n", "[network]\nlstm_size = 8\n"))
     with pytest.raises(ConfigError, match="holds another network: core"):
         load(run)
 
