@@ -17,8 +17,11 @@ GAMMA, B = 0.9, 64
 
 
 def with_finals(batch: Batch, *, lacking: tuple[int, ...] = ()) -> tuple[Batch, torch.Tensor]:
-    """Adds final observations, in no order and padded; returns them as a table [T, B, ...]."""
-    step, column = batch.truncated.nonzero().unbind(1)
+    """Adds final observations, in no order and padded; returns them as a table [T, B, ...].
+
+    Steps that terminated too have none: nothing is worth anything behind them.
+    """
+    step, column = (batch.truncated & ~batch.terminated).nonzero().unbind(1)
     order = torch.randperm(len(step), generator=torch.Generator().manual_seed(0))
     table = 100 + torch.randn(*batch.truncated.shape, *batch.inputs.observation.shape[2:])
     valid = torch.ones(len(step), dtype=torch.bool)
@@ -37,8 +40,9 @@ def with_finals(batch: Batch, *, lacking: tuple[int, ...] = ()) -> tuple[Batch, 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_transitions_are_walks(spec_of: MakeSpec, random_batch: MakeBatch, steps: int) -> None:
     batch = random_batch(spec_of("continuous"), (), T=steps, B=B)
-    both = torch.rand(steps, B, generator=torch.Generator().manual_seed(1)) < 0.1
+    both = torch.rand(steps, B, generator=torch.Generator().manual_seed(1)) < 0.3
     batch = batch._replace(terminated=batch.terminated | (batch.truncated & both))
+    assert (batch.terminated & batch.truncated).any()
     cut = (batch.truncated & ~batch.terminated).any(dim=0)
     lacking = (int(cut.nonzero()[0, 0]),)
     batch, table = with_finals(batch, lacking=lacking)
