@@ -177,8 +177,9 @@ def test_updates_are_those_of_the_paper(
     assert sac._log_alpha.item() == pytest.approx(written.log_alpha["log_alpha"].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("is_graph", [False, True])
 def test_functional_gradients_are_those_of_the_update(
-    spec_of: MakeSpec, random_batch: MakeBatch
+    spec_of: MakeSpec, random_batch: MakeBatch, is_graph: bool
 ) -> None:
     """The parts are functions of weights, which one graph can differentiate."""
     spec = spec_of("continuous")
@@ -208,7 +209,10 @@ def test_functional_gradients_are_those_of_the_update(
     pairs = [(of_critics, model.critics, eager[0]), (of_actor, model.actor, eager[1].grads)]
     for objective, module, grads in pairs:
         params = {name: x.detach() for name, x in module.named_parameters()}
-        functional = torch.func.grad(objective)(params)
+        differentiate = torch.func.grad(objective)
+        if is_graph:
+            differentiate = torch.compile(differentiate, fullgraph=True, backend="aot_eager")
+        functional = differentiate(params)
         for grad, other in zip(grads, functional.values(), strict=True):
             torch.testing.assert_close(grad, other)
 
