@@ -27,7 +27,7 @@ SAC = {
         {
             "algorithm": "sac",
             "total_frames": 1_000_000,
-            "server": {"num_envs": 1, "eval_envs": 1},
+            "server": {"num_envs": 1},
             "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
             "learning": {
                 "batch_unrolls": 256,
