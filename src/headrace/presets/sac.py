@@ -50,7 +50,7 @@ SAC = {
         "ours; the test of learning in tests/learning",
         {
             "algorithm": "sac",
-            "total_frames": 15_000,
+            "total_frames": 8_000,
             "server": {"num_envs": 4},
             "network": {"network": "mlp", "hidden_sizes": [64, 64], "num_critics": 2},
             "learning": {
@@ -58,6 +58,7 @@ SAC = {
                 "discount": 0.98,
                 "n_steps": 1,
                 "target_tau": 0.01,
+                "initial_temperature": 0.05,
                 "optimizer": _adam(1e-3),
                 "replay": {
                     **_UNIFORM,
