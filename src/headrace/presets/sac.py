@@ -50,7 +50,7 @@ SAC = {
         "ours; the test of learning in tests/learning",
         {
             "algorithm": "sac",
-            "total_frames": 8_000,
+            "total_frames": 10_000,
             "server": {"num_envs": 4},
             "network": {"network": "mlp", "hidden_sizes": [64, 64], "num_critics": 2},
             "learning": {
