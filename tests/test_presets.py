@@ -10,6 +10,7 @@ from headrace import preset
 from headrace.algorithms.impala import ImpalaConfig
 from headrace.algorithms.ppo import PpoConfig
 from headrace.algorithms.r2d2 import R2d2Config
+from headrace.algorithms.sac import SacConfig
 from headrace.config import RunConfig, from_dict, merged, to_dict
 from headrace.envs.atari import AtariConfig
 from headrace.errors import ConfigError
@@ -111,6 +112,8 @@ EXAMPLES = {
     "ppo-control": "CartPole-v1",
     "r2d2-control": "recall",
     "dqn-control": "CartPole-v1",
+    "sac-mujoco": "HalfCheetah-v5",
+    "sac-control": "Pendulum-v1",
     "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
 }
 
@@ -121,7 +124,7 @@ def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> 
     if env.startswith("envpool:"):
         pytest.importorskip("envpool")
     config = preset(name, env)
-    kinds = {"ppo": PpoConfig, "r2d2": R2d2Config, "dqn": R2d2Config}
+    kinds = {"ppo": PpoConfig, "r2d2": R2d2Config, "dqn": R2d2Config, "sac": SacConfig}
     assert isinstance(config.learning, kinds.get(name.partition("-")[0], ImpalaConfig))
     assert find(name).summary.endswith(".")
     assert find(name).source
@@ -206,3 +209,40 @@ def test_r2d2_atari_has_the_published_numbers() -> None:
 )
 def test_what_r2d2_takes_unasked(env: str, name: str) -> None:
     assert default_for(env, "r2d2") == name
+
+
+def test_sac_mujoco_has_the_published_numbers() -> None:
+    # Haarnoja et al. 2018, arXiv:1812.05905, table 1.
+    config = preset("sac-mujoco", "HalfCheetah-v5")
+    learning, replay, optimizer = (
+        config.learning,
+        config.learning.replay,
+        config.learning.optimizer,
+    )
+    assert (learning.batch_unrolls, learning.discount, learning.n_steps) == (256, 0.99, 1)
+    assert learning.target_tau == 0.005
+    assert (learning.temperature, learning.target_entropy) == (None, None)
+    assert (learning.reward_transform, learning.reward_scale) == ("none", 1.0)
+    assert (optimizer.optimizer, optimizer.learning_rate) == ("adam", 3e-4)
+    assert optimizer.learning_rate_schedule == "constant"
+    assert optimizer.max_gradient_norm == 0.0
+    assert (replay.replay_capacity, replay.priority_exponent) == (1_000_000, 0.0)
+    assert replay.samples_per_insert == learning.batch_unrolls, "one update per step"
+    network = config.network
+    assert (network.hidden_sizes, network.activation) == ((256, 256), "relu")
+    assert (network.num_critics, network.critic_dropout) == (2, 0.0)
+    assert not network.critic_layer_norm
+    assert config.server.num_envs == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ("HalfCheetah-v5", "sac-mujoco"),
+        ("Pendulum-v1", "sac-control"),
+        ("pointmass", "sac-control"),
+        ("CartPole-v1", None),
+    ],
+)
+def test_what_sac_takes_unasked(env: str, name: str | None) -> None:
+    assert default_for(env, "sac") == name

@@ -14,6 +14,7 @@ ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
     "ppo": "headrace.algorithms.ppo:Ppo",
     "r2d2": "headrace.algorithms.r2d2:R2d2",
+    "sac": "headrace.algorithms.sac:Sac",
 }
 NETWORKS = {
     "football": "headrace.networks.models:football",

@@ -35,7 +35,7 @@ def play(preset_name: str, env: str, seed: int, out: Path, **settings: Any) -> f
     )
     start_s = time.perf_counter()
     assert train(config).finished
-    episodes = 20 if env.startswith("CartPole") else 500
+    episodes = {"CartPole-v1": 20, "Pendulum-v1": 100}.get(env, 500)
     result = evaluate(load(out, device="cpu"), episodes=episodes, seed=1000 + seed)
     seconds = time.perf_counter() - start_s
     mean = float(result.returns.mean())
@@ -60,3 +60,13 @@ def test_the_same_rule_without_recurrent_state_can_only_guess(tmp_path: Path) ->
     network = {"network": "mlp", "lstm_size": 0}
     mean = play("r2d2-control", "recall", 1, tmp_path / "run", total_frames=40_000, network=network)
     assert abs(mean) < 0.3  # 500 episodes of 1 or -1: the deviation of their mean is 0.045
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sac_swings_a_pendulum_up(seed: int, tmp_path: Path) -> None:
+    assert play("sac-control", "Pendulum-v1", seed, tmp_path / "run") >= -200
+
+
+def test_sac_pushes_a_point_to_the_middle(tmp_path: Path) -> None:
+    mean = play("sac-control", "pointmass", 1, tmp_path / "run")
+    assert (mean - RANDOM_RETURN) / (BEST_RETURN - RANDOM_RETURN) >= 0.95

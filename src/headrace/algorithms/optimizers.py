@@ -8,7 +8,7 @@ the mean square it starts with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -168,8 +168,24 @@ def clipped_step(
     """Differentiates, clips the global norm (0: not), steps; returns the norm before."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = [param.grad for param in params if param.grad is not None]
+    return _clipped_step(optimizer, learning_rate=learning_rate, max_norm=max_norm)
+
+
+def step_with(
+    optimizer: Optimizer, grads: Sequence[Tensor], *, learning_rate: float, max_norm: float
+) -> Tensor:
+    """As `clipped_step`, with gradients that are known, one for each parameter in order."""
+    for param, grad in zip(_params_of(optimizer), grads, strict=True):
+        param.grad = grad
+    return _clipped_step(optimizer, learning_rate=learning_rate, max_norm=max_norm)
+
+
+def _params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _clipped_step(optimizer: Optimizer, *, learning_rate: float, max_norm: float) -> Tensor:
+    grads = [param.grad for param in _params_of(optimizer) if param.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
     if max_norm > 0:
         torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-12), max=1.0))

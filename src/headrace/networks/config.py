@@ -8,7 +8,7 @@ from typing import Literal
 from headrace.errors import ConfigError
 from headrace.networks.torsos import Activation
 
-Heads = Literal["auto", "policy_value", "duelling", "action_value"]
+Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,13 +19,14 @@ class NetworkConfig:
     """Name in the catalog, or "my_module:function"; auto: the algorithm's own (r2d2), or else
     nature for images, structured for observations of several parts, mlp for the rest."""
     heads: Heads = "auto"
-    """What the network says of a row: a policy and a value, or Q of every action, from duelling
-    streams (action_value: from one layer); auto: what the algorithm needs."""
+    """What the network says of a row: a policy and a value; Q of every action, from duelling
+    streams (action_value: from one layer); a policy, and Q of a row and an action
+    (actor_critics). auto: what the algorithm needs."""
     lstm_size: int | None = None
     """Width of the LSTM after the torso; 0 for none; None for the network's own, which is 512 for
     r2d2 and none for the others."""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of mlp and structured."""
+    """Widths of the hidden layers of mlp, structured and critics."""
     activation: Activation = "relu"
     """Of those layers."""
     separate_value: bool = False
@@ -35,7 +36,14 @@ class NetworkConfig:
     initial_log_std: float = 0.0
     """Continuous actions: log standard deviation at the start, before the squash."""
     state_dependent_std: bool = False
-    """Continuous actions: whether the deviation depends on the observation."""
+    """Continuous actions: whether the deviation depends on the observation; with actor_critics it
+    always does."""
+    num_critics: int = 2
+    """actor_critics: networks of Q, the least of which counts."""
+    critic_dropout: float = 0.0
+    """actor_critics: share of the critics' hidden units that an update drops (DroQ)."""
+    critic_layer_norm: bool = False
+    """actor_critics: whether the critics' hidden layers are normalised (DroQ)."""
 
     def __post_init__(self) -> None:
         if self.lstm_size is not None and self.lstm_size < 0:
@@ -48,11 +56,13 @@ class NetworkConfig:
             )
         if self.separate_value and self.has_action_values:
             raise ConfigError(
-                f"separate_value goes with a policy and a value: heads {self.heads} have one "
-                "torso, leave separate_value off"
+                f"separate_value goes with a policy and a value, not with heads {self.heads}: "
+                "leave separate_value off"
             )
+        if self.num_critics < 1 or not 0 <= self.critic_dropout < 1:
+            raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")
 
     @property
     def has_action_values(self) -> bool:
-        """Whether the heads are an `ActionValueNet`'s."""
-        return self.heads in ("duelling", "action_value")
+        """Whether the heads say Q of actions, not the value of a policy."""
+        return self.heads in ("duelling", "action_value", "actor_critics")

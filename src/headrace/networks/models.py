@@ -1,4 +1,4 @@
-"""Networks by name: torsos under the heads of an actor-critic, or under those of action values.
+"""Networks by name: torsos under the heads of an actor-critic, of action values, or of critics.
 
 Shape suffixes: U = rows in order, B = unrolls (or environments), N = U times B, F = features, P =
 parameters of the policy, E = features of a previous action.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from headrace.errors import ConfigError
 from headrace.networks.action_values import ActionValueNet
+from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import NetworkConfig
 from headrace.networks.heads import policy_head, value_head
 from headrace.networks.normalizer import ObservationNormalizer, Observer, frame_normalizer
@@ -155,14 +156,15 @@ class PolicyValueNet(nn.Module):
         return torch.cat((features_UBF, reward_UB1, action_UBE), dim=-1)
 
 
-AnyNet = PolicyValueNet | ActionValueNet
+AnyNet = PolicyValueNet | ActionValueNet | ActorCriticsNet
 """What the builders below give, by `NetworkConfig.heads`."""
 
 
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the weights of the torsos, in place, and nothing else.
 
-    Models of other classes, and the parts of a torso that need float32, are left.
+    Models of other classes (an `ActorCriticsNet` is float32 all through), and the parts of a torso
+    that need float32, are left.
     """
     if isinstance(model, PolicyValueNet | ActionValueNet):
         _lower(model.torso, dtype)
@@ -193,6 +195,8 @@ def assemble(
         spec: What the heads are built from.
         config: Everything else.
     """
+    if config.heads == "actor_critics":
+        return ActorCriticsNet(torso, features, spec, config)
     if config.has_action_values:
         return ActionValueNet(torso(), features, spec, config)
     value_torso = torso() if config.separate_value else None

@@ -55,9 +55,18 @@ class SquashedNormal:
 
     def sample(self, parameters: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws actions before the squash; finite even where parameters are not."""
-        mean, log_std = mean_and_log_std(parameters.float())
+        mean = mean_and_log_std(parameters.float())[0]
         noise = torch.empty_like(mean).normal_(generator=generator)
-        return (mean + log_std.exp() * noise).nan_to_num()
+        return self.placed(parameters.float(), noise).nan_to_num()
+
+    def placed(self, parameters: Tensor, noise: Tensor) -> Tensor:
+        """Makes actions before the squash of standard normal noise [..., D].
+
+        They have a gradient: a sample written as a function of the parameters (Haarnoja et al.
+        2018, equation 11).
+        """
+        mean, log_std = mean_and_log_std(parameters)
+        return mean + log_std.exp() * noise
 
     def greedy(self, parameters: Tensor) -> Tensor:
         """The mean before the squash, which is the median after it."""

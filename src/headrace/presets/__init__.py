@@ -10,11 +10,13 @@ from headrace.presets.impala import IMPALA
 from headrace.presets.parts import Preset
 from headrace.presets.ppo import PPO
 from headrace.presets.r2d2 import R2D2
+from headrace.presets.sac import SAC
 
-PRESETS = {**IMPALA, **PPO, **R2D2}
+PRESETS = {**IMPALA, **PPO, **R2D2, **SAC}
 
 _MUJOCO = "(Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|Inverted(Double)?Pendulum|Pusher|"
 _MUJOCO += "Reacher|Swimmer|Walker2d)-v[0-9]+"
+_CONTINUOUS = "(MountainCarContinuous|Pendulum)-v[0-9]+"
 _CLASSIC = "(Acrobot|CartPole|MountainCar|MountainCarContinuous|Pendulum|LunarLander)-v[0-9]+"
 
 UNASKED = (
@@ -30,6 +32,8 @@ UNASKED = (
     (f"(envpool:)?{_CLASSIC}", "control"),
     (f"(envpool:)?{_CLASSIC}", "ppo-control"),
     (f"catch|recall|(envpool:)?{_CLASSIC}", "r2d2-control"),
+    (f"(envpool:)?{_MUJOCO}", "sac-mujoco"),
+    (f"pointmass|(envpool:)?{_CONTINUOUS}", "sac-control"),
 )
 """What `headrace train ENV` takes where no --preset is given: the first whose names (a regular
 expression) and whose algorithm fit."""

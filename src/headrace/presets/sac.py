@@ -1,0 +1,72 @@
+"""Presets of SAC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.presets.parts import Preset
+
+_UNIFORM: dict[str, Any] = {"priority_exponent": 0.0, "importance_exponent": 0.0}
+
+
+def _adam(learning_rate: float) -> dict[str, Any]:
+    return {
+        "optimizer": "adam",
+        "learning_rate": learning_rate,
+        "learning_rate_schedule": "constant",
+        "optimizer_eps": 1e-8,
+        "max_gradient_norm": 0.0,
+    }
+
+
+SAC = {
+    "sac-mujoco": Preset(
+        "MuJoCo with SAC as published: one environment, one update per step.",
+        "Haarnoja et al. 2018, arXiv:1812.05905, table 1; learning starts after 10 000 steps as in "
+        "RL Baselines3 Zoo, sac.yml, but those are of the policy as it starts, nearly uniform",
+        {
+            "algorithm": "sac",
+            "total_frames": 1_000_000,
+            "server": {"num_envs": 1},
+            "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
+            "learning": {
+                "batch_unrolls": 256,
+                "discount": 0.99,
+                "n_steps": 1,
+                "target_tau": 0.005,
+                "reward_transform": "none",
+                "optimizer": _adam(3e-4),
+                "replay": {
+                    **_UNIFORM,
+                    "replay_capacity": 1_000_000,
+                    "replay_min": 10_000,
+                    "samples_per_insert": 256.0,  # of batches of 256: one update per step
+                },
+            },
+        },
+    ),
+    "sac-control": Preset(
+        "Small tasks with continuous actions such as Pendulum-v1 with SAC, within a minute.",
+        "ours; the test of learning in tests/learning",
+        {
+            "algorithm": "sac",
+            "total_frames": 10_000,
+            "server": {"num_envs": 4},
+            "network": {"network": "mlp", "hidden_sizes": [64, 64], "num_critics": 2},
+            "learning": {
+                "batch_unrolls": 128,
+                "discount": 0.98,
+                "n_steps": 1,
+                "target_tau": 0.01,
+                "initial_temperature": 0.05,
+                "optimizer": _adam(1e-3),
+                "replay": {
+                    **_UNIFORM,
+                    "replay_capacity": 100_000,
+                    "replay_min": 1_000,
+                    "samples_per_insert": 128.0,
+                },
+            },
+        },
+    ),
+}
