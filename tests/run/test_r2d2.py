@@ -250,7 +250,13 @@ def test_what_lies_beside_the_file_needs_memory_too(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "heads"), [("r2d2", "policy_value"), ("impala", "duelling"), ("ppo", "duelling")]
+    ("algorithm", "heads"),
+    [
+        ("r2d2", "policy_value"),
+        ("r2d2", "actor_critics"),
+        ("impala", "duelling"),
+        ("ppo", "duelling"),
+    ],
 )
 def test_heads_that_the_algorithm_cannot_use_are_refused(
     tmp_path: Path, algorithm: str, heads: str

@@ -10,6 +10,14 @@ from headrace.networks.torsos import Activation
 
 Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
 
+HEADS_OF = {
+    "policy_value": "policy",
+    "duelling": "values",
+    "action_value": "values",
+    "actor_critics": "critics",
+}
+"""Which network heads belong to: algorithms that can use one kind can use all of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:

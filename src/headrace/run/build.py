@@ -18,6 +18,8 @@ from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import Feed
 from headrace.networks.action_values import ActionValueNet
+from headrace.networks.actor_critics import ActorCriticsNet
+from headrace.networks.config import HEADS_OF
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
 from headrace.run.acting_workers import ActingWorkers
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
@@ -133,7 +135,7 @@ def make_model(
     network = config.network
     if network.heads == "auto":
         network = dataclasses.replace(network, heads=wanted)
-    if network.has_action_values != (wanted != "policy_value"):
+    if HEADS_OF[network.heads] != HEADS_OF[wanted]:
         raise ConfigError(
             f"{config.algorithm} needs heads {wanted}, not {network.heads}: leave out --heads"
         )
@@ -153,11 +155,12 @@ def make_model(
             f"network {name} must return a torch module with initial_state(batch), such as a "
             f"headrace.networks.models.PolicyValueNet, not {type(model).__name__}"
         )
-    other = PolicyValueNet if network.has_action_values else ActionValueNet
-    if isinstance(model, other):
+    kinds = {"policy": PolicyValueNet, "values": ActionValueNet, "critics": ActorCriticsNet}
+    del kinds[HEADS_OF[network.heads]]
+    if isinstance(model, tuple(kinds.values())):
         raise ConfigError(
             f"network {name} is a {type(model).__name__}, and {config.algorithm} needs heads "
-            f"{network.heads}: build it with headrace.networks.models.assemble, which gives either"
+            f"{network.heads}: build it with headrace.networks.models.assemble, which gives any"
         )
     return model.to(device)
 
