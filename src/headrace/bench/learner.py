@@ -70,7 +70,7 @@ def run(argv: list[str]) -> None:
         policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=None
     )
     own = run_config(policy, server={}).learning
-    steps: int = sizes.get("unroll_steps") or getattr(own, "unroll_steps", 1)  # 1: transitions
+    steps = int(sizes.get("unroll_steps") or getattr(own, "unroll_steps", 1))  # 1: transitions
     if any(size % steps for size in arguments.batch_size):
         raise ConfigError(
             f"--batch-size must be multiples of --unroll-steps={steps}, not {arguments.batch_size}"
