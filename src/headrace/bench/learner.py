@@ -69,8 +69,8 @@ def run(argv: list[str]) -> None:
     sizes = learning_settings(
         policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=None
     )
-    own = run_config(policy, server={}).learning
-    steps = int(sizes.get("unroll_steps") or getattr(own, "unroll_steps", 1))  # 1: transitions
+    own, given = run_config(policy, server={}).learning, sizes.get("unroll_steps")
+    steps: int = getattr(own, "unroll_steps", 1) if given is None else given  # 1: transitions
     if any(size % steps for size in arguments.batch_size):
         raise ConfigError(
             f"--batch-size must be multiples of --unroll-steps={steps}, not {arguments.batch_size}"
