@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,3 +29,20 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def read_later(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """Starts copying a tensor to the host; what it returns waits for that copy only."""
+    if not tensor.is_cuda:
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> NDArray[Any]:
+        copied.synchronize()
+        array: NDArray[Any] = host.numpy()
+        return array
+
+    return read

@@ -31,7 +31,7 @@ from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
 from headrace.records import Batch
 from headrace.run.build import Parts, exploration
-from headrace.run.experience import make_unrolls
+from headrace.run.experience import first_priority, make_unrolls
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
@@ -313,5 +313,5 @@ def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessRepl
         experience=parts.algorithm.experience,
         device=device,
         seed=0,
-        initial_priority=getattr(parts.algorithm, "initial_priority", None),
+        initial_priority=first_priority(parts.algorithm),
     )

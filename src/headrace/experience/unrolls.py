@@ -32,6 +32,7 @@ from torch import Tensor
 from headrace.algorithms.base import ExperienceSpec
 from headrace.experience.fifo import SlotQueue
 from headrace.experience.segments import Segment
+from headrace.experience.stacks import stack_index
 from headrace.records import PolicyStep, Unrolls
 from headrace.rows import upload, write_rows
 from headrace.specs import EnvSpec
@@ -356,18 +357,10 @@ class UnrollTable:
 
     def _stack_rows(self, slot: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of `_frames` [U, B, K] that make the stacks, oldest first."""
-        depth = self.prefix + 1
-        newest = self._frame_row(slot, 0) + np.arange(self.rows)[:, None]  # [U, B]
-        index = newest[..., None] + np.arange(-self.prefix, 1)  # [U, B, K]
-        if self.prefix:
-            reset = self._reset[slot]  # [B, prefix + U]
-            # Frame j back is hidden if any of the j newer frames, itself excluded, began an
-            # episode.
-            hidden = np.zeros((self.rows, len(slot)), np.bool_)
-            for back in range(1, depth):
-                hidden = hidden | reset[:, depth - back : depth - back + self.rows].T
-                index[..., self.prefix - back][hidden] = self._zero_frame
-        return index
+        row = self._frame_row(slot, 0) + np.arange(-self.prefix, self.rows)[:, None]
+        return stack_index(
+            row, self._reset[slot].T, depth=self.prefix + 1, zero_row=self._zero_frame
+        )
 
     def _mark(self, events: dict[int, torch.cuda.Event], slots: list[int]) -> None:
         if self._device.type == "cuda":

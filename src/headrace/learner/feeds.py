@@ -30,6 +30,7 @@ from headrace.experience.replay import Replay, Sample
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.batches import align, moved
 from headrace.records import Batch, Update
+from headrace.rows import read_later
 from headrace.telemetry.metrics import Waits
 
 
@@ -193,7 +194,7 @@ class ReplayFeed:
             self.replay.set_priority(sample.slot[known], sample.generation[known], priority[known])
 
     def _prioritise(self, sample: Sample, priority: Tensor) -> None:
-        self._under_way.append((sample, _copied(priority)))
+        self._under_way.append((sample, read_later(priority)))
         if not priority.is_cuda:
             self.settle()
 
@@ -294,20 +295,3 @@ def insert_sizes(experience: ExperienceSpec) -> tuple[int, int]:
     per_unroll = 1 if replay is None else -(-experience.unroll_steps // replay.stride_steps)
     at_once = max(1, experience.batch_unrolls // per_unroll)
     return at_once, at_once * per_unroll
-
-
-def _copied(priority: Tensor) -> Callable[[], NDArray[np.float32]]:
-    """Starts copying priorities to the host; what it returns waits for that copy only."""
-    if not priority.is_cuda:
-        return priority.numpy
-    host = torch.empty(priority.shape, dtype=priority.dtype, pin_memory=True)
-    host.copy_(priority, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def read() -> NDArray[np.float32]:
-        copied.synchronize()
-        array: NDArray[np.float32] = host.numpy()
-        return array
-
-    return read

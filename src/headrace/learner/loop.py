@@ -11,6 +11,7 @@ from headrace.algorithms.base import Algorithm
 from headrace.errors import TrainingDiverged
 from headrace.learner.feeds import Feed
 from headrace.records import Update
+from headrace.rows import read_later
 from headrace.telemetry.metrics import Waits
 from headrace.weights import WeightsEnd
 
@@ -75,7 +76,8 @@ class Learner:
     def _check(self, finite: Tensor) -> None:
         if self._defer_check:
             self.ensure_finite()
-            self._unchecked = read_later(finite)
+            read = read_later(finite)
+            self._unchecked = lambda: bool(read())
         else:
             self._raise_unless(bool(finite))
 
@@ -85,19 +87,3 @@ class Learner:
                 f"the loss or its gradient was not finite at update {self.version}: "
                 "lower --learning-rate or --max-gradient-norm, or try --precision float32"
             )
-
-
-def read_later(flag: Tensor) -> Callable[[], bool]:
-    """Starts copying a flag to the host; what it returns waits for that copy only."""
-    if not flag.is_cuda:
-        return lambda: bool(flag)
-    host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    host.copy_(flag, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def read() -> bool:
-        copied.synchronize()
-        return bool(host)
-
-    return read

@@ -153,7 +153,7 @@ def replay_layout(
     replay = experience.replay
     if replay is None:
         raise ConfigError("the algorithm learns from no replay")
-    said = ("value", "action_value") if _first_priority(algorithm) is not None else ()
+    said = ("value", "action_value") if first_priority(algorithm) is not None else ()
     layout = ReplayLayout(
         spec=spec,
         num_envs=num_envs,
@@ -222,12 +222,12 @@ def make_feed(
         experience=experience,
         device=device,
         seed=derived_seed(config.seed, 6, resume_count),
-        initial_priority=_first_priority(algorithm),
+        initial_priority=first_priority(algorithm),
     )
 
 
-def _first_priority(algorithm: Algorithm) -> Callable[[Batch], Tensor] | None:
-    """What says the priority of new sequences; None where all are sampled alike."""
+def first_priority(algorithm: Algorithm) -> Callable[[Batch], Tensor] | None:
+    """Returns what says the priority of new sequences; None where all are sampled alike."""
     replay = algorithm.experience.replay
     if replay is None or replay.settings.priority_exponent == 0:
         return None
