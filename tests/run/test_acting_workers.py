@@ -108,6 +108,7 @@ def open_files() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
+    gc.collect()  # what earlier tests left to be collected is not ours
     before = open_files()
     yield
     gc.collect()  # shared memory goes when nobody looks at it any more
