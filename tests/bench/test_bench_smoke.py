@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 
 from headrace.bench import command
 from headrace.bench.end_to_end import ceiling_of
+from headrace.bench.settings import PolicyArguments, learning_settings, run_config
 from headrace.bench.stages import FreePool
 from headrace.catalog import environment_family
+from headrace.config import from_dict
 from headrace.errors import ConfigError
+from headrace.presets import find
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -22,10 +26,22 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
     return result
 
 
+NO_SIZES: dict[str, Any] = {"unroll_steps": None, "batch_unrolls": None}
+SAC = ("--algorithm", "sac", "--env", "pointmass", "--compile", "off")
+FIGURES = {
+    *("sampling_hz", "updates_per_s", "update_frame_rate_hz"),
+    *("samples_used_share", "transmission_loss"),
+    *("cpu_load", "cpu_load_machine", "gpu_load", "gpu_memory_gib"),
+}
+
+
 def test_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     result = printed(capsys, "end-to-end", "--smoke", "--json")
     assert result.keys() >= {"network", "precision", "device", "cores", "threads", "updates_per_s"}
+    assert result.keys() >= FIGURES
     assert result["env"] == "catch"
+    assert result["num_envs"] == 16
+    assert result["sampling_hz"] == result["agent_steps_per_s"]
     assert result["env_frames_per_s"] == result["agent_steps_per_s"] > 0  # catch repeats no action
     assert result["policy_lag_mean"] >= 0
     # One pass over each sample; a short window ends in the middle of some unrolls.
@@ -51,13 +67,20 @@ def test_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
             },
         ),
         ("inference", {"precision", "agent_steps_per_s", "batch_ms"}),
-        ("learner", {"precision", "batch_samples", "updates_per_s", "samples_per_s"}),
+        (
+            "learner",
+            {
+                *("precision", "compiled", "batch_samples", "updates_per_s", "samples_per_s"),
+                "update_frame_rate_hz",
+            },
+        ),
     ],
 )
 def test_rows(name: str, keys: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     result = printed(capsys, name, "--smoke", "--json")
-    assert result.keys() == {"rows"}
     assert result["rows"]
+    only = result["rows"][0] if len(result["rows"]) == 1 else {}
+    assert result == {**only, "rows": result["rows"]}
     for row in result["rows"]:
         assert row.keys() >= keys
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
@@ -69,6 +92,43 @@ def test_learner_updates_have_the_size_asked_for(capsys: pytest.CaptureFixture[s
     assert [row["batch_unrolls"] for row in rows] == [8, 16]
     for row in rows:
         assert row["samples_per_s"] / row["updates_per_s"] == pytest.approx(row["batch_samples"])
+
+
+def test_learner_of_a_replay(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (*SAC, "--batch-size", "200", "--seconds", "0.1")
+    result = printed(capsys, "learner", "--smoke", "--json", *argv)
+    assert result["batch_samples"] == 200
+    ratio = result["update_frame_rate_hz"] / result["updates_per_s"]
+    assert ratio == pytest.approx(200)
+
+
+def test_end_to_end_with_a_replay_waits_for_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (*SAC, "--num-envs", "4", "--seconds", "0.5")
+    result = printed(capsys, "end-to-end", "--smoke", "--json", *argv)
+    assert result.keys() >= FIGURES
+    assert result["env"] == "pointmass"
+    batch = result["update_frame_rate_hz"] / result["updates_per_s"]
+    assert batch == pytest.approx(8)  # what --smoke asks for
+    assert 0.0 < result["samples_used_share"] <= 1.0
+    assert result["cpu_load"] > 0.0
+    assert result["gpu_load"] is None
+
+
+def test_a_benchmark_takes_the_settings_of_the_preset() -> None:
+    asked = PolicyArguments(env="HalfCheetah-v5", algorithm="sac")
+    config = run_config(asked, server={}, learning=learning_settings("sac", **NO_SIZES))
+    preset, other_preset = (
+        from_dict({"env": asked.env, **find(name).values}) for name in ("sac-mujoco", "sac-control")
+    )
+    assert config.network == preset.network
+    assert config.server.num_envs == preset.server.num_envs
+    assert config.learning.batch_unrolls == preset.learning.batch_unrolls
+    assert config.learning.replay.replay_min == 1 < preset.learning.replay.replay_min
+    other = run_config(dataclasses.replace(asked, preset="sac-control"), server={})
+    assert other.network == other_preset.network != preset.network
+    assert other.env == "HalfCheetah-v5"
+    with pytest.raises(ConfigError, match="not one of sac"):
+        run_config(dataclasses.replace(asked, preset="mujoco-impala"), server={})
 
 
 def test_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

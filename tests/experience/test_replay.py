@@ -303,6 +303,41 @@ def test_counters() -> None:
     assert replay.sampled == 5
 
 
+def test_sequences_that_were_drawn_are_counted_once_also_when_they_are_gone() -> None:
+    layout, rng, drawn = layout_of(), np.random.default_rng(0), set()
+    replay = made(layout)
+    for _ in range(400):
+        replay.insert(segment_of(layout, rng.integers(3, size=2).tolist()))
+        if replay.sequences and rng.random() < 0.3:
+            sample = replay.sample(3, rng)
+            drawn |= set(zip(sample.slot.tolist(), sample.generation.tolist(), strict=True))
+        assert replay.used == len(drawn)
+    # Many are gone, and some went without ever having been drawn.
+    assert replay.sequences < len(drawn) < replay.inserted
+    names = replay.sample(5000, rng)
+    gone = {name for name in drawn if not replay._rings.current(*np.array([name]).T).all()}
+    assert replay.used == len(gone) + replay.sequences
+    assert len(np.unique(names.slot)) == replay.sequences
+
+
+def test_of_a_checkpoint_from_before_draws_were_noted_all_counts_as_drawn() -> None:
+    replay, other = played(made(layout_of()), 4), made(layout_of())
+    state = replay.state_dict()
+    state["rings"] = {
+        name: value
+        for name, value in state["rings"].items()
+        if name not in ("drawn", "drawn_before")
+    }
+    other.load_state_dict(state)
+    assert other.used == other.inserted == replay.inserted
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        other.insert(segment_of(other.layout, [0, 1, 2]))
+    assert other.used == replay.inserted < other.inserted
+    other.sample(1, rng)
+    assert other.used - replay.inserted in (0, 1)
+
+
 def test_a_run_starts_with_a_reset() -> None:
     layout = layout_of()
     segment = segment_of(layout, [0])

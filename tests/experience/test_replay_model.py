@@ -234,6 +234,7 @@ class Driver:
     world: World
     replay: Replay
     old: list[Sample] = field(default_factory=list)
+    drawn: set[tuple[int, int]] = field(default_factory=set)  # slot and generation
     late: int = 0
 
     def insert(self, most: int = 6) -> None:
@@ -249,6 +250,7 @@ class Driver:
 
     def check(self) -> None:
         assert self.replay.sequences == len(self.world.alive)
+        assert self.replay.used == len(self.drawn)
         if self.world.alive:
             names = self.world.names()
             check_gathered(self.world, names, self.replay.gather(names, CPU))
@@ -265,6 +267,7 @@ class Driver:
         weight = (len(world.alive) * chance) ** -0.6
         np.testing.assert_allclose(sample.weight, weight / weight.max(), rtol=1e-5)
         assert [world.alive[s][2] for s in sample.slot.tolist()] == sample.generation.tolist()
+        self.drawn |= set(zip(sample.slot.tolist(), sample.generation.tolist(), strict=True))
         self.old.append(sample)
 
     def prioritise(self) -> None:

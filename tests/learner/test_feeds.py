@@ -172,6 +172,16 @@ def test_batches_are_whole_sequences_and_come_as_often_as_they_may() -> None:
     row = desk.feed.metrics()
     assert row["samples_per_insert"] == pytest.approx(2.0, rel=0.05)
     assert row["replay_age_updates"] > 0
+    assert row["samples_used_share"] == replay.used / replay.inserted
+    assert 0.5 < row["samples_used_share"] <= 1.0
+
+
+def test_before_anything_came_no_share_of_it_was_used() -> None:
+    desk = Desk()
+    assert "samples_used_share" not in desk.feed.metrics()
+    desk.step(7)
+    assert desk.next() is not None
+    assert 0.0 < desk.feed.metrics()["samples_used_share"] <= BATCH / desk.replay.inserted
 
 
 def test_batches_that_are_drawn_ahead_are_whole_and_as_often() -> None:

@@ -121,6 +121,23 @@ def test_an_update_takes_a_batch_and_publishes_the_next_version() -> None:
     assert bench.learn() is None, "the unrolls are used up"
 
 
+def test_unrolls_that_wait_or_are_too_old_are_not_used() -> None:
+    bench = Bench()
+    assert bench.feed.metrics() == {}
+    for _ in range(2 * T + 1):
+        bench.append(0)
+    assert bench.learn() is not None
+    assert bench.feed.metrics() == {"samples_used_share": 0.5}  # the others wait
+    assert bench.learn() is not None
+    assert bench.feed.metrics() == {"samples_used_share": 1.0}
+    bench.feed._max_policy_lag = 1  # those that come now are two updates old
+    for _ in range(T):
+        bench.append(0)
+    assert bench.learn() is None
+    assert bench.queue.stale == B
+    assert bench.feed.metrics()["samples_used_share"] == pytest.approx(2 / 3)
+
+
 def test_weights_of_an_update_that_diverged_are_not_published() -> None:
     bench = Bench()
     for _ in range(T + 1):

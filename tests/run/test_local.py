@@ -32,7 +32,7 @@ from headrace.steps import EnvStep
 from headrace.telemetry.record import RunDirectory, read_metrics
 
 # What a clock decides, and so differs between two runs that are otherwise the same.
-CLOCKED = ("elapsed_s", "_per_s", "wait/", "turnaround", "bottleneck")
+CLOCKED = ("elapsed_s", "_per_s", "_hz", "_load", "wait/", "turnaround", "bottleneck")
 
 
 def a_config(out: Path, env: str = "catch", **settings: Any) -> RunConfig:

@@ -7,7 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from headrace.telemetry.terminal import Row, open_display, plain_line, render
+from headrace.telemetry.panel import render
+from headrace.telemetry.terminal import open_display, plain_line
+from headrace.telemetry.wording import Row
 
 FULL: dict[str, float | int | str] = {
     "env_frames": 4_213_000,
@@ -15,7 +17,14 @@ FULL: dict[str, float | int | str] = {
     "updates": 1646,
     "env_frames_per_s": 12345.6,
     "agent_steps_per_s": 3086.4,
+    "sampling_hz": 3086.4,
     "updates_per_s": 4.8,
+    "samples": 1_053_440,
+    "update_frame_rate_hz": 24_680.0,
+    "samples_used_share": 0.975,
+    "transmission_loss": 0.0125,
+    "cpu_load": 15.25,
+    "cpu_load_machine": 0.953,
     "episodes": 123_456,
     "return_mean": -1234.567,
     "return_max": 98765.4,
@@ -60,6 +69,7 @@ def test_table_shows_every_number_whole_at_80_columns() -> None:
         *("ALE/Pong-v5", "42.1 %", "4.21 M of 10.0 M frames", "ETA 0:07:49", "12.3 k", "3.09 k"),
         *("-1234.57", "98765.40", "19.50", "123 k", "1.71 k", "1.5 / 40.0", "3.2 / 1119.8"),
         *("-1.23e-05", "0.3121", "-1.21", "40.12", "4.80e-04", "41.0 %", "2.0 %", "100.0 %"),
+        *("24.7 k", "97.5 / 1.2", "15.2", "95.3 %"),
         *("bottleneck environments", "bfloat16", "1 d 1:12:34"),
     ):
         assert part in text
@@ -80,6 +90,49 @@ def test_worker_deaths_are_shown_once_there_are_some() -> None:
         assert any("worker deaths" in line and line.split()[-2] == "3" for line in lines) is shown
         assert len(lines) == len(drawn(FULL))
         assert ("worker deaths 3" in plain_line(row, 10_000_000, 1.0)) is shown
+
+
+ALL_ROLES: Row = {
+    **FULL,
+    "gpu_load": 0.375,
+    "gpu_memory_gib": 139.5,
+    "eval_return_mean": -12345.678,
+    "eval_return_min": -98765.4,
+    "eval_return_max": 23.5,
+    "eval_episodes": 5,
+    "eval_length_mean": 777.0,
+    "eval_agent_steps": 987_000,
+}
+
+
+def test_an_evaluator_and_a_gpu_are_shown_whole_at_80_columns_and_24_lines() -> None:
+    lines = drawn(ALL_ROLES)
+    text = "\n".join(lines)
+    assert all(len(line) == 80 for line in lines)
+    assert len(lines) <= 24
+    evaluation = {
+        line.split("\N{BOX DRAWINGS LIGHT VERTICAL}")[1].split()[-1]
+        for line in lines
+        if any(label in line for label in ("mean return", "lowest", "best", "at agent", "episodes"))
+    }
+    assert evaluation == {"-12345.68", "-98765.40", "23.50", "k", "5"}
+    for part in ("987 k", "1.05 M", "GPU busy, 139.5 GiB", "37.5 %"):
+        assert part in text
+    assert "…" not in text
+    line = plain_line(ALL_ROLES, 10_000_000, 1.0)
+    assert "evaluation -12345.68" in line
+    assert "cores 15.2" in line
+    assert "gpu 37.5 %" in line
+
+
+def test_environments_that_evaluate_beside_training_have_no_step_of_their_own() -> None:
+    text = "\n".join(drawn({**FULL, "eval_length_mean": 777.0}))
+    for part in ("evaluation", "19.50", "1.71 k", "777"):
+        assert part in text
+    for part in ("lowest", "at agent step"):
+        assert part not in text
+    alone = "\n".join(drawn({name: FULL[name] for name in FULL if not name.startswith("eval_")}))
+    assert "evaluation" not in alone
 
 
 def test_numbers_of_the_environment_take_no_place() -> None:
@@ -103,6 +156,18 @@ def test_a_run_with_a_replay_shows_what_it_has_and_not_what_it_has_not() -> None
     line = plain_line(row, 1000, 1.0)
     assert "TD error 0.0625" in line
     assert "replay 14.0 k" in line
+
+
+def test_critics_show_what_they_learn() -> None:
+    row: Row = {
+        "replay_sequences": 14_000,
+        "loss/critic": 0.0625,
+        "loss/entropy": -3.25,
+        "temperature": 0.125,
+    }
+    table = "\n".join(drawn(row))
+    for text in ("critics' loss", "0.0625", "-3.25", "temperature", "0.125"):
+        assert text in table
 
 
 def test_table_stays_readable_on_a_wide_terminal() -> None:

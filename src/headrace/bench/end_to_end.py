@@ -8,6 +8,11 @@ core-time     cores / (1/environment + 1/inference + s/learner)     each alone o
 accelerator   min(environment, 1 / (1/inference + s/learner))       environment on all cores
 ```
 s is samples through the gradient per agent step; the learner's rate alone is in samples/s.
+
+The first is a bound whatever threads the run gives to a stage: several threads take no less core
+time than one does. It is not one to be reached where a stage cannot be divided, as when one update
+after the other is all there is to do on 16 cores. Code that was compiled for several threads is
+compiled anew for one, which takes its time but is not measured.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from headrace.bench.settings import (
     PolicyArguments,
     cell,
     check_positive,
+    has_replay,
     learning_settings,
     run_config,
 )
@@ -45,20 +51,35 @@ from headrace.run.system import keep_memory, usable_cores
 from headrace.run.warmup import warm_up
 from headrace.telemetry.metrics import EpisodeStats, Waits
 
+_NUM_ENVS = 64
+_FIGURES = (
+    *("env_frames_per_s", "agent_steps_per_s", "sampling_hz"),
+    *("updates_per_s", "update_frame_rate_hz", "samples_used_share", "transmission_loss"),
+    *("cpu_load", "cpu_load_machine", "gpu_load", "gpu_memory_gib"),
+)
+"""What is printed of the window's row, as `run.report` has it; null for what is not known here."""
+_SHARES = {
+    "samples_used_share": "samples used",
+    "transmission_loss": "transmission loss",
+    "cpu_load_machine": "processors busy",
+    "gpu_load": "GPU busy",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
     """Trains for real without writing anything, and prints its speed beside the ceilings.
 
     The ceilings are measured after it in the same process, each stage alone. Settings that are not
-    flags are those of the environment's preset.
+    flags are those of the environment's preset, but that a replay is learned from as soon as there
+    is anything in it: nobody waits for --replay-min.
     """
 
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the torso's arithmetic."""
-    num_envs: int = 64
-    """Environments."""
+    """Of the arithmetic, as in a run."""
+    num_envs: int | None = None
+    """Environments; None for 64, or with a replay for the preset's."""
     inference_batch: int = 0
     """Environments answered at once; 0 for half of them."""
     unroll_steps: int | None = None
@@ -70,7 +91,7 @@ class Arguments:
     env_threads: int = 0
     """Threads that step a native pool; 0 for one per core."""
     warmup_s: float = 10.0
-    """Seconds from the first update until measuring begins."""
+    """Seconds from the first update until measuring begins; compiling comes before that."""
     seconds: float = 30.0
     """Seconds that are measured."""
     ceiling_s: float = 4.0
@@ -192,14 +213,20 @@ class Window:
         """Samples through the gradient per agent step, within the window."""
         first, last = self._rows
         samples = float(last["samples"]) - float(first["samples"])
-        return samples / (float(last["agent_steps"]) - float(first["agent_steps"]))
+        return samples / max(1.0, float(last["agent_steps"]) - float(first["agent_steps"]))
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Trains, measures the ceilings, and returns what is printed."""
+    num_envs = arguments.num_envs
+    if num_envs is None and not has_replay(arguments.policy.algorithm):
+        num_envs = _NUM_ENVS
     config = run_config(
         arguments.policy,
-        server={"num_envs": arguments.num_envs, "inference_batch": arguments.inference_batch},
+        server={
+            "inference_batch": arguments.inference_batch,
+            **({} if num_envs is None else {"num_envs": num_envs}),
+        },
         learning=learning_settings(
             arguments.policy.algorithm,
             unroll_steps=arguments.unroll_steps,
@@ -276,13 +303,13 @@ def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling)
         "algorithm": config.algorithm,
         "network": network_name(config, parts.spec),
         "precision": row["precision"],
+        "compiled": compute.compiled,
         "device": str(compute.device),
         "cores": usable_cores(),
         "threads": {"compute": compute.threads, "environment": env_threads},
-        "env_frames_per_s": row["env_frames_per_s"],
-        "agent_steps_per_s": row["agent_steps_per_s"],
+        "num_envs": config.server.num_envs,
+        **{name: row.get(name) for name in _FIGURES},
         "samples_per_agent_step": window.samples_per_agent_step(),
-        "updates_per_s": row["updates_per_s"],
         "policy_lag_mean": row.get("policy_lag_mean"),  # a replay's is its age
         "replay_age_updates": row.get("replay_age_updates"),
         "wait": {name: row[name] for name in row if name.startswith("wait/")},
@@ -304,7 +331,13 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_column("", justify="right")
     for name in ("env_frames", "agent_steps", "updates"):
         table.add_row(f"{name.replace('_', ' ')}/s", cell(result[f"{name}_per_s"]))
+    table.add_row("samples learned/s (update frame rate)", cell(result["update_frame_rate_hz"]))
     table.add_row("samples per agent step", cell(result["samples_per_agent_step"]))
+    for name, text in _SHARES.items():
+        if result[name] is not None:
+            table.add_row(text, f"{result[name]:.1%}")
+    if result["cpu_load"] is not None:
+        table.add_row("processor cores used", cell(result["cpu_load"]))
     for name, text in (("policy_lag_mean", "policy lag"), ("replay_age_updates", "age")):
         if result[name] is not None:
             table.add_row(f"{text}, updates", cell(result[name]))

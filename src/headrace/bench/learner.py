@@ -1,4 +1,8 @@
-"""The learner without a server, over batch sizes."""
+"""The learner without a server, over batch sizes.
+
+`updates_per_s` and `update_frame_rate_hz`, samples through the gradient per second, are those of
+a learner that never waits.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from headrace.bench.settings import (
 from headrace.errors import ConfigError
 from headrace.run.build import build
 from headrace.run.system import keep_memory
+from headrace.run.warmup import warm_up
 
 _FILLING_ENVS = 32  # environments of the free pool that fills the unrolls
 _BATCHES = (160, 320, 640, 1280, 2560)  # samples
@@ -33,7 +38,7 @@ class Arguments:
 
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the torso's arithmetic."""
+    """Of the arithmetic, as in a run."""
     unroll_steps: int | None = None
     """Agent steps per unroll; None for 20, or with a replay for the preset's."""
     batch_size: tuple[int, ...] = ()
@@ -109,14 +114,18 @@ def measure(arguments: Arguments, batch_unrolls: int | None) -> dict[str, Any]:
         parts.training.pool.close()
         compute = parts.compute
         torch.set_num_threads(compute.threads)
+        if compute.needs_warm_up:
+            warm_up(parts)
         experience = parts.algorithm.experience
         timing = stages.learner_alone(config, parts, arguments.seconds, num_envs=_FILLING_ENVS)
     return {
         "device": str(compute.device),
         "threads": compute.threads,
         "precision": str(compute.precision).removeprefix("torch."),
+        "compiled": compute.compiled,
         "batch_samples": experience.samples_per_update // experience.passes,
         "batch_unrolls": experience.batch_unrolls,
         "updates_per_s": timing.rounds_per_s,
         "samples_per_s": timing.per_s,
+        "update_frame_rate_hz": timing.per_s,
     }

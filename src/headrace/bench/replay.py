@@ -40,7 +40,7 @@ from headrace.bench.settings import (
     run_config,
 )
 from headrace.errors import ConfigError
-from headrace.run.build import choose_compute
+from headrace.run.compute import choose_compute
 from headrace.run.system import keep_memory
 
 _CPU = torch.device("cpu")

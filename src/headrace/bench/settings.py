@@ -23,6 +23,8 @@ class PolicyArguments:
     """Environment; its preset gives all settings that are not flags here."""
     algorithm: str = "impala"
     """Learning rule; the preset is that of both."""
+    preset: str | None = None
+    """Another preset of that learning rule to take all other settings from."""
     network: str | None = None
     """Name in the catalog, or auto; None for the preset's."""
     lstm_size: int | None = None
@@ -30,7 +32,7 @@ class PolicyArguments:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the networks; auto is on for a GPU."""
+    """torch.compile; auto is what a run takes here. Compiling happens before the measuring."""
     compute_threads: int = 0
     """Threads of each compute stage; 0 fits it to the cores, as training does."""
 
@@ -55,8 +57,15 @@ def run_config(
     learning: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> RunConfig:
-    """Returns the settings of the environment's preset with the benchmark's own on top."""
-    name = presets.default_for(policy.env, policy.algorithm)
+    """Returns the settings of the environment's preset with the benchmark's own on top.
+
+    Raises:
+        ConfigError: the preset that was asked for is that of another learning rule, or none.
+    """
+    name = policy.preset or presets.default_for(policy.env, policy.algorithm)
+    values = presets.find(name).values if name else {}
+    if name and values.get("algorithm", "impala") != policy.algorithm:
+        raise ConfigError(f"preset {name} is not one of {policy.algorithm}: say --algorithm too")
     own = {
         "env": policy.env,
         "algorithm": policy.algorithm,
@@ -72,7 +81,13 @@ def run_config(
         "learning": learning or {},
         **settings,
     }
-    return from_dict(merged(presets.find(name).values if name else {}, own))
+    return from_dict(merged(values, own))
+
+
+def has_replay(algorithm: str) -> bool:
+    """Whether an algorithm learns from a replay."""
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm)
+    return "replay" in rule.config_type.__dataclass_fields__
 
 
 def learning_settings(
@@ -86,10 +101,8 @@ def learning_settings(
 
     A replay is learned from as soon as there is any, so that a benchmark need not wait.
     """
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm)
-    has_replay = "replay" in rule.config_type.__dataclass_fields__
     sizes = {"unroll_steps": unroll_steps, "batch_unrolls": batch_unrolls}
-    if has_replay:
+    if has_replay(algorithm):
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         replay: dict[str, Any] = {"replay_min": 1}
         if samples_per_insert is not None:
@@ -112,9 +125,13 @@ def check_positive(**values: float) -> None:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Prints measurements that have the same keys, as a table or as {"rows": [...]}."""
+    """Prints measurements that have the same keys, as a table or as {"rows": [...]}.
+
+    Where there is but one, its keys stand beside "rows" too.
+    """
     if as_json:
-        print(json.dumps({"rows": list(rows)}))
+        only = rows[0] if len(rows) == 1 else {}
+        print(json.dumps({**only, "rows": list(rows)}))
         return
     table = Table(title=title)
     for name in rows[0] if rows else ():

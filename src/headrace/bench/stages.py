@@ -244,6 +244,9 @@ def inference_alone(
 def learner_alone(config: RunConfig, parts: Parts, seconds: float, *, num_envs: int) -> Timing:
     """Measures a run's learner where experience is always there, in samples; a round is an update.
 
+    What is compiled, is so by then: see `run.warmup`, or else the first update pays for it, which
+    is never measured.
+
     A replay is the run's own, as full as it is, or filled with one batch.
 
     Raises:
@@ -266,7 +269,8 @@ def learner_alone(config: RunConfig, parts: Parts, seconds: float, *, num_envs: 
 
     timing = timed(update, seconds, parts.compute.device)
     learner.ensure_finite()
-    return timing
+    # A call may take several updates.
+    return timing._replace(rounds=timing.amount * learner.version // learner.samples)
 
 
 class EndlessFifo(FifoFeed):
@@ -298,10 +302,10 @@ class EndlessReplay(ReplayFeed):
 
 def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessReplay:
     """Returns what a learner can be measured with."""
-    batch, device = parts.algorithm.experience.batch_unrolls, parts.compute.device
+    experience, device = parts.algorithm.experience, parts.compute.device
     if not isinstance(parts.feed, ReplayFeed):
-        return EndlessFifo(server, batch_unrolls=batch, device=device)
-    replay = parts.feed.replay
+        return EndlessFifo(server, batch_unrolls=experience.batch_unrolls, device=device)
+    replay, batch = parts.feed.replay, experience.unrolls_per_call
     replay.forget_streams()  # the free environments continue nothing
     limiter = SampleLimiter(0.0, min_inserted=batch, batch=batch, max_insert=1)
     limiter.inserted(replay.sequences)
@@ -310,7 +314,7 @@ def endless_feed(parts: Parts, server: ServerAlone) -> EndlessFifo | EndlessRepl
         server.queue,
         replay,
         limiter,
-        experience=parts.algorithm.experience,
+        experience=experience,
         device=device,
         seed=0,
         initial_priority=first_priority(parts.algorithm),

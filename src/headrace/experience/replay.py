@@ -88,6 +88,11 @@ class Replay:
         return self._rings.sequences
 
     @property
+    def used(self) -> int:
+        """Sequences that were drawn at least once, of all that became whole."""
+        return self._rings.drawn
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything but the buffers of `gather`."""
         return self._rows.nbytes + self._rings.nbytes + self._tree.nbytes
@@ -147,6 +152,7 @@ class Replay:
             torch.from_numpy(chance), self.sequences, self._importance_exponent
         )
         self.sampled += count
+        self._rings.draw(slot)
         return Sample(slot, self._rings.generation(slot), weight.float().numpy())
 
     def gather(self, sample: Sample, device: torch.device, *, observations: bool = True) -> Unrolls:

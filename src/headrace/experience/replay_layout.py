@@ -36,8 +36,8 @@ HOST_FIELDS: dict[str, np.dtype[Any]] = {
 }
 ENV_NBYTES = 3 * 8
 """Of the bookkeeping of one environment: last row, begin of the stream, run id."""
-SLOT_NBYTES = 2 * 8 + 1
-"""Of the bookkeeping of one slot: start, generation, alive."""
+SLOT_NBYTES = 2 * 8 + 2
+"""Of the bookkeeping of one slot: start, generation, alive, drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

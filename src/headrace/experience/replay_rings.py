@@ -33,6 +33,8 @@ class Rings:
         self._start = np.zeros(layout.num_slots, np.int64)  # first row of the slot's sequence
         self._generation = np.zeros(layout.num_slots, np.int64)  # sequences that died here
         self._alive = np.zeros(layout.num_slots, np.bool_)
+        self._drawn = np.zeros(layout.num_slots, np.bool_)  # at least once, of those alive
+        self._drawn_before = 0  # at least once, of those that died
         self.sequences = 0
         # Most multiples of the stride that one segment passes, a jump to a new stream included.
         self._width = (layout.alignment + layout.segment_steps) // layout.stride_steps + 2
@@ -40,7 +42,7 @@ class Rings:
     @property
     def nbytes(self) -> int:
         """Bytes of all this."""
-        return sum(array.nbytes for array in self._arrays().values())
+        return self._drawn.nbytes + sum(array.nbytes for array in self._arrays().values())
 
     def advance(self, env: NDArray[np.int64], run_id: NDArray[np.int64]) -> Advance:
         """Makes room for one segment of each environment [n], no environment twice."""
@@ -56,6 +58,8 @@ class Rings:
         died, number = self._starts(env, before + margin, after + margin)
         died = died[self._alive[died] & (self._start[died] == number)]
         self._alive[died] = False
+        self._drawn_before += int(np.count_nonzero(self._drawn[died]))
+        self._drawn[died] = False
         self._generation[died] += 1
         whole = np.maximum(before - layout.sequence_steps, self._begin[env] - 1)
         born, number = self._starts(env, whole, after - layout.sequence_steps)
@@ -89,19 +93,34 @@ class Rings:
         here: NDArray[np.bool_] = self._alive[slot] & (self._generation[slot] == generation)
         return here
 
+    @property
+    def drawn(self) -> int:
+        """Sequences that were drawn at least once, those that died since included."""
+        return self._drawn_before + int(np.count_nonzero(self._drawn))
+
+    def draw(self, slot: NDArray[np.int64]) -> None:
+        """Notes that the sequences in slots [B] were drawn."""
+        self._drawn[slot] = True
+
     def forget_streams(self) -> None:
         """The next segment of every environment begins a new stream."""
         self._run_id[:] = NO_RUN
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything."""
-        return {**self._arrays(), "sequences": self.sequences}
+        counts = {"sequences": self.sequences, "drawn_before": self._drawn_before}
+        return {**self._arrays(), "drawn": self._drawn, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Puts back what `state_dict` gave.
+
+        Where it is from before draws were noted, all that came so far counts as drawn.
+        """
         for name, array in self._arrays().items():
             array[:] = state[name]
         self.sequences = state["sequences"]
+        self._drawn[:] = state.get("drawn", self._alive)
+        self._drawn_before = state.get("drawn_before", int(self._generation.sum()))
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {

@@ -73,6 +73,7 @@ class FifoFeed:
         self._unrolls, self._queue = unrolls, queue
         self._batch_unrolls, self._device = batch_unrolls, device
         self._max_policy_lag = max_policy_lag
+        self._learned_unrolls = 0
 
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
         """Borrows the oldest slots, copies them, and gives them back."""
@@ -87,6 +88,7 @@ class FifoFeed:
                 self._batch_unrolls, timeout_s=timeout_s, keep=is_fresh
             ) as slots:
                 waits.add("learner_for_unrolls", time.perf_counter() - before_s)
+                self._learned_unrolls += len(slots)
                 return moved(align(self._unrolls.gather(slots)), self._device)
         except DeadlineExceeded:
             waits.add("learner_for_unrolls", time.perf_counter() - before_s)
@@ -105,8 +107,13 @@ class FifoFeed:
         return moved(align(self._unrolls.gather(slots)), self._device)
 
     def metrics(self) -> dict[str, float | int]:
-        """Has nothing to say that the queue does not."""
-        return {}
+        """Returns the share of the unrolls that came which were learned from.
+
+        The others still wait, or were too old.
+        """
+        learned = self._learned_unrolls
+        came = learned + len(self._queue) + self._queue.stale
+        return {"samples_used_share": learned / came} if came else {}
 
 
 class ReplayFeed:
@@ -139,7 +146,7 @@ class ReplayFeed:
         """
         self.replay, self.limiter = replay, limiter
         self._unrolls, self._queue = unrolls, queue
-        self._batch_sequences, self._device = experience.batch_unrolls, device
+        self._batch_sequences, self._device = experience.unrolls_per_call, device
         self._at_once, self._most = insert_sizes(experience)
         self._rng = np.random.default_rng(seed)
         self._initial_priority = initial_priority
@@ -218,7 +225,11 @@ class ReplayFeed:
         return align(self.replay.example(self._batch_sequences, self._device))
 
     def metrics(self) -> dict[str, float | int]:
-        """Returns how full the replay is, and how often what it holds was sampled."""
+        """Returns how full the replay is, and how often what it holds was sampled.
+
+        samples_used_share is the share of all sequences that ever came which were sampled once or
+        more; those that came last have not had many chances yet.
+        """
         replay = self.replay
         row: dict[str, float | int] = {
             "replay_sequences": replay.sequences,
@@ -227,6 +238,8 @@ class ReplayFeed:
             "samples_per_insert": replay.sampled / max(1, replay.inserted),
             "replay_late_priorities": replay.late,
         }
+        if replay.inserted:
+            row["samples_used_share"] = replay.used / replay.inserted
         if self._age is not None:
             row["replay_age_updates"] = float(self._age)
         return row
@@ -289,9 +302,12 @@ class ReplayFeed:
 def insert_sizes(experience: ExperienceSpec) -> tuple[int, int]:
     """Returns the most unrolls that are inserted at once, and the most sequences that they bring.
 
-    These are about as many as are sampled at once: the limiter holds the ratio that closely.
+    These are about as many as are sampled at once, or as four calls of `update` are due for: the
+    limiter holds the ratio that closely.
     """
     replay = experience.replay
     per_unroll = 1 if replay is None else -(-experience.unroll_steps // replay.stride_steps)
-    at_once = max(1, experience.batch_unrolls // per_unroll)
+    ratio = 0.0 if replay is None else replay.settings.samples_per_insert
+    sequences = experience.unrolls_per_call * min(1.0, 4.0 / max(1.0, ratio))
+    at_once = max(1, int(sequences) // per_unroll)
     return at_once, at_once * per_unroll

@@ -1,4 +1,16 @@
-"""Gathers what the stages count into one row, for metrics.jsonl, TensorBoard and the terminal."""
+"""Gathers what the stages count into one row, for metrics.jsonl, TensorBoard and the terminal.
+
+What Spreeze (arXiv:2312.06126) judges a desktop by is in every row under these names:
+
+```
+sampling_hz            agent steps/s that the environments gave: agent_steps_per_s
+updates_per_s          network update frequency
+update_frame_rate_hz   samples through the gradient per second: batch times updates/s
+samples_used_share     of the sequences or unrolls that came, how many were learned from (feeds.py)
+transmission_loss      of the agent steps made, how many never reached replay or learner
+cpu_load, gpu_load     how much of the machine that takes (telemetry/load.py)
+```
+"""
 
 from __future__ import annotations
 
@@ -9,6 +21,7 @@ import time
 from headrace.learner.loop import Learner
 from headrace.records import Update
 from headrace.run.build import Parts
+from headrace.telemetry.load import LoadMeter
 from headrace.telemetry.metrics import EpisodeStats, Rate, Waits
 
 Row = dict[str, float | int | str]
@@ -41,6 +54,11 @@ class Reporter:
         self._steps = Rate("agent_steps", self._start_s)
         self._updates = Rate("updates", self._start_s)
         self._updates_seen = learner.version
+        self._samples = Rate("samples", self._start_s)
+        self._samples_seen = learner.samples
+        self._steps_seen, self._lost_seen = parts.source.agent_steps, self._lost_unrolls()
+        models = learner.algorithm.model.parameters()
+        self._load = LoadMeter({parameter.device for parameter in models}, self._start_s)
         self.lag_histogram: list[int] = []
 
     @property
@@ -79,6 +97,7 @@ class Reporter:
         parts, learner = self._parts, self._learner
         self._steps.add(parts.source.agent_steps - self._steps.total)
         self._updates.add(learner.version - self._updates_seen - self._updates.total)
+        self._samples.add(learner.samples - self._samples_seen - self._samples.total)
         steps_per_s = self._steps.read(now_s)[0]
         median_s, slow_s = parts.source.turnaround_s.read()
         row: Row = {
@@ -89,7 +108,10 @@ class Reporter:
             "elapsed_s": self.elapsed_s,
             "env_frames_per_s": steps_per_s * parts.spec.action_repeat,
             "agent_steps_per_s": steps_per_s,
+            "sampling_hz": steps_per_s,
             "updates_per_s": self._updates.read(now_s)[0],
+            "update_frame_rate_hz": self._samples.read(now_s)[0],
+            "transmission_loss": self._transmission_loss(),
             **self._episodes.read(),
             "server_turnaround_ms_p50": median_s * 1000,
             "server_turnaround_ms_p99": slow_s * 1000,
@@ -98,6 +120,7 @@ class Reporter:
             "unrolls_too_old": parts.queue.stale,
             "worker_deaths": parts.worker_deaths,
             "precision": str(parts.compute.precision).removeprefix("torch."),
+            **self._load.read(now_s),
         }
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}
         row |= shares
@@ -111,10 +134,32 @@ class Reporter:
             row |= {name: float(value) for name, value in update.metrics.items()}
         return row
 
+    def _lost_unrolls(self) -> int:
+        return self._parts.dropped_unrolls + self._parts.queue.stale
+
+    def _transmission_loss(self) -> float:
+        return transmission_loss(
+            self._lost_unrolls() - self._lost_seen,
+            unroll_steps=self._learner.algorithm.experience.unroll_steps,
+            agent_steps=self._parts.source.agent_steps - self._steps_seen,
+        )
+
     def _count_lags(self) -> list[int]:
         counts = self._learner.lag_counts.to("cpu", copy=True)
         self._learner.lag_counts.zero_()
         return [int(count) for count in counts]
+
+
+def transmission_loss(lost_unrolls: int, *, unroll_steps: int, agent_steps: int) -> float:
+    """Returns the share of agent steps that never reached replay or learner, 0..1.
+
+    Args:
+        lost_unrolls: Never finished, as their environment began anew or its worker died; or
+            refused by the learner as too old. Each counts as whole, so the share is never too low.
+        unroll_steps: Agent steps of one.
+        agent_steps: Agent steps made meanwhile.
+    """
+    return min(1.0, lost_unrolls * unroll_steps / agent_steps) if agent_steps else 0.0
 
 
 def lag_summary(counts: list[int]) -> Row:

@@ -1,0 +1,195 @@
+"""One row of metrics as a panel for a terminal, readable from 80 columns and 24 lines up."""
+
+from __future__ import annotations
+
+import math
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.constrain import Constrain
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from headrace.telemetry.wording import (
+    MISSING,
+    Row,
+    clock,
+    fixed,
+    number,
+    pair,
+    plain,
+    share,
+    short,
+    some,
+)
+
+_WIDEST_COLUMNS = 100  # wider, the eye loses the line from a label to its number
+_STAGE_WAITS = (
+    ("server for environments", "wait/server_for_environments"),
+    ("server for free slots", "wait/server_for_slots"),
+    ("learner for unrolls", "wait/learner_for_unrolls"),
+)
+
+_SPEEDS = (
+    ("env frames", "env_frames", "env_frames_per_s"),
+    ("agent steps", "agent_steps", "sampling_hz"),
+    ("updates", "updates", "updates_per_s"),
+    ("samples learned", "samples", "update_frame_rate_hz"),
+)
+
+_STEP = (("gradient norm", "gradient_norm"), ("learning rate", "learning_rate"))
+_OF_A_POLICY = (
+    ("policy loss", "loss/policy"),
+    ("value loss", "loss/value"),
+    ("entropy, nats", "loss/entropy"),
+    *_STEP,
+)
+_OF_VALUES = (
+    ("loss", "loss/total"),
+    ("TD error", "loss/td_error_mean"),
+    ("value", "value_mean"),
+    *_STEP,
+)
+_OF_CRITICS = (
+    ("critics' loss", "loss/critic"),
+    ("TD error", "loss/td_error_mean"),
+    ("value", "value_mean"),
+    ("entropy, nats", "loss/entropy"),
+    ("temperature", "temperature"),
+)
+
+
+def render(title: str, row: Row, total_env_frames: int, eta_s: float) -> RenderableType:
+    """Draws one row as a panel."""
+    columns = Table.grid(expand=True, padding=(0, 2))
+    columns.add_column(ratio=1)
+    columns.add_column(ratio=1)
+    columns.add_row(_throughput(row), _episodes(row))
+    columns.add_row("", "")
+    columns.add_row(_learning(row), _run(row))
+    precision = row.get("precision", MISSING)
+    panel = Panel(
+        Group(_progress_line(row, total_env_frames, eta_s), "", columns, "", _pipeline(row)),
+        title=Text(f" headrace  {title} ", style="bold"),
+        title_align="left",
+        subtitle=Text(f" {precision}  {clock(number(row, 'elapsed_s'))} ", style="dim"),
+        subtitle_align="right",
+        box=box.ROUNDED,
+        border_style="cyan",
+        padding=(0, 1),
+    )
+    return Constrain(panel, _WIDEST_COLUMNS)
+
+
+def _progress_line(row: Row, total_env_frames: int, eta_s: float) -> Table:
+    frames = number(row, "env_frames")
+    line = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    line.add_column(justify="right", style="bold cyan", no_wrap=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True)
+    line.add_column(justify="right", no_wrap=True)
+    line.add_row(
+        share(frames, total_env_frames),
+        _bar(frames / total_env_frames if total_env_frames else math.nan, "cyan"),
+        f"{short(frames)} of {short(total_env_frames)} frames",
+        Text.assemble(("ETA ", "dim"), (clock(eta_s), "bold")),
+    )
+    return line
+
+
+def _throughput(row: Row) -> Table:
+    table = _section("Throughput", "total", "per second")
+    for label, total, rate in _SPEEDS:
+        per_s = Text(short(number(row, rate)), style="bold")
+        table.add_row(label, short(number(row, total)), per_s)
+    return table
+
+
+def _episodes(row: Row) -> Table:
+    """Training's episodes, of which the mean is over the last 100, beside those of an evaluation.
+
+    An evaluator plays with weights of a moment ago, so that their step is worth a line.
+    """
+    evaluated = "eval_return_mean" in row
+    table = _section("Episodes", "training", *(("evaluation",) if evaluated else ()))
+    lines = [("mean return", plain, "return_mean", "eval_return_mean", "bold green")]
+    if "eval_return_min" in row:
+        lines.append(("lowest", plain, "return_min", "eval_return_min", ""))
+    lines.append(("best", plain, "return_max", "eval_return_max", ""))
+    lines.append(("episodes", short, "episodes", "eval_episodes", ""))
+    if "eval_agent_steps" in row:
+        lines.append(("at agent step", short, "agent_steps", "eval_agent_steps", ""))
+    else:
+        lines.append(("steps, mean", short, "length_mean", "eval_length_mean", ""))
+    for label, wording, training, evaluation, style in lines:
+        names = (training, evaluation) if evaluated else (training,)
+        table.add_row(label, *(Text(wording(number(row, name)), style=style) for name in names))
+    return table
+
+
+def _learning(row: Row) -> Table:
+    table = _section("Learning", "")
+    of_rule = _OF_VALUES if "replay_sequences" in row else _OF_A_POLICY
+    for label, name in _OF_CRITICS if "loss/critic" in row else of_rule:
+        table.add_row(label, plain(number(row, name)))
+    return table
+
+
+def _run(row: Row) -> Table:
+    table = _section("Run", "")
+    if "replay_sequences" in row:
+        table.add_row("sequences in the replay", short(number(row, "replay_sequences")))
+        table.add_row("samples per insert", plain(number(row, "samples_per_insert")))
+    else:
+        lag = pair(number(row, "policy_lag_mean"), number(row, "policy_lag_max"))
+        table.add_row("policy lag, mean / max", lag)
+    used, lost = (100 * number(row, name) for name in ("samples_used_share", "transmission_loss"))
+    table.add_row("samples used / lost, %", pair(used, lost))
+    turnaround = (number(row, f"server_turnaround_ms_{name}") for name in ("p50", "p99"))
+    table.add_row("server ms, p50 / p99", pair(*turnaround))
+    table.add_row("processor cores used", fixed(number(row, "cpu_load")))
+    for who in ("worker", "evaluator", "viewer"):
+        deaths = some(number(row, f"{who}_deaths"))
+        if deaths != MISSING:
+            table.add_row(f"{who} deaths", Text(deaths, style="bold red"))
+    return table
+
+
+def _pipeline(row: Row) -> Table:
+    """What waits, and what is busy: the machine's processors, whoever keeps them so, and GPUs."""
+    table = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    table.add_column(justify="right", no_wrap=True, min_width=6)
+    bottleneck = str(row.get("bottleneck", MISSING))
+    table.add_row(
+        Text("Waiting", style="cyan"),
+        Text.assemble(("bottleneck ", "dim"), (bottleneck, "bold yellow")),
+        Text("share", style="dim"),
+    )
+    for label, name in _STAGE_WAITS:
+        waited = number(row, name)
+        table.add_row(label, _bar(waited, "yellow"), share(waited))
+    busy = number(row, "cpu_load_machine")
+    table.add_row(Text("Processors busy", style="cyan"), _bar(busy, "green"), share(busy))
+    if "gpu_memory_gib" in row:
+        held = f", {fixed(number(row, 'gpu_memory_gib'))} GiB"
+        busy = number(row, "gpu_load")
+        gpu = Text.assemble(("GPU busy", "cyan"), held)
+        table.add_row(gpu, _bar(busy, "green"), share(busy))
+    return table
+
+
+def _section(title: str, *columns: str) -> Table:
+    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(title, header_style="cyan", no_wrap=True, ratio=1)
+    for column in columns:
+        table.add_column(column, header_style="dim", justify="right", no_wrap=True)
+    return table
+
+
+def _bar(part: float, style: str) -> ProgressBar:
+    completed = min(max(part, 0.0), 1.0) if math.isfinite(part) else 0.0
+    return ProgressBar(1.0, completed, complete_style=style, finished_style=style)
