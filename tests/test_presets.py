@@ -114,6 +114,7 @@ EXAMPLES = {
     "dqn-control": "CartPole-v1",
     "sac-mujoco": "HalfCheetah-v5",
     "sac-control": "Pendulum-v1",
+    "sac-throughput": "HalfCheetah-v5",
     "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
 }
 

@@ -22,6 +22,7 @@ from headrace.errors import ConfigError
 from headrace.networks.models import NetworkConfig
 from headrace.pools.settings import WorkerConfig
 from headrace.server.settings import ServerConfig
+from headrace.telemetry.settings import EvaluatorConfig, ViewerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +41,16 @@ class RunConfig:
     """Run directory; empty for runs/ENV-ALGORITHM-DATE."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."""
+    actor_device: str = ""
+    """With critic_device: where the actor learns, apart from the critics at the same time (sac);
+    both may be cpu, which is a thread for each. Empty: both on `device`."""
+    critic_device: str = ""
+    """Where the critics learn; see actor_device."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the networks. auto: on for a GPU, off for a CPU, where it gains nothing."""
+    """torch.compile for the networks, or for whole updates (sac). auto: on for a GPU; on a CPU for
+    whole updates of runs long enough, else off, since it gains nothing."""
     pool: Literal["auto", "inline", "shm"] = "auto"
     """Where environments in Python step: shm, in worker processes; inline, in the server's own
     thread. auto is what suits the environment, and inline with `lockstep`."""
@@ -79,6 +86,10 @@ class RunConfig:
     """How many environments, and how they are batched."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """The policy."""
+    evaluator: EvaluatorConfig = field(default_factory=EvaluatorConfig)
+    """Judging the agent beside training."""
+    viewer: ViewerConfig = field(default_factory=ViewerConfig)
+    """Watching the agent beside training."""
     environment: Any = None
     """Settings of the environment's family (its `config_type`); None for its defaults."""
     learning: Any = None
@@ -92,6 +103,8 @@ class RunConfig:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"
             )
+        if bool(self.actor_device) != bool(self.critic_device):
+            raise ConfigError("actor_device and critic_device go together: give both, or neither")
         if self.max_policy_lag is not None and self.max_policy_lag < 0:
             raise ConfigError(f"max_policy_lag must be at least 0, not {self.max_policy_lag}")
         if self.inference == "worker" and (self.lockstep or self.turns == "on"):
@@ -103,13 +116,19 @@ class RunConfig:
             raise ConfigError(
                 "inference_batch is the server's: leave it out, or --inference server"
             )
+        if self.evaluator.evaluator and self.server.eval_envs:
+            raise ConfigError(
+                "--evaluator and --eval-envs judge the same agent under the same names: leave out "
+                "--eval-envs, or --evaluator"
+            )
 
 
 FREE_ON_RESUME = frozenset(
     {
-        *("total_frames", "device", "precision", "compile", "compute_threads", "env_threads"),
+        *("total_frames", "device", "actor_device", "critic_device", "precision", "compile"),
+        *("compute_threads", "env_threads"),
         *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
-        *("wandb", "workers"),
+        *("wandb", "workers", "evaluator", "viewer"),
         *(f"learning.replay.{name}" for name in ("replay_place", "replay_folder", "save_replay")),
     }
 )

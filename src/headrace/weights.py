@@ -85,7 +85,9 @@ def _event() -> torch.cuda.Event:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    """What acting needs of a network: all, unless it says itself."""
+    own = getattr(model, "acting_tensors", None)
+    return [*model.parameters(), *model.buffers()] if own is None else own()
 
 
 _ALIGNMENT = 64  # bytes: a cache line, and a multiple of every dtype's size

@@ -34,6 +34,28 @@ def test_the_density_integrates_to_one(mean: float, log_std: float) -> None:
     assert total.item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.4, 0.7), (4.0, -0.5), (-4.0, -0.5)])
+@pytest.mark.parametrize("squashed", [-0.9999, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_density_at_the_edge_is_the_slope_of_the_probability(
+    squashed: float, mean: float, log_std: float, dtype: torch.dtype
+) -> None:
+    """Integrated over a sliver of [-1, 1], it is what the normal gives to that sliver before the
+    squash; and so in the float32 of training, where tanh has few numbers left."""
+    y = torch.linspace(squashed - 5e-5, squashed + 5e-5, 20_001, dtype=torch.float64)
+    u = y.atanh()
+    row = parameters(mean, log_std).to(dtype).expand(len(u), 2)
+    density = UNIT.log_prob(row, u.to(dtype)[:, None]).double().exp()
+    edges = (torch.stack((u[0], u[-1])) - mean) / math.exp(log_std) / math.sqrt(2)
+    # erfc of the nearer tail, since differences of numbers close to 1 have few digits.
+    low, high = torch.special.erfc(edges.sign() * edges) * edges.sign()
+    expected = 0.5 * (low - high).abs()
+    total = torch.trapezoid(density, y)
+    assert total.item() == pytest.approx(
+        expected.item(), rel=1e-6 if dtype == torch.float64 else 1e-4
+    )
+
+
 @pytest.mark.parametrize(("mean", "log_std"), GRID)
 def test_the_entropy_is_the_integral(mean: float, log_std: float) -> None:
     _, log_density, step = density(mean, log_std)

@@ -100,10 +100,19 @@ class ExperienceSpec:
     """How often every row of a batch goes through a gradient in one update."""
     replay: ReplaySpec | None = None
     """How experience is kept and sampled; None to learn from every unroll once, in order."""
+    updates_per_call: int = 1
+    """Updates that one call of `update` takes, each with batch_unrolls sequences of its own."""
 
     def __post_init__(self) -> None:
         if self.unroll_steps < 1 or self.batch_unrolls < 1 or self.passes < 1:
             raise ConfigError("unroll_steps, batch_unrolls and passes must be at least 1")
+        if self.updates_per_call < 1:
+            raise ConfigError("updates_per_call must be at least 1")
+
+    @property
+    def unrolls_per_call(self) -> int:
+        """Unrolls, or with a replay sequences, that one call of `update` is given."""
+        return self.batch_unrolls * self.updates_per_call
 
     @property
     def samples_per_update(self) -> int:
@@ -122,6 +131,11 @@ def in_turn(work: Callable[[], Any]) -> Callable[[], Any]:
     """Does the work at once: a `Beside` without another thread."""
     result = work()
     return lambda: result
+
+
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+"""Takes what is done again and again on fixed tensors; returns how to do it again, and the tensors
+that it always writes."""
 
 
 class Model(Protocol):
@@ -145,6 +159,10 @@ class Algorithm(Protocol):
     - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
     - `beside`: a `Beside`, which the system may replace by one that has a thread.
     - `target_model`: a second network, compiled where `model` is.
+    - `compile(capture)`: makes the whole update one graph, in place of `model`; on a GPU `capture`
+      records it (see `Capture`). `worth_compiling(config) -> bool` (static): whether it should on a
+      CPU too.
+    - `place(actor, critics)`: moves its two sides to devices of their own.
     - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
     - `eval_epsilon`: epsilon of the environments that play beside training.
     - `initial_priority(batch) -> Tensor [B]`: of sequences that are new in a replay, from what the

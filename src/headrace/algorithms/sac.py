@@ -7,6 +7,7 @@ clock that cuts an episode is not its end: the value of the final observation go
     target <- (1 - tau) target + tau online
 
 Actions are those before the squash; entropies are of actions in [-1, 1], in nats, as published.
+The arithmetic of an update is in `sac_update`; here is what it is made of, and when.
 
 Shape suffixes: T = n steps, B = transitions, N = critics, D = components of an action.
 """
@@ -15,33 +16,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Model, ReplaySpec
-from headrace.algorithms.optimizers import (
-    learning_rate_at,
-    load_optimizer,
-    make_optimizer,
-    step_with,
+from headrace.algorithms.base import (
+    ActionMode,
+    Beside,
+    Capture,
+    ExperienceSpec,
+    Model,
+    ReplaySpec,
+    in_turn,
 )
+from headrace.algorithms.optimizers import learning_rate_at
 from headrace.algorithms.sac_config import SacConfig
-from headrace.algorithms.sac_objectives import (
-    Draws,
-    actor_objective,
-    critics_objective,
-    targets_of,
-)
+from headrace.algorithms.sac_objectives import Draws
+from headrace.algorithms.sac_orders import Inputs, Sequential, Simultaneous
+from headrace.algorithms.sac_update import ActorSide, CriticSide, Learned
 from headrace.algorithms.transitions import Transition, transitions
 from headrace.errors import ConfigError
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.ops.rewards import transform_reward
-from headrace.ops.soft_values import move_towards, temperature_loss
 from headrace.ops.squashed_normal import SquashedNormal
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
@@ -51,23 +50,7 @@ __all__ = ["Sac", "SacConfig"]
 _PIECE_STEPS = 16  # a piece of experience costs as much to hand over as ten steps
 _LEAST_PRIORITY = 1e-6
 """Added to all priorities: a transition without an error must not be lost for good."""
-
-
-class CriticGradient(NamedTuple):
-    """What one batch says of the critics."""
-
-    grads: tuple[Tensor, ...]
-    loss: Tensor  # scalar
-    q: Tensor  # [N, B]
-    target: Tensor  # [B]
-
-
-class ActorGradient(NamedTuple):
-    """What one batch says of the actor."""
-
-    grads: tuple[Tensor, ...]
-    loss: Tensor  # scalar
-    log_prob: Tensor  # [B] of actions drawn now
+_WORTH_COMPILING = 20_000  # updates: compiling takes half a minute, an update then half the time
 
 
 class Sac:
@@ -90,7 +73,7 @@ class Sac:
             model: An actor and critics.
             config: The learning rule's settings.
             spec: Of the environment.
-            precision: Of nothing here: `ActorCriticsNet` is float32 all through.
+            precision: Of the products between hidden layers, in updates; see `ActorCriticsNet`.
 
         Raises:
             ConfigError: actions are not continuous, or the model has no critics.
@@ -107,6 +90,7 @@ class Sac:
                 f"{type(model).__name__}: leave out --heads, and build networks of your own with "
                 "headrace.networks.models.assemble"
             )
+        model.set_products(precision)
         self.model = model
         self.target_critics = copy.deepcopy(model.critics).requires_grad_(False)
         self.experience = ExperienceSpec(
@@ -119,22 +103,48 @@ class Sac:
                 learned_steps=1,
                 settings=config.replay,
             ),
+            updates_per_call=config.updates_per_call,
         )
+        self.beside: Beside = in_turn
         self._config = config
         self._policy = SquashedNormal(tuple(space.low.tolist()), tuple(space.high.tolist()))
-        wanted = config.target_entropy
-        self._target_entropy = -float(self._policy.encoded_size) if wanted is None else wanted
-        device = next(model.parameters()).device
-        self._fixed_alpha: Tensor | None = None
-        if config.temperature is not None:
-            self._fixed_alpha = torch.tensor(config.temperature, device=device)
-        start = math.log(config.initial_temperature)
-        self._log_alpha = nn.Parameter(torch.tensor(start, device=device))
-        self._critic_optimizer = make_optimizer(model.critics.parameters(), config.optimizer)
-        self._actor_optimizer = make_optimizer(model.actor.parameters(), config.optimizer)
-        self._alpha_optimizer = make_optimizer([self._log_alpha], config.optimizer)
-        self._generator = torch.Generator(device)
+        self._device = next(model.parameters()).device
+        self._updates = 0
+        self._capture: Capture | None = None
+        self._is_compiled = False
+        self._generator = torch.Generator(self._device)
         self._generator.manual_seed(0)
+        self._put(self._device, self._device, order=config.update_order)
+
+    @staticmethod
+    def worth_compiling(config: SacConfig, agent_steps: int) -> bool:
+        """Whether a run of so many steps takes so many updates that compiling pays."""
+        per_step = config.replay.samples_per_insert / config.batch_unrolls
+        return not per_step or per_step * agent_steps >= _WORTH_COMPILING
+
+    def compile(self, capture: Capture | None = None) -> None:
+        """Makes an update one graph; with `capture`, replays all of a call as it was recorded."""
+        self._is_compiled, self._capture = True, capture
+        self._order.compile(capture)
+
+    def place(self, actor: torch.device, critics: torch.device) -> None:
+        """Moves the two sides to two devices, or, if they are the same, to two threads of it.
+
+        Before anything was learned.
+
+        Raises:
+            ConfigError: the critics are to learn first.
+        """
+        if self._config.update_order == "sequential":
+            raise ConfigError(
+                "--update-order sequential has the actor wait for the critics, and two devices "
+                "are for learning at the same time: leave it out, or --actor-device and "
+                "--critic-device"
+            )
+        self.model.actor.to(actor)
+        self.model.critics.to(critics)
+        self.target_critics.to(critics)
+        self._put(actor, critics, order="simultaneous")
 
     def act(
         self,
@@ -160,7 +170,7 @@ class Sac:
     @property
     def alpha(self) -> Tensor:
         """The temperature now: a constant, scalar."""
-        return self._log_alpha.detach().exp() if self._fixed_alpha is None else self._fixed_alpha
+        return self._actor.alpha
 
     def transition(self, batch: Batch) -> Transition:
         """Makes transitions of a batch, as the networks see them."""
@@ -173,130 +183,136 @@ class Sac:
         )
 
     def draw(self, batch: int) -> Draws:
-        """Draws what an update of `batch` transitions needs."""
+        """Draws what updates of `batch` transitions in all need."""
         components = self._policy.encoded_size
-        device = self._log_alpha.device
 
         def noise() -> Tensor:
-            return torch.randn(batch, components, device=device, generator=self._generator)
+            return torch.randn(batch, components, device=self._device, generator=self._generator)
 
         def masks() -> tuple[Tensor, ...]:
             return self.model.critics.dropout_masks(batch, self._generator)
 
         return Draws(noise(), noise(), masks(), masks(), masks())
 
-    def critic_gradient(
-        self, transition: Transition, draws: Draws, weight_B: Tensor
-    ) -> CriticGradient:
-        """Differentiates the critics' loss."""
-        critics = self.model.critics
-        target_B = targets_of(
-            self.model.actor,
-            self.target_critics,
-            transition,
-            draws=draws,
-            alpha=self.alpha,
-            policy=self._policy,
-        )
-        loss, q_NB = critics_objective(
-            critics, transition, target_B=target_B, weight_B=weight_B, masks=draws.masks
-        )
-        grads = torch.autograd.grad(loss, list(critics.parameters()))
-        return CriticGradient(grads, loss.detach(), q_NB.detach(), target_B)
-
-    def actor_gradient(self, transition: Transition, draws: Draws) -> ActorGradient:
-        """Differentiates the actor's loss; the critics are what they are now."""
-        actor = self.model.actor
-        loss, log_prob_B = actor_objective(
-            actor,
-            self.model.critics,
-            transition,
-            draws=draws,
-            alpha=self.alpha,
-            policy=self._policy,
-        )
-        grads = torch.autograd.grad(loss, list(actor.parameters()))
-        return ActorGradient(grads, loss.detach(), log_prob_B.detach())
-
     def update(self, batch: Batch, *, progress: float) -> Update:
-        """Takes one step with critics, actor and temperature, and moves the targets."""
+        """Takes the steps of one call with critics, actor and temperature, and moves the targets.
+
+        Metrics are those of the last.
+        """
         learning_rate = learning_rate_at(self._config.optimizer, progress)
         transition = self.transition(batch)
         draws = self.draw(len(transition.reward))
-        alpha = self.alpha.clone()
-        critic = self.critic_gradient(transition, draws, _weights(batch, transition))
-        critic_norm = self._step(self._critic_optimizer, critic.grads, learning_rate)
-        actor = self.actor_gradient(transition, draws)
-        actor_norm = self._step(self._actor_optimizer, actor.grads, learning_rate)
-        self._fit_temperature(actor.log_prob, learning_rate)
-        self._move_targets()
+        results = self._learn(batch, transition, draws, learning_rate)
+        self._copy_statistics()
         # Last: the losses saw by the statistics of before.
         self.model.observe(batch.inputs.observation[:1, :, -1])
-        td_error_B = (critic.q - critic.target).abs().mean(dim=0)
+        last = results[-1]
         metrics = {
-            "loss/critic": critic.loss,
-            "loss/actor": actor.loss,
-            "loss/entropy": -actor.log_prob.mean(),
-            "loss/td_error_mean": td_error_B.mean(),
-            "temperature": alpha,
-            "value_mean": critic.q.mean(),
-            "target_mean": critic.target.mean(),
+            "loss/critic": last.critic_loss,
+            "loss/actor": last.actor_loss,
+            "loss/entropy": -last.log_prob_mean,
+            "loss/td_error_mean": last.td_error.mean(),
+            "temperature": last.alpha,
+            "value_mean": last.q_mean,
+            "target_mean": last.target_mean,
             "truncated_skipped": (~transition.known).sum().float(),
-            "gradient_norm": critic_norm,
-            "gradient_norm_actor": actor_norm,
+            "gradient_norm": last.critic_norm,
+            "gradient_norm_actor": last.actor_norm,
             "learning_rate": torch.tensor(learning_rate),
         }
-        finite = torch.stack((critic.loss, actor.loss, critic_norm, actor_norm)).isfinite().all()
+        finite = self._all_finite(results)
         priority_B = None
         if self._config.replay.priority_exponent:
+            td_error_B = torch.cat([one.td_error for one in results]).to(self._device)
             priority_B = td_error_B * transition.known + _LEAST_PRIORITY
         return Update(metrics, finite, priority_B)
 
     def warm_up(self, batch: Batch) -> None:
-        """Runs both gradients once, and forgets them; draws nothing."""
+        """Learns once, which compiles and captures, and takes everything back; draws nothing."""
+        before, drawn = self._updates, self._generator.get_state()
+        state = self._tensors()
+        kept = [tensor.clone() for tensor in state]
         transition = self.transition(batch)
-        noise_BD = torch.zeros_like(transition.action)
-        draws = Draws(noise_BD, noise_BD, (), (), ())
-        self.critic_gradient(transition, draws, _weights(batch, transition))
-        self.actor_gradient(transition, draws)
+        self._learn(batch, transition, self.draw(len(transition.reward)), 0.0)
+        torch._foreach_copy_(state, kept)
+        self._updates = before
+        self._generator.set_state(drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns optimisers, target critics, temperature and the state of the draws."""
+        """Returns moments, target critics, temperature and the state of the draws."""
         return {
-            "critic_optimizer": self._critic_optimizer.state_dict(),
-            "actor_optimizer": self._actor_optimizer.state_dict(),
-            "alpha_optimizer": self._alpha_optimizer.state_dict(),
+            "updates": self._updates,
+            "critic_optimizer": self._critics.optimizer.state_dict(),
+            "actor_optimizer": self._actor.optimizer.state_dict(),
+            "alpha_optimizer": self._actor.alpha_optimizer.state_dict(),
             "target": dict(self.target_critics.state_dict()),
-            "log_alpha": self._log_alpha.detach(),
+            "log_alpha": self._actor.log_alpha.detach(),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
-        load_optimizer(self._critic_optimizer, state["critic_optimizer"])
-        load_optimizer(self._actor_optimizer, state["actor_optimizer"])
-        load_optimizer(self._alpha_optimizer, state["alpha_optimizer"])
+        self._updates = state["updates"]
+        self._critics.optimizer.load_state_dict(state["critic_optimizer"])
+        self._actor.optimizer.load_state_dict(state["actor_optimizer"])
+        self._actor.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.target_critics.load_state_dict(state["target"])
         with torch.no_grad():
-            self._log_alpha.copy_(state["log_alpha"])
+            self._actor.log_alpha.copy_(state["log_alpha"])
         self._generator.set_state(state["generator"].cpu())
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], learning_rate: float
-    ) -> Tensor:
-        max_norm = self._config.optimizer.max_gradient_norm
-        return step_with(optimizer, grads, learning_rate=learning_rate, max_norm=max_norm)
+    def _put(self, actor: torch.device, critics: torch.device, *, order: str) -> None:
+        """Makes the two sides where their networks lie."""
+        config, wanted = self._config, self._config.target_entropy
+        start = torch.tensor(math.log(config.initial_temperature), device=actor)
+        self._actor = ActorSide(
+            self.model.actor,
+            nn.Parameter(start),
+            config,
+            policy=self._policy,
+            target_entropy=-float(self._policy.encoded_size) if wanted is None else wanted,
+        )
+        self._critics = CriticSide(self.model.critics, self.target_critics, config)
+        kind = Simultaneous if order == "simultaneous" else Sequential
+        self._order = kind(self._actor, self._critics, actor_device=actor, critic_device=critics)
+        if self._is_compiled:
+            self._order.compile(self._capture)
 
-    def _fit_temperature(self, log_prob_B: Tensor, learning_rate: float) -> None:
-        if self._fixed_alpha is None:
-            loss = temperature_loss(self._log_alpha, log_prob_B, self._target_entropy)
-            grads = torch.autograd.grad(loss, [self._log_alpha])
-            self._step(self._alpha_optimizer, grads, learning_rate)
+    def _learn(
+        self, batch: Batch, transition: Transition, draws: Draws, learning_rate: float
+    ) -> list[Learned]:
+        number, count = self._updates, self._config.updates_per_call
+        scales = [
+            self._critics.optimizer.scales(number + index, learning_rate)
+            for index in range(1, count + 1)
+        ]
+        self._updates += count
+        scale = torch.tensor(scales)
+        if self._device.type == "cuda":
+            scale = scale.pin_memory().to(self._device, non_blocking=True)
+        with torch.no_grad():
+            inputs = Inputs(transition, draws, _weights(batch, transition), scale)
+            return self._order.run(inputs, count, self.beside)
 
-    def _move_targets(self) -> None:
-        online, target = self.model.critics, self.target_critics
-        move_towards(list(target.parameters()), list(online.parameters()), self._config.target_tau)
-        for kept, now in zip(target.buffers(), online.buffers(), strict=True):
+    def _all_finite(self, results: list[Learned]) -> Tensor:
+        said = [torch.stack((one.critic_loss, one.critic_norm)).to(self._device) for one in results]
+        said += [torch.stack((one.actor_loss, one.actor_norm)).to(self._device) for one in results]
+        return torch.cat(said).isfinite().all()
+
+    def _tensors(self) -> list[Tensor]:
+        """All that an update changes."""
+        optimizers = (
+            self._critics.optimizer,
+            self._actor.optimizer,
+            self._actor.alpha_optimizer,
+        )
+        parts = [part for one in optimizers for part in (one.params, one.first, one.second)]
+        parts.append(self._critics.target_params)
+        return [tensor for part in parts for tensor in part.values()]
+
+    def _copy_statistics(self) -> None:
+        pairs = zip(self.target_critics.buffers(), self.model.critics.buffers(), strict=True)
+        for kept, now in pairs:
             kept.copy_(now)
 
 

@@ -37,6 +37,12 @@ class SacConfig:
 
     batch_unrolls: int = 256
     """B: transitions per update. Updates per agent step are replay.samples_per_insert / B."""
+    updates_per_call: int = 1
+    """Updates that are taken in one go, on transitions sampled at once: as many as before, with
+    less work between them; the acting policy is renewed after all of them."""
+    update_order: Literal["auto", "sequential", "simultaneous"] = "auto"
+    """sequential: critics, then the actor by the new ones, as published. simultaneous: both by
+    those of before, as it must be on two devices. auto: sequential unless there are two."""
     discount: float = 0.99
     """gamma, per agent step."""
     n_steps: int = 1
@@ -66,8 +72,10 @@ class SacConfig:
         optional = (self.temperature or 0.0, self.target_entropy or 0.0)
         if not all(map(math.isfinite, (*numbers, *optional))):
             raise ConfigError("settings of sac must be finite numbers")
-        if self.batch_unrolls < 1 or self.n_steps < 1:
-            raise ConfigError("batch_unrolls and n_steps must be at least 1")
+        if min(self.batch_unrolls, self.n_steps, self.updates_per_call) < 1:
+            raise ConfigError("batch_unrolls, n_steps and updates_per_call must be at least 1")
+        if self.optimizer.optimizer != "adam":
+            raise ConfigError(f"sac learns with adam, not {self.optimizer.optimizer}")
         if not 0 <= self.discount <= 1 or not 0 < self.target_tau <= 1:
             raise ConfigError("discount must be in [0, 1], and target_tau above 0 and at most 1")
         if self.initial_temperature <= 0 or (self.temperature or 0.0) < 0:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from headrace.algorithms.transitions import Transition
@@ -36,27 +35,37 @@ class Draws(NamedTuple):
     actor_masks: tuple[Tensor, ...]  # of the critics that the actor learns from
 
 
-@torch.no_grad()
+class Drawn(NamedTuple):
+    """Actions of the policy as it is."""
+
+    action: Tensor  # [B, D] before the squash
+    log_prob: Tensor  # [B]
+
+
+def draw_actions(actor: ActorFn, rows: Tensor, noise_BD: Tensor, policy: SquashedNormal) -> Drawn:
+    """Makes actions of noise; they have a gradient."""
+    parameters_BP = actor(rows)
+    action_BD = policy.placed(parameters_BP, noise_BD)
+    return Drawn(action_BD, policy.log_prob(parameters_BP, action_BD))
+
+
 def targets_of(
-    actor: ActorFn,
     target: CriticsFn,
     transition: Transition,
+    behind: Drawn,
     *,
-    draws: Draws,
+    masks: tuple[Tensor, ...],
     alpha: Tensor,
-    policy: SquashedNormal,
 ) -> Tensor:
-    """Returns what Q should be [B]; constants."""
-    parameters_BP = actor(transition.next_observation)
-    action_BD = policy.placed(parameters_BP, draws.next_noise)
-    q_NB = target(transition.next_observation, action_BD, draws.target_masks)
+    """Returns what Q should be [B], with `behind` drawn at the next observations."""
+    q_NB = target(transition.next_observation, behind.action, masks)
     return soft_targets(
         # Entropies of the states between, by the policy that acted, so that n steps do not change
         # what Q means.
         transition.reward + alpha * transition.surprise,
         transition.discount,
         q_NB,
-        policy.log_prob(parameters_BP, action_BD),
+        behind.log_prob,
         alpha,
     )
 
@@ -84,8 +93,6 @@ def actor_objective(
     policy: SquashedNormal,
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of the actor, and log-probabilities [B] of the actions that it draws."""
-    parameters_BP = actor(transition.observation)
-    action_BD = policy.placed(parameters_BP, draws.noise)
-    log_prob_B = policy.log_prob(parameters_BP, action_BD)
-    q_NB = critics(transition.observation, action_BD, draws.actor_masks)
-    return soft_policy_loss(q_NB, log_prob_B, alpha), log_prob_B
+    drawn = draw_actions(actor, transition.observation, draws.noise, policy)
+    q_NB = critics(transition.observation, drawn.action, draws.actor_masks)
+    return soft_policy_loss(q_NB, drawn.log_prob, alpha), drawn.log_prob

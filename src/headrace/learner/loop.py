@@ -45,7 +45,9 @@ class Learner:
         weights.publish(algorithm.model, version)
 
     def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
-        """Takes one update; None if there was no batch within `timeout_s`.
+        """Takes one update, or as many as the algorithm takes at once.
+
+        Returns None if there was no batch within `timeout_s`.
 
         Raises:
             TrainingDiverged: a loss or a gradient norm was not finite; those weights are not
@@ -62,8 +64,8 @@ class Learner:
             lag = (self.version - batch.version).clamp(0, LAG_BINS - 1).flatten()
             # Not bincount: on a GPU it waits, to learn how many bins there are.
             self.lag_counts.scatter_add_(0, lag, torch.ones_like(lag))
-        self.version += 1
-        self.samples += experience.samples_per_update
+        self.version += experience.updates_per_call
+        self.samples += experience.samples_per_update * experience.updates_per_call
         self._weights.publish(self.algorithm.model, self.version)
         return update
 

@@ -11,8 +11,9 @@ they see by.
 Shape suffixes: U = rows in order, B = rows of a batch, N = critics, P = parameters of the policy,
 D = components of an action, F = features, H = width of a hidden layer.
 
-Everything runs in float32: such layers are too small to gain from less, and a Q-value that is
-bootstrapped a hundred times over adds its roundings up.
+Everything runs in float32, but for the matrix products between hidden layers if `products` says so:
+observations, actions and Q-values carry more than the 8 bits of bfloat16, and what is bootstrapped
+a hundred times over adds its roundings up.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from headrace.errors import ConfigError
 from headrace.networks.config import NetworkConfig
 from headrace.networks.heads import NormalHead
 from headrace.networks.normalizer import ObservationNormalizer, Observer, frame_normalizer
-from headrace.networks.torsos import MlpTorso
+from headrace.networks.torsos import MlpTorso, low_product
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
+
+_WIDE = 128
 
 
 class ActorOutput(NamedTuple):
@@ -79,6 +82,8 @@ class Critics(nn.Module):
         super().__init__()
         self.torso = torso
         self.scale = 1.0
+        self.products = torch.float32
+        """Of the matrix products between hidden layers; sums and all else are float32."""
         self.activation = config.activation
         self.dropout = config.critic_dropout
         count, sizes = config.num_critics, (inputs, *config.hidden_sizes, 1)
@@ -107,13 +112,17 @@ class Critics(nn.Module):
         if self.torso is not None:
             features_BF = self.torso(rows).float()
         x_BF = torch.cat((features_BF, action.tanh()), dim=-1)
-        last = len(self.weights) - 1
         x = x_BF.expand(len(self.weights[0]), -1, -1)
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if index < last:
-                x = self._activated(x, index, masks)
-        return x.squeeze(-1)
+        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        for index, (weight, bias) in enumerate(hidden):
+            if index and self.products != torch.float32:
+                x = low_product(x, weight, self.products) + bias
+            else:
+                x = torch.baddbmm(bias, x, weight)
+            x = self._activated(x, index, masks)
+        # A product with a single column, as sums: a compiler makes them one with what is around.
+        q_NB: Tensor = (x * last_weight.transpose(1, 2)).sum(dim=-1) + last_bias.squeeze(-1)
+        return q_NB
 
     def dropout_masks(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draws what hidden units are multiplied by, each [N, B, H]; () where none are dropped.
@@ -124,7 +133,7 @@ class Critics(nn.Module):
             return ()
         keep = 1.0 - self.dropout
         return tuple(
-            torch.empty(len(weight), batch, weight.shape[2], device=weight.device)
+            torch.empty(len(weight), batch, weight.shape[2], device=generator.device)
             .bernoulli_(keep, generator=generator)
             .div_(keep)
             for weight in list(self.weights)[:-1]
@@ -200,6 +209,23 @@ class ActorCriticsNet(nn.Module):
     def rows(self, observation: Tensor) -> Tensor:
         """What actor and critics are given of observations [B, K, ...]: normalised if wanted."""
         return observation if self.normalizer is None else self.normalizer(observation)
+
+    def set_products(self, dtype: torch.dtype) -> None:
+        """Chooses the dtype of the matrix products between hidden layers of vectors.
+
+        Layers narrower than 128 stay in float32: they gain nothing.
+        """
+        inner = list(self.critics.weights)[1:-1]
+        if min((weight.shape[1] for weight in inner), default=0) < _WIDE:
+            dtype = torch.float32
+        self.critics.products = dtype
+        if isinstance(self.actor.torso, MlpTorso):
+            self.actor.torso.products = dtype
+
+    def acting_tensors(self) -> list[Tensor]:
+        """Returns what acting needs: those of the critics stay with the learner."""
+        parts = [self.actor] if self.normalizer is None else [self.normalizer, self.actor]
+        return [x for part in parts for x in (*part.parameters(), *part.buffers())]
 
     def q(self, observation: Tensor, action: Tensor) -> Tensor:
         """Returns Q [N, B] of observations [B, K, ...] and actions [B, D] before the squash."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.ops.distributions import Distribution
@@ -46,9 +47,11 @@ class NormalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns mean and log standard deviation side by side."""
-        mean = self.mean(features)
-        log_std = self.log_std.expand_as(mean) if self.spread is None else self.spread(features)
-        return torch.cat((mean, log_std), dim=-1)
+        if self.spread is None:
+            mean = self.mean(features)
+            return torch.cat((mean, self.log_std.expand_as(mean)), dim=-1)
+        weight = torch.cat((self.mean.weight, self.spread.weight))  # one product instead of two
+        return F.linear(features, weight, torch.cat((self.mean.bias, self.spread.bias)))
 
 
 class DuellingHead(nn.Module):

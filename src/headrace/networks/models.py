@@ -163,9 +163,11 @@ AnyNet = PolicyValueNet | ActionValueNet | ActorCriticsNet
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the weights of the torsos, in place, and nothing else.
 
-    Models of other classes (an `ActorCriticsNet` is float32 all through), and the parts of a torso
-    that need float32, are left.
+    Models of other classes and the parts of a torso that need float32 are left; an
+    `ActorCriticsNet` acts in float32, whatever it learned in.
     """
+    if isinstance(model, ActorCriticsNet):
+        model.set_products(torch.float32)
     if isinstance(model, PolicyValueNet | ActionValueNet):
         _lower(model.torso, dtype)
     if isinstance(model, PolicyValueNet) and model.value_torso is not None:

@@ -159,12 +159,13 @@ class DeepTorso(nn.Module):
 
 
 class MlpTorso(nn.Module):
-    """Hidden layers over the flattened observation, always in float32.
+    """Hidden layers over the flattened observation, in float32 unless `products` says otherwise.
 
-    Positions and velocities carry more than the 8 bits of bfloat16, and such layers are too small
-    to gain from it. With tanh they start as published for continuous control: orthogonal, scaled by
-    the root of 2 (Huang et al. 2022, "The 37 implementation details of proximal policy
-    optimization").
+    Positions and velocities carry more than the 8 bits of bfloat16, so the first layer never runs
+    in it, and autocast changes nothing here: narrow layers gain nothing, and wide ones are a
+    decision of whoever trains them. With tanh they start as published for continuous control:
+    orthogonal, scaled by the root of 2 (Huang et al. 2022, "The 37 implementation details of
+    proximal policy optimization").
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class MlpTorso(nn.Module):
         super().__init__()
         self.scale = scale
         self.activation = activation
+        self.products = torch.float32
+        """Of the matrix products between hidden layers; sums and all else are float32."""
         layers = [nn.Linear(a, b) for a, b in pairwise((inputs, *sizes))]
         self.layers = nn.ModuleList(layers)
         if activation == "tanh":
@@ -190,9 +193,18 @@ class MlpTorso(nn.Module):
         """Encodes [N, K, ...] of any dtype."""
         x = observation.flatten(1).float() * self.scale
         with torch.autocast(observation.device.type, enabled=False):
-            for layer in self.layers:
-                x = layer(x).tanh_() if self.activation == "tanh" else layer(x).relu_()
+            for index, layer in enumerate(self.layers):
+                if index and self.products != torch.float32 and isinstance(layer, nn.Linear):
+                    x = low_product(x, layer.weight.t(), self.products) + layer.bias
+                else:
+                    x = layer(x)
+                x = x.tanh_() if self.activation == "tanh" else x.relu_()
         return x
+
+
+def low_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x @ weight, batched or not, of factors rounded to `dtype`; float32."""
+    return torch.matmul(x.to(dtype), weight.to(dtype)).float()
 
 
 def flatten_channels_last(x_NCHW: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ SAC = {
             "total_frames": 1_000_000,
             "server": {"num_envs": 1},
             "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
+            "evaluator": {"evaluator": True, "eval_interval_s": 30.0},
             "learning": {
                 "batch_unrolls": 256,
+                "updates_per_call": 8,
                 "discount": 0.99,
                 "n_steps": 1,
                 "target_tau": 0.005,
@@ -41,6 +43,34 @@ SAC = {
                     "replay_capacity": 1_000_000,
                     "replay_min": 10_000,
                     "samples_per_insert": 256.0,  # of batches of 256: one update per step
+                },
+            },
+        },
+    ),
+    "sac-throughput": Preset(
+        "MuJoCo with SAC and all that the machine has: sampling and learning never wait for each "
+        "other, batches are large.",
+        "Spreeze, arXiv:2312.06126: batches of 8192 and no ratio held between sampling and "
+        "learning; the learning rule as in sac-mujoco; the number of environments is ours",
+        {
+            "algorithm": "sac",
+            "total_frames": 10_000_000,
+            "server": {"num_envs": 64},
+            "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
+            "evaluator": {"evaluator": True, "eval_interval_s": 30.0},
+            "learning": {
+                "batch_unrolls": 8192,
+                "updates_per_call": 4,
+                "discount": 0.99,
+                "n_steps": 1,
+                "target_tau": 0.005,
+                "reward_transform": "none",
+                "optimizer": _adam(3e-4),
+                "replay": {
+                    **_UNIFORM,
+                    "replay_capacity": 1_000_000,
+                    "replay_min": 10_000,
+                    "samples_per_insert": 0.0,
                 },
             },
         },

@@ -27,7 +27,9 @@ def more_threads(parts: Parts, *, lockstep: bool = False) -> Iterator[None]:
     core they would.
     """
     algorithm, feed, compute = parts.algorithm, parts.feed, parts.compute
-    serves = compute.device.type == "cpu" and not compute.compiled and usable_cores() > 1
+    # What is compiled by networks would compile anew in each thread that calls it.
+    by_networks = compute.compiled and not hasattr(algorithm, "compile")
+    serves = compute.device.type == "cpu" and not by_networks and usable_cores() > 1
     if not serves or not hasattr(algorithm, "beside"):
         yield
         return

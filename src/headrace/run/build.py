@@ -22,27 +22,14 @@ from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import HEADS_OF
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
 from headrace.run.acting_workers import ActingWorkers
+from headrace.run.compute import Compute, choose_compute, compile_update, place_sides
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import derived_seed, make_pool, pool_name
-from headrace.run.system import choose_device, choose_precision, usable_cores
+from headrace.run.system import choose_precision
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import OnEpisodes, Seat
 from headrace.specs import EnvSpec
 from headrace.weights import Weights, WeightsEnd
-
-
-class Compute(NamedTuple):
-    """Where and how the networks run."""
-
-    device: torch.device
-    precision: torch.dtype
-    threads: int  # of each compute stage
-    compiled: bool
-
-    @property
-    def needs_warm_up(self) -> bool:
-        """Whether there is something to compile or capture before other threads start."""
-        return self.compiled or self.device.type == "cuda"
 
 
 class Parts(NamedTuple):
@@ -96,29 +83,6 @@ class Parts(NamedTuple):
             seat.pool.close()
         if not isinstance(self.source, Seat):
             self.source.close()
-
-
-def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
-    """Resolves device, precision, threads and compilation for this machine."""
-    device = choose_device(config.device)
-    threads = config.compute_threads or _compute_threads(config, spec, usable_cores())
-    return Compute(
-        device=device,
-        precision=choose_precision(config.precision, device),
-        threads=threads,
-        compiled=config.compile == "on" or (config.compile == "auto" and device.type == "cuda"),
-    )
-
-
-def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
-    if config.lockstep:
-        return 1
-    if takes_turns(config):
-        # Small products gain nothing from a second thread, and wait long for it on a busy machine.
-        return cores if len(spec.observation_space.shape) > 1 else 1
-    # Server and learner overlap with one thread each until there are cores that environments leave
-    # idle.
-    return max(1, cores // 4)
 
 
 def make_model(
@@ -201,6 +165,7 @@ def check(config: RunConfig, *, trust_code: bool = True) -> None:
     compute = choose_compute(config, spec)
     model = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
+    place_sides(config, algorithm)
     queue_capacity(config, algorithm)
     pool_name(config, family.pool)
     place_replay(config, algorithm, spec, model, compute.device)
@@ -240,10 +205,9 @@ def build(
         )
     server_model: Any = copy.deepcopy(model).requires_grad_(False)
     lower_precision(server_model, compute.precision)
+    place_sides(config, algorithm)
     if compute.compiled:
-        for network in (model, server_model, getattr(algorithm, "target_model", None)):
-            if network is not None:
-                network.compile(dynamic=False)
+        compile_update(algorithm, server_model, compute.device)
     generator = torch.Generator(compute.device)
     generator.manual_seed(derived_seed(config.seed, 1, resume_count))
     local = Weights(server_model)

@@ -216,7 +216,7 @@ def make_feed(
         SampleLimiter(
             settings.samples_per_insert,
             min_inserted=settings.replay_min,
-            batch=experience.batch_unrolls,
+            batch=experience.unrolls_per_call,
             max_insert=insert_sizes(experience)[1],
         ),
         experience=experience,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         )
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which graphs for a CPU are made with."""
+    named = os.environ.get("CXX", "").split()
+    return any(shutil.which(name) for name in (*named[:1], "g++", "clang++", "c++"))
 
 
 def free_memory_nbytes() -> int | None:

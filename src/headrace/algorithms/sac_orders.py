@@ -1,0 +1,249 @@
+"""In which order SAC's two sides learn, and where: one graph, or two sides that exchange little.
+
+```
+time ──▶    actor side    │ propose 1 │           │ learn 1 │ propose 2 │         │ learn 2 │
+            critic side               │ judge 1 │ learn 1 ············· │ judge 2 │ learn 2 ···
+```
+The critic side runs in another thread if one is lent, else in its turn; what comes out is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.algorithms.base import Beside, Capture
+from headrace.algorithms.sac_objectives import Draws
+from headrace.algorithms.sac_update import (
+    ActorSide,
+    CriticSide,
+    CriticsLearned,
+    Judged,
+    Learned,
+    Proposed,
+    learn_in_sequence,
+    learned,
+)
+from headrace.algorithms.transitions import Transition
+
+
+class Inputs(NamedTuple):
+    """What the updates of one call learn from, one after the other: B is of all of them."""
+
+    transition: Transition
+    draws: Draws
+    weight: Tensor  # [B]
+    scale: Tensor  # [updates, 2] of `FunctionalAdam`
+
+
+class Order(Protocol):
+    """How updates are taken."""
+
+    def compile(self, capture: Capture | None) -> None:
+        """Makes graphs of them; `capture` records a whole call."""
+
+    def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
+        """Takes `count` updates. What it returns holds until the next call."""
+
+
+class Sequential:
+    """Critics, then the actor by the critics that are new: on one device."""
+
+    def __init__(
+        self,
+        actor: ActorSide,
+        critics: CriticSide,
+        *,
+        actor_device: torch.device,
+        critic_device: torch.device,
+    ) -> None:
+        if actor_device != critic_device:
+            raise ValueError("an update in sequence is of one device")
+        self._actor, self._critics = actor, critics
+        self._learn: Callable[..., Learned] = learn_in_sequence
+        self._recorded: Recorded | None = None
+
+    def compile(self, capture: Capture | None) -> None:
+        """Makes an update one graph."""
+        self._learn = torch.compile(learn_in_sequence, fullgraph=True, dynamic=False)
+        self._recorded = None if capture is None else Recorded(self._all, capture)
+
+    def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
+        """See `Order`; needs no second thread."""
+        return (self._recorded or self._all)(inputs, count)
+
+    def _all(self, inputs: Inputs, count: int) -> list[Learned]:
+        results = []
+        for index in range(count):
+            one = share(inputs, index, count)
+            results.append(
+                self._learn(
+                    self._actor,
+                    self._critics,
+                    one.transition,
+                    draws=one.draws,
+                    weight_B=one.weight,
+                    scale=one.scale,
+                )
+            )
+        return results
+
+
+class Simultaneous:
+    """Both sides learn from the critics of before."""
+
+    def __init__(
+        self,
+        actor: ActorSide,
+        critics: CriticSide,
+        *,
+        actor_device: torch.device,
+        critic_device: torch.device,
+    ) -> None:
+        self._actor_device, self._critic_device = actor_device, critic_device
+        self._propose, self._learn_actor = actor.propose, actor.learn_by_slope
+        self._judge, self._learn_critics = critics.judge, critics.learn
+        self._recorded: Recorded | None = None
+
+    def compile(self, capture: Capture | None) -> None:
+        """Makes a graph of each part; records all of them where there is one device."""
+
+        def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, fullgraph=True, dynamic=False)
+
+        self._propose, self._learn_actor = graph(self._propose), graph(self._learn_actor)
+        self._judge, self._learn_critics = graph(self._judge), graph(self._learn_critics)
+        if capture is not None and self._actor_device == self._critic_device:
+            self._recorded = Recorded(self._in_turn, capture)
+
+    def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
+        """See `Order`."""
+        if self._recorded is not None:
+            return self._recorded(inputs, count)
+        return self._all(inputs, count, beside)
+
+    def _in_turn(self, inputs: Inputs, count: int) -> list[Learned]:
+        def at_once(work: Callable[[], Any]) -> Callable[[], Any]:
+            result = work()
+            return lambda: result
+
+        return self._all(inputs, count, at_once)
+
+    def _all(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
+        here, there = to(inputs, self._actor_device), to(inputs, self._critic_device)
+        results: list[Learned] = []
+        finish: Callable[[], Learned] | None = None
+        for index in range(count):
+            mine, theirs = share(here, index, count), share(there, index, count)
+            proposed = self._propose(mine.transition, mine.draws)
+            if finish is not None:  # the critics' step, which went on meanwhile
+                results.append(finish())
+            judged: Future[Judged] = Future()
+            of_critics = beside(
+                partial(self._critics_turn, theirs, to(proposed, self._critic_device), judged)
+            )
+            said = to(judged.result(), self._actor_device)
+            of_actor = self._learn_actor(mine.transition, mine.draws, said.slope, mine.scale)
+            loss = proposed.alpha * proposed.here.log_prob.mean() - said.least_mean
+            finish = partial(_joined, of_critics, of_actor, loss, proposed.alpha)
+        if finish is not None:
+            results.append(finish())
+        return results
+
+    @torch.no_grad()  # of whichever thread this runs in
+    def _critics_turn(
+        self, inputs: Inputs, proposed: Proposed, judged: Future[Judged]
+    ) -> CriticsLearned:
+        try:
+            judged.set_result(self._judge(inputs.transition, proposed.here.action, inputs.draws))
+        except BaseException as error:  # whoever waits for it must hear
+            judged.set_exception(error)
+            raise
+        result: CriticsLearned = self._learn_critics(
+            inputs.transition,
+            proposed.behind,
+            alpha=proposed.alpha,
+            draws=inputs.draws,
+            weight_B=inputs.weight,
+            scale=inputs.scale,
+        )
+        return result
+
+
+class Recorded:
+    """A call of fixed shapes that is done again as it was recorded, on tensors that stay.
+
+    The first call records, and does it more than once: `Sac.warm_up` takes that back.
+    """
+
+    def __init__(self, function: Callable[[Inputs, int], list[Learned]], capture: Capture) -> None:
+        self._function, self._capture = function, capture
+        self._replay: Callable[[], None] | None = None
+        self._into: list[Tensor] = []
+        self._outputs: list[Learned] = []
+
+    def __call__(self, inputs: Inputs, count: int) -> list[Learned]:
+        """Does it with the numbers of `inputs`; what it returns holds until the next call."""
+        if self._replay is None:
+            static = _mapped(torch.clone, inputs)
+            self._into = _leaves(static)
+            self._replay, self._outputs = self._capture(lambda: self._function(static, count))
+        torch._foreach_copy_(self._into, _leaves(inputs))
+        self._replay()
+        return self._outputs
+
+
+def share(inputs: Inputs, index: int, count: int) -> Inputs:
+    """Returns what update `index` of `count` learns from: views."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        size = len(tensor) // count
+        return tensor.narrow(0, index * size, size)
+
+    def columns(masks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        sizes = (mask.shape[1] // count for mask in masks)
+        parts = zip(masks, sizes, strict=True)
+        return tuple(mask.narrow(1, index * size, size) for mask, size in parts)
+
+    draws = inputs.draws
+    return Inputs(
+        _mapped(rows, inputs.transition),
+        Draws(
+            rows(draws.next_noise),
+            rows(draws.noise),
+            columns(draws.target_masks),
+            columns(draws.masks),
+            columns(draws.actor_masks),
+        ),
+        rows(inputs.weight),
+        inputs.scale[index],
+    )
+
+
+def to(tensors: Any, device: torch.device) -> Any:
+    """Copies nested tensors to a device, unless they lie there."""
+    return _mapped(lambda tensor: tensor.to(device, non_blocking=True), tensors)
+
+
+def _joined(
+    of_critics: Callable[[], CriticsLearned], of_actor: Any, loss: Tensor, alpha: Tensor
+) -> Learned:
+    return learned(of_critics(), of_actor, loss, alpha)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tensors: Any) -> Any:
+    if isinstance(tensors, Tensor):
+        return function(tensors)
+    parts = (_mapped(function, part) for part in tensors)
+    return type(tensors)(*parts) if hasattr(tensors, "_fields") else tuple(parts)
+
+
+def _leaves(tensors: Any) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    return [leaf for part in tensors for leaf in _leaves(part)]

@@ -1,0 +1,90 @@
+"""Where and how the networks run: devices, precision, threads, and what is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from headrace import catalog
+from headrace.algorithms.base import Algorithm, Capture
+from headrace.config import RunConfig, takes_turns
+from headrace.errors import ConfigError
+from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
+from headrace.server.graphs import cuda_capture
+from headrace.specs import EnvSpec
+
+
+class Compute(NamedTuple):
+    """Where and how the networks run."""
+
+    device: torch.device
+    precision: torch.dtype
+    threads: int  # of each compute stage
+    compiled: bool
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether there is something to compile or capture before other threads start."""
+        return self.compiled or self.device.type == "cuda"
+
+
+def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
+    """Resolves device, precision, threads and compilation for this machine."""
+    device = choose_device(config.device)
+    threads = config.compute_threads or _compute_threads(config, spec, usable_cores())
+    return Compute(
+        device=device,
+        precision=choose_precision(config.precision, device),
+        threads=threads,
+        compiled=config.compile == "on"
+        or (config.compile == "auto" and (device.type == "cuda" or _pays_on_cpu(config, spec))),
+    )
+
+
+def _pays_on_cpu(config: RunConfig, spec: EnvSpec) -> bool:
+    """Whether the algorithm gains more from graphs in this run than it takes to make them."""
+    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
+    worth: Callable[..., bool] | None = getattr(rule, "worth_compiling", None)
+    if worth is None or config.lockstep or not has_compiler():
+        return False
+    return worth(config.learning, config.total_frames // spec.action_repeat)
+
+
+def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
+    if config.lockstep:
+        return 1
+    if takes_turns(config):
+        # Small products gain nothing from a second thread, and wait long for it on a busy machine.
+        return cores if len(spec.observation_space.shape) > 1 else 1
+    # Server and learner overlap with one thread each until there are cores that environments leave
+    # idle.
+    return max(1, cores // 4)
+
+
+def place_sides(config: RunConfig, algorithm: Algorithm) -> None:
+    """Moves actor and critics apart, if that is wanted."""
+    if config.actor_device:
+        move: Callable[..., None] | None = getattr(algorithm, "place", None)
+        if move is None:
+            raise ConfigError(
+                f"{config.algorithm} has no two sides to learn apart: leave out --actor-device and "
+                "--critic-device, or use --algorithm sac"
+            )
+        move(choose_device(config.actor_device), choose_device(config.critic_device))
+
+
+def compile_update(algorithm: Algorithm, server_model: Any, device: torch.device) -> None:
+    """Has whole updates compiled, or else the networks; the warm-up does it (`run.warmup`)."""
+    on_gpu = device.type == "cuda"
+    whole: Callable[[Capture | None], None] | None = getattr(algorithm, "compile", None)
+    networks = [server_model]
+    if whole is None:
+        networks += [algorithm.model, getattr(algorithm, "target_model", None)]
+    else:
+        whole(cuda_capture(None) if on_gpu else None)
+        networks = networks if on_gpu else []  # a small network acts as fast without
+    for network in networks:
+        if network is not None:
+            network.compile(dynamic=False)
