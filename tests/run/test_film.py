@@ -1,15 +1,67 @@
 """Films: real MP4 files, and a twin that plays the same game."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from headrace import ConfigError, load, preset, train
+from headrace import ConfigError, catalog, load, preset, train
 from headrace.cli import main
 from headrace.config import from_dict
-from headrace.run.film import _pixels, film
+from headrace.run import film as film_module
+from headrace.run.build import make_algorithm, make_model
+from headrace.run.film import Player, Scene, _pixels, film
 from headrace.run.policy import Policy
+
+DRAWN = """
+import gymnasium as gym
+import numpy as np
+
+MADE = []
+
+
+class Drawn(gym.Env):
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gym.spaces.Box(-9, 9, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.steps = 0
+        self.open = True
+        MADE.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full(3, self.steps, np.float32), self.reward(), self.steps == 5, False, {}
+
+    def reward(self):
+        return 1.0
+
+    def render(self):
+        return np.full((8, 6, 3), 10 * self.steps, np.uint8)
+
+    def close(self):
+        self.open = False
+
+
+class Undrawable(Drawn):
+    def render(self):
+        raise RuntimeError("no display")
+
+
+class Stray(Drawn):
+    def reward(self):
+        return 1.0 if self.steps != 3 else float(self.render_mode is not None)
+"""
 
 
 @pytest.fixture
@@ -82,3 +134,105 @@ def test_of_several_parts_the_first_image_is_drawn() -> None:
     numbers = np.array([0.0, 2.0])
     np.testing.assert_array_equal(_pixels({"a": numbers, "b": (image, image + 1)}), image)
     np.testing.assert_array_equal(_pixels({"a": numbers, "b": (1,)}), [[0, 255, 127]])
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"drawn_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(DRAWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def untrained(env: str) -> Policy:
+    config = from_dict({"env": env, "device": "cpu", "network": {"lstm_size": 8}})
+    spec = catalog.environment_family(env).spec(env, config.environment)
+    model: Any = make_model(config, spec, torch.device("cpu")).requires_grad_(False)
+    algorithm = make_algorithm(config, model, spec, torch.float32)
+    return Policy(config, algorithm, spec, torch.device("cpu"))
+
+
+def brightness(scene: Scene) -> int:
+    return int(scene.picture[0, 0, 0])
+
+
+def test_scenes_are_those_of_the_episode(drawn: str) -> None:
+    with Player(untrained(f"{drawn}:Drawn"), seed=0) as player:
+        made: set[int] = set()
+        for _ in range(2):
+            scenes = list(player.episode("greedy", 0.0))
+            made.add(len(__import__(drawn).MADE))
+            assert [brightness(scene) for scene in scenes] == [0, 10, 20, 30, 40, 50]
+            assert [scene.earned for scene in scenes] == [0, 1, 2, 3, 4, 5]
+            assert [scene.steps for scene in scenes] == [0, 1, 2, 3, 4, 5]
+            assert [scene.last for scene in scenes] == [False] * 5 + [True]
+            assert scenes[0].picture.shape == (8, 6, 3)
+        assert len(made) == 1, "the second episode needs no new environment"
+
+
+def test_an_episode_that_is_left_is_over_and_its_environments_are_closed(drawn: str) -> None:
+    policy = untrained(f"{drawn}:Drawn")
+    made = __import__(drawn).MADE
+    made.clear()
+    with Player(policy, seed=0) as player:
+        few = list(itertools.islice(player.episode("greedy", 0.0), 3))
+        assert [scene.steps for scene in few] == [0, 1, 2]
+        assert len(list(player.episode("greedy", 0.0))) == 6
+        assert sum(env.open for env in made) == 2  # one to play in, and its twin
+    assert not any(env.open for env in made)
+
+
+def test_an_episode_has_an_end_even_where_the_environment_gives_none(
+    drawn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(film_module, "_MOST_STEPS", 3)
+    with Player(untrained(f"{drawn}:Drawn"), seed=0) as player:
+        for _ in range(2):
+            scenes = list(player.episode("greedy", 0.0))
+            assert [scene.last for scene in scenes] == [False, False, False, True]
+
+
+def test_where_nothing_can_be_drawn_observations_are_filmed_and_that_is_said_once(
+    drawn: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    path = tmp_path / "undrawable.mp4"
+    policy = untrained(f"{drawn}:Undrawable")
+    assert film(policy, path, on_message=said.append) == 5.0
+    assert path.read_bytes()[4:8] == b"ftyp"
+    assert len(said) == 1
+    assert "cannot be drawn here: RuntimeError: no display" in said[0]
+    assert "observes instead" in said[0]
+    with Player(policy, seed=0, on_message=said.append) as player:
+        for _ in range(2):
+            assert next(player.episode("greedy", 0.0)).picture.shape == (1, 3)
+    assert len(said) == 2
+
+
+def test_a_twin_that_plays_another_game_is_not_shown(drawn: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "stray.mp4"
+    assert film(untrained(f"{drawn}:Stray"), path, on_message=said.append) == 4.0
+    assert path.read_bytes()[4:8] == b"ftyp"
+    assert len(said) == 1
+    assert "same game twice" in said[0]
+
+
+def test_whatever_is_observed_becomes_a_picture() -> None:
+    stack = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    np.testing.assert_array_equal(_pixels(stack), stack.reshape(6, 4))
+    np.testing.assert_array_equal(_pixels(np.array([np.nan, np.inf, 2.0])), [[0, 0, 255]])
+    assert _pixels(np.zeros((2, 3, 4), np.float32)).shape == (6, 4)
+
+
+def test_mujoco_is_drawn_where_this_machine_can() -> None:
+    pytest.importorskip("mujoco")
+    said: list[str] = []
+    with Player(untrained("HalfCheetah-v5"), seed=0, on_message=said.append) as player:
+        scenes = list(itertools.islice(player.episode("greedy", 0.0), 3))
+    if said:
+        assert "MUJOCO_GL" in said[0]
+        assert {scene.picture.shape for scene in scenes} == {(1, 17)}
+    else:
+        assert {scene.picture.shape for scene in scenes} == {(480, 480, 3)}
+        assert (scenes[0].picture != scenes[2].picture).any()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.errors import ConfigError, HeadraceError
-from headrace.telemetry.video import VideoWriter
+from headrace.telemetry.video import VideoWriter, remove_partial
 
 
 def decode(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
@@ -73,3 +73,11 @@ def test_video_without_frames_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HeadraceError, match="frame"), VideoWriter(tmp_path / "a.mp4", 30):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_was_never_finished_is_removed(tmp_path: Path) -> None:
+    VideoWriter(tmp_path / "b.mp4", fps=30)._temporary.touch()
+    (tmp_path / "a.mp4").touch()
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    remove_partial(tmp_path / "nowhere")

@@ -26,6 +26,7 @@ from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
 from headrace.run.trial import try_environment
+from headrace.telemetry.live_text import without_token
 from headrace.telemetry.record import RunDirectory, log_to
 from headrace.telemetry.wandb_log import ensure_wandb
 
@@ -102,7 +103,7 @@ def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
     """Trains a prepared run; messages are logged as well."""
 
     def tell(text: str) -> None:
-        logger.info(text)
+        logger.info(without_token(text))
         hooks.on_message(text)
 
     with log_to(prepared.directory.log_path):

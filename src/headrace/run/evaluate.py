@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +53,19 @@ def evaluate(
     mode: ActionMode = "greedy",
     epsilon: float = 0.001,
     seed: int | None = None,
+    in_process: bool = False,
+    attend: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Plays full episodes, equally many in each environment, so that short ones count no more.
+
+    Args:
+        policy: Who plays.
+        episodes: How many.
+        mode: See `Policy.act`.
+        epsilon: See `Policy.act`.
+        seed: Of the environments; None for one made of the run's.
+        in_process: Start no worker process.
+        attend: Called between two steps; what it raises ends the evaluation.
 
     Raises:
         ConfigError: no episodes were asked for.
@@ -75,7 +87,9 @@ def evaluate(
                 returns.append(float(value))
                 lengths.append(int(length))
 
-    pool = policy.make_pool(num_envs=num_envs, batch_size=num_envs, seed=seed)
+    pool = policy.make_pool(
+        num_envs=num_envs, batch_size=num_envs, seed=seed, in_process=in_process
+    )
     seat = Seat(
         pool,
         policy.actor(mode, epsilon),
@@ -87,6 +101,7 @@ def evaluate(
     waits, last_s = Waits(), time.monotonic()
     try:
         while quota.any():
+            attend()
             if seat.serve(lambda: 0, 1.0, waits):
                 last_s = time.monotonic()
             elif time.monotonic() - last_s > _SILENCE_S:

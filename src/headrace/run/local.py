@@ -5,6 +5,7 @@ main thread      learner: reads unrolls, updates, publishes weights; reports; sa
 server thread    server: acts for all environments, writes unrolls
 C++ threads, or  step environments: a native pool, or
   processes      one of worker processes (run/worker.py)
+processes        evaluator and viewer, where asked for (run/roles.py)
 ```
 
 With `--inference worker` there is no server thread, but for evaluation: the worker processes act
@@ -41,6 +42,7 @@ from headrace.run.acting_workers import ActingWorkers
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
 from headrace.run.report import Reporter, Row
+from headrace.run.roles import Roles
 from headrace.run.system import keep_memory
 from headrace.run.warmup import own_stream, warm_up
 from headrace.server.server import run_server
@@ -161,12 +163,15 @@ def run_training(
         writer = stack.enter_context(
             MetricsWriter(run, config.tensorboard, resumed_at, wandb=wandb)
         )
+        roles = Roles(config, run.path, parts.algorithm.model, on_message=messages.put)
+        stack.callback(roles.close)
         session = Session(
             config=config,
             run=run,
             parts=parts,
             learner=learner,
             reporter=reporter,
+            roles=roles,
             writer=writer,
             waits=waits,
             stop=stop,
@@ -179,6 +184,7 @@ def run_training(
         drive = train_in_turns if takes_turns(config) else train_overlapped
         with more_threads(parts, lockstep=config.lockstep):
             drive(session)
+        roles.close()  # before the last row, which has what they had yet to tell
         session.save()
         session.report()
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
@@ -209,6 +215,7 @@ class Session:
     parts: Parts
     learner: Learner
     reporter: Reporter
+    roles: Roles
     writer: MetricsWriter
     waits: Waits
     stop: Stop
@@ -237,6 +244,8 @@ class Session:
     def attend(self) -> None:
         """Tells, reports and saves what is due."""
         tell(self.messages, self.hooks.on_message)
+        if self.roles.due():
+            self.roles.attend(self.learner.version, self.reporter.agent_steps)
         if self.reporter.due():
             with self._goes_on("this row of metrics is lost"):
                 self.report()
@@ -257,7 +266,7 @@ class Session:
 
     def report(self) -> None:
         """Writes a row of everything that was counted since the last one."""
-        self.last_row = self.reporter.row(self._newest)
+        self.last_row = self.reporter.row(self._newest) | self.roles.row(self.learner.version)
         self.hooks.on_row(self.last_row)
         histograms = {"policy_lag_histogram": self.reporter.lag_histogram}
         self.writer.write(self.reporter.env_frames, self.last_row, histograms)

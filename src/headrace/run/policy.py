@@ -88,6 +88,11 @@ class Policy:
             in_process=in_process,
         )
 
+    def judged_mode(self) -> tuple[ActionMode, float]:
+        """Returns the mode and the epsilon with which agents of this algorithm are judged."""
+        epsilon = float(getattr(self._algorithm, "eval_epsilon", 0.0))
+        return ("epsilon" if epsilon else "greedy"), epsilon
+
     def actor(self, mode: ActionMode, epsilon: float) -> Actor:
         """Returns what acts for a server's seat with this policy."""
         model: Any = self._algorithm.model

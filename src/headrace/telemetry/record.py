@@ -2,7 +2,7 @@
 
 ```
 runs/NAME/  config.toml  metrics.jsonl  tensorboard/  checkpoints/  log.txt  lock
-            wandb/  wandb-id.txt
+            videos/  wandb/  wandb-id.txt
 ```
 """
 

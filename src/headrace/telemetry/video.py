@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 from headrace.errors import ConfigError, HeadraceError
 
 _LARGER_SIDE_PIXELS = 336
+_PARTIAL = ".partial.mp4"
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what is left of videos whose writers were killed; nobody may be writing one."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 class VideoWriter:
@@ -37,7 +44,7 @@ class VideoWriter:
             raise ConfigError(f"cannot make the folder of {path}: {error.strerror}") from error
         self.path = path
         self._fps = fps
-        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
+        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{_PARTIAL}")
         self._shape: tuple[int, ...] | None = None
         self._encoder: Any = None
 
