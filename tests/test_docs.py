@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "eval", "envs", "presets", "bench"}
+COMMANDS = {"train", "eval", "envs", "presets", "bench", "tune"}
 PYTHON = {"python", "python no-run"}
 SHELL = {"console", "bash"}
 BLOCK_TIMEOUT_S = 300

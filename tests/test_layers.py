@@ -16,6 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "headrace"
 # its own, and low: it is where systems code and learning rules meet.
 LAYERS = (
     ("cli",),
+    ("commands",),
+    ("tune",),
     ("bench",),
     ("run",),
     ("presets",),

@@ -1,0 +1,187 @@
+"""How a new run's settings come together: defaults < preset < --config < flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from headrace import presets
+from headrace.config import RunConfig, from_dict, merged, read_toml, to_dict
+from headrace.errors import ConfigError
+
+
+class Request(NamedTuple):
+    """What the user wants trained."""
+
+    config: RunConfig
+    asked: dict[str, Any]  # of these, what they asked for: preset, file and flags, nested
+    pinned: frozenset[str]  # names of settings in file and flags
+
+
+def first_pass(
+    argv: Sequence[str], parser: argparse.ArgumentParser | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Reads what decides which other settings there are, and what `parser` knows besides.
+
+    Raises:
+        ConfigError: a flag lacks its value, or has a wrong one.
+    """
+    parser = parser or new_parser()
+    for flag in ("--algorithm", "--preset", "--config", "--resume"):
+        parser.add_argument(flag)
+    parser.add_argument("--trust-code", action="store_true")
+    try:
+        chosen, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}: see `headrace train --help`") from error
+    # The one word that is no flag comes before all flags that only the second pass knows.
+    chosen.env = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    return chosen, rest
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """Returns a parser for `first_pass`, to add flags to."""
+    return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+
+
+def read_request(
+    chosen: argparse.Namespace, rest: list[str], *, prog: str, description: str
+) -> Request:
+    """Puts the layers together, and the remaining flags on top.
+
+    Args:
+        chosen: Of `first_pass`.
+        rest: Its flags.
+        prog: The command, for its help.
+        description: The rest of its help.
+
+    Raises:
+        ConfigError: names what is wrong.
+    """
+    file = read_toml(Path(chosen.config)) if chosen.config else {}
+    env = chosen.env or file.get("env")
+    wants_help = "-h" in rest or "--help" in rest
+    if not env and wants_help:
+        env = "ALE/Pong-v5"
+    algorithm = chosen.algorithm or file.get("algorithm")
+    name = chosen.preset
+    if not name and isinstance(env, str):
+        name = presets.default_for(env, algorithm)
+    own = presets.find(name).values if name else {}
+    if algorithm and own.get("algorithm", algorithm) != algorithm:
+        raise ConfigError(
+            f"preset {name} is for {own['algorithm']}, not {algorithm}: leave out one of "
+            "--preset and --algorithm"
+        )
+    named = {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value}
+    base = from_dict(merged(merged(own, file), named))
+    if not (name or chosen.config or wants_help):
+        print(
+            f"no preset is made for {env} with {base.algorithm}: what you do not set is a plain "
+            "default; mind --total-frames, and --reward-transform, which may clip",
+            file=sys.stderr,
+        )
+    config = parse_flags(base, rest, prog=prog, description=description)
+    flags = difference(to_dict(base), to_dict(config))
+    asked = merged(merged(own if chosen.preset else {}, file), flags)
+    pinned = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    pinned = {word.removeprefix("--").replace("-", "_") for word in pinned}
+    return Request(config, asked, frozenset(pinned | set(_leaves(file))))
+
+
+def values_for_file(request: Request, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a --config file must say for `request` with `chosen` on top, and little else.
+
+    That is what was asked for and what was chosen. `train --config` lays them over the preset that
+    the environment takes unasked: where that sets more than the preset that was asked for, this is
+    said too.
+
+    Raises:
+        ConfigError: a setting is None where that preset has a value: TOML cannot say so.
+    """
+    config = request.config
+    named = {"env": config.env, "algorithm": config.algorithm}
+    wanted = merged(to_dict(config), chosen)
+    values = merged(merged(named, request.asked), chosen)
+    name = presets.default_for(config.env, config.algorithm)
+    below = presets.find(name).values if name else {}
+    got = to_dict(from_dict(merged(below, values)))
+    values = merged(values, difference(got, wanted))
+    lost = set(_leaves(got)) - set(_leaves(wanted))
+    if lost:
+        raise ConfigError(
+            f"{min(lost)} is None, and a TOML file cannot say so where preset {name} has a value: "
+            f"give --{min(lost).replace('_', '-')} a value"
+        )
+    return values
+
+
+def parse_flags(base: RunConfig, argv: list[str], *, prog: str, description: str) -> RunConfig:
+    """Lays flags over `base`; every setting is a flag, named as its field.
+
+    Raises:
+        ConfigError: names what is wrong.
+    """
+    config: RunConfig = tyro.cli(
+        tyro.conf.OmitArgPrefixes[RunConfig],
+        args=_whole_numbers(argv),
+        default=base,
+        prog=prog,
+        description=description,
+    )
+    if (config.env, config.algorithm) != (base.env, base.algorithm):
+        raise ConfigError("name the environment first: headrace train ENV [settings]")
+    return config
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `after` sets otherwise, nested as both are."""
+    changes: dict[str, Any] = {}
+    for key, value in after.items():
+        if isinstance(value, Mapping):
+            nested = difference(before.get(key, {}), value)
+            changes |= {key: nested} if nested else {}
+        elif value != before.get(key):
+            changes[key] = value
+    return changes
+
+
+def _whole_numbers(argv: list[str]) -> list[str]:
+    """Turns --total-frames 1e7 and 10_000_000 into digits; frames are counted in millions."""
+    words = [part for word in argv for part in _split_total_frames(word)]
+    for index in range(1, len(words)):
+        if words[index - 1] == "--total-frames":
+            try:
+                words[index] = str(int(float(words[index].replace("_", ""))))
+            except (ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"--total-frames must be a number such as 2e7, not {words[index]!r}"
+                ) from error
+    return words
+
+
+def _split_total_frames(word: str) -> list[str]:
+    flag, equals, value = word.partition("=")
+    if flag not in ("--total-frames", "--total_frames"):
+        return [word]
+    return ["--total-frames", value] if equals else ["--total-frames"]
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the own name of every value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield key
+
+
+def config_difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """Returns the settings that two configs differ in; None is one too."""
+    return difference(dataclasses.asdict(before), dataclasses.asdict(after))

@@ -1,0 +1,110 @@
+"""`headrace train`: a new run, tuned first if that is asked for, or one to go on with."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from headrace.commands.settings import (
+    config_difference,
+    first_pass,
+    new_parser,
+    parse_flags,
+    read_request,
+)
+from headrace.commands.tune import say_trial
+from headrace.errors import ConfigError
+from headrace.run import api
+from headrace.run.local import Hooks
+from headrace.telemetry.record import RunDirectory, log_to
+from headrace.telemetry.terminal import open_display
+from headrace.tune.report import sentences, trial_line
+from headrace.tune.tuner import TuneConfig, tune
+
+HELP = """Trains an agent and leaves everything in a run directory.
+
+    headrace train ENV [--preset NAME] [--config FILE] [--algorithm NAME] [settings]
+    headrace train ENV --autotune [--autotune-budget-s 120] [settings]
+    headrace train --resume RUN [--total-frames N …]
+
+Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the
+values below are those of the preset that ENV takes unasked. --autotune first looks for the fastest
+settings by short trials, as `headrace tune` does. Ctrl-C saves and ends; a second one ends at
+once."""
+
+_BUDGET_S = 120.0
+
+logger = logging.getLogger("headrace")
+
+
+def train_command(argv: list[str]) -> None:
+    """Trains an agent."""
+    parser = new_parser()
+    parser.add_argument("--autotune", action="store_true")
+    parser.add_argument("--autotune-budget-s", type=float)
+    chosen, rest = first_pass(argv, parser)
+    if chosen.autotune_budget_s is not None and not chosen.autotune:
+        raise ConfigError("--autotune-budget-s is for --autotune: add that, or leave it out")
+    if chosen.resume:
+        _resume(chosen, rest)
+        return
+    request = read_request(chosen, rest, prog="headrace train ENV", description=HELP)
+    if not chosen.autotune:
+        _train(config=request.config)
+        return
+    if request.config.lockstep:
+        raise ConfigError("--autotune looks for speed, and --lockstep gives it up: leave one out")
+    budget_s = _BUDGET_S if chosen.autotune_budget_s is None else chosen.autotune_budget_s
+    options = TuneConfig(budget_s=budget_s, seconds_per_trial=min(4.0, budget_s / 30))
+    tuned = tune(request.config, options, pinned=request.pinned, on_trial=say_trial)
+    said = sentences(tuned)
+    if tuned.result.stopped:
+        print("\n".join(said), file=sys.stderr)
+        raise KeyboardInterrupt
+    trials = [
+        trial_line(trial, tuned.knobs.settings(trial.choice)) for trial in tuned.result.trials
+    ]
+    _train(config=tuned.winner, messages=said, logged=trials)
+
+
+def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
+    flags = ("algorithm", "preset", "config", "autotune")
+    named = [f"--{key}" for key in flags if getattr(chosen, key)]
+    if chosen.env or named:
+        raise ConfigError(
+            f"{chosen.env or named[0]} cannot go with --resume: a resumed run keeps its settings"
+        )
+    run = RunDirectory.open(Path(chosen.resume))
+    base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
+    config = parse_flags(base, rest, prog="headrace train --resume RUN", description=HELP)
+    changes = config_difference(base, config)
+    _train(resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
+
+
+def _train(
+    *, messages: list[str] | None = None, logged: list[str] | None = None, **arguments: Any
+) -> None:
+    """Trains; `messages` are shown and logged before, `logged` is logged alone."""
+    prepared = api.prepare(**arguments)
+    config, path = prepared.config, prepared.directory.path
+    title = f"{config.env} · {config.algorithm} · {path}"
+    with open_display(config.total_frames, title) as display:
+        hooks = Hooks(
+            on_row=display.update,
+            on_update=lambda *_: None,
+            on_checkpoint=lambda _: None,
+            on_message=display.message,
+        )
+        with log_to(prepared.directory.log_path):
+            for line in [*(logged or []), *(messages or [])]:
+                logger.info(line)
+        for line in messages or []:
+            display.message(line)
+        result = api.start(prepared, hooks)
+    end, more = ("done", " --total-frames MORE") if result.finished else ("stopped and saved", "")
+    print(f"{end}; go on with: headrace train --resume {result.run}{more}")
+    print(f"evaluate and film: headrace eval {result.run} --video agent.mp4")
+    print(f"curves: tensorboard --logdir {result.run}")

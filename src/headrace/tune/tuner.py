@@ -1,0 +1,181 @@
+"""Tunes one run on this machine: knobs, trials, search, and what the stages alone say."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from headrace.config import RunConfig, to_dict
+from headrace.errors import ConfigError
+from headrace.run.build import check
+from headrace.run.system import choose_device
+from headrace.run.trial import try_environment
+from headrace.tune.estimates import Estimates, Stages, estimate
+from headrace.tune.knobs import Facts, Knobs, laid_over
+from headrace.tune.machine import Machine
+from headrace.tune.search import search
+from headrace.tune.space import Budget, Choice, Result, Trial
+from headrace.tune.trials import Trials, run_child, trial_config
+
+_LEAST_TRIALS = 10  # that a budget must have room for
+_FINAL = 2.0  # times a trial's length that each of the final comparison measures
+_STAGES_SHARE = 0.1  # of the budget, for measuring the stages alone
+_STAGES_LEAST_S = 15.0  # or so much, if that is not more than
+_STAGES_MOST_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """How long to look, and how freely."""
+
+    budget_s: float = 300.0
+    """Seconds that all trials may take together."""
+    seconds_per_trial: float = 4.0
+    """Seconds that a trial measures, after it has started and warmed up."""
+    tune_batch: bool = False
+    """Tune the learner's batch too. That changes what is learned, not only how fast: with a replay
+    there are as many updates per step as before, each of more samples; without one there are fewer
+    updates."""
+    pairs: int = 2
+    """Pairs of longer trials in which the winner must beat the defaults in the end."""
+    max_trials: int | None = None
+    """Most trials before these; None for as many as there is time for."""
+
+    def __post_init__(self) -> None:
+        if not self.seconds_per_trial > 0:
+            raise ConfigError(
+                f"--seconds-per-trial must be positive, not {self.seconds_per_trial:g}"
+            )
+        least = _LEAST_TRIALS * self.seconds_per_trial
+        if not least <= self.budget_s < float("inf"):
+            raise ConfigError(
+                f"a budget of {self.budget_s:g} s is no time for trials of "
+                f"{self.seconds_per_trial:g} s: give at least {least:g} s, or lower "
+                "--seconds-per-trial"
+            )
+
+
+class Tuned(NamedTuple):
+    """What was found, and on what."""
+
+    config: RunConfig  # what was started from
+    machine: Machine
+    result: Result
+    knobs: Knobs
+    estimates: Estimates | None  # None: the stages could not be measured
+    trial_s: float
+    elapsed_s: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the winner sets otherwise, nested as in config.toml; nothing if defaults stay."""
+        return self.knobs.settings(self.result.winner)
+
+    @property
+    def winner(self) -> RunConfig:
+        """What to train with."""
+        config: RunConfig = laid_over(self.config, self.settings)
+        return config
+
+    def figures(self, choice: Choice) -> dict[str, Any]:
+        """Returns the figures of the newest trial of a choice: of the final comparison, if any."""
+        key = self.knobs.key(choice)
+        found: Mapping[str, Any] = {}
+        for trial in self.result.trials:
+            if trial.outcome.failure is None and self.knobs.key(trial.choice) == key:
+                found = trial.outcome.figures
+        return dict(found)
+
+
+def tune(
+    config: RunConfig,
+    options: TuneConfig,
+    *,
+    pinned: Collection[str] = (),
+    on_trial: Callable[[Trial, Mapping[str, Any]], None] = lambda *_: None,
+) -> Tuned:
+    """Searches the fastest settings for `config`; Ctrl-C ends the search, and what is known stands.
+
+    Args:
+        config: Complete settings to start from, and to compare with.
+        options: How long, and how freely.
+        pinned: Names of settings that stay as they are.
+        on_trial: Told of every trial, and of what it set otherwise.
+
+    Raises:
+        ConfigError: the settings cannot be trained with, or have nothing to tune.
+        NothingMeasured: the defaults failed in their trial.
+    """
+    if config.lockstep:
+        raise ConfigError("lockstep is for equal results, not for speed: leave out --lockstep")
+    started_s = time.monotonic()
+    if config.pool != "inline":
+        try_environment(config.env, config.environment, timeout_s=config.workers.start_timeout_s)
+    check(config)
+    machine = Machine.look(choose_device(config.device))
+    facts = Facts.of(config, cores=machine.cores, bfloat16=machine.bfloat16)
+    knobs = Knobs(config, facts, pinned=pinned, tune_batch=options.tune_batch)
+    if not knobs.space.knobs:
+        raise ConfigError("every setting that could be tuned is given: leave some of them out")
+    seconds, whole_s = options.seconds_per_trial, options.budget_s
+    stages_s = max(_STAGES_SHARE * whole_s, min(_STAGES_LEAST_S, _STAGES_MOST_SHARE * whole_s))
+    result = search(
+        knobs.space,
+        Trials(config, knobs.settings, combined=options.tune_batch),
+        budget=Budget(
+            total_s=options.budget_s - stages_s,
+            trial_s=seconds,
+            final_s=_FINAL * seconds,
+            pairs=options.pairs,
+            trials=options.max_trials,
+        ),
+        clock=time.monotonic,
+        seed=config.seed,
+        on_trial=lambda trial: on_trial(trial, knobs.settings(trial.choice)),
+    )
+    tuned = Tuned(config, machine, result, knobs, None, seconds, 0.0)
+    if not result.stopped:
+        left_s = started_s + options.budget_s - time.monotonic()
+        try:
+            if left_s > 0:
+                tuned = tuned._replace(estimates=_estimates(tuned, deadline_s=left_s))
+        except KeyboardInterrupt:
+            tuned = tuned._replace(result=result._replace(stopped=True))
+    return tuned._replace(elapsed_s=time.monotonic() - started_s)
+
+
+def _estimates(tuned: Tuned, *, deadline_s: float) -> Estimates | None:
+    """Measures the stages of the winner alone; None if that fails."""
+    figures = tuned.figures(tuned.result.winner)
+    config = trial_config(tuned.winner)
+    workers_act = config.inference == "worker"
+    on_gpu = tuned.machine.gpu is not None
+    server = config.server
+    if workers_act:  # the server's code acts in workers too
+        config = dataclasses.replace(config, inference="server")
+    if not on_gpu:  # one thread a stage
+        workers = dataclasses.replace(config.workers, num_workers=1)
+        config = dataclasses.replace(config, workers=workers, server=server)
+    samples = float(figures["samples_per_agent_step"])
+    if not samples > 0:
+        return None
+    ceiling = run_child(
+        {
+            "config": to_dict(config),
+            "samples_per_agent_step": samples,
+            "seconds": tuned.trial_s / 4,
+        },
+        deadline_s=deadline_s,
+    )
+    if isinstance(ceiling, str):
+        return None
+    stages = Stages.of(
+        ceiling,
+        samples_per_agent_step=samples,
+        cores=tuned.machine.cores,
+        workers_act=workers_act,
+    )
+    return estimate(stages, float(figures["agent_steps_per_s"]))
