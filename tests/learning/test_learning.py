@@ -63,10 +63,15 @@ def test_the_same_rule_without_recurrent_state_can_only_guess(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_sac_swings_a_pendulum_up(seed: int, tmp_path: Path) -> None:
-    assert play("sac-control", "Pendulum-v1", seed, tmp_path / "run") >= -200
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_sac_swings_a_pendulum_up(order: str, seed: int, tmp_path: Path) -> None:
+    """In either order of updates: to learn at the same time costs no return."""
+    learning = {"update_order": order}
+    assert play("sac-control", "Pendulum-v1", seed, tmp_path / "run", learning=learning) >= -200
 
 
-def test_sac_pushes_a_point_to_the_middle(tmp_path: Path) -> None:
-    mean = play("sac-control", "pointmass", 1, tmp_path / "run")
+@pytest.mark.parametrize("sides", ["one", "two"])
+def test_sac_pushes_a_point_to_the_middle(sides: str, tmp_path: Path) -> None:
+    devices = {"actor_device": "cpu", "critic_device": "cpu"} if sides == "two" else {}
+    mean = play("sac-control", "pointmass", 1, tmp_path / "run", **devices)
     assert (mean - RANDOM_RETURN) / (BEST_RETURN - RANDOM_RETURN) >= 0.95

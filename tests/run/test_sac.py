@@ -16,6 +16,7 @@ from headrace.telemetry.record import read_metrics
 from tests.run.test_local import assert_same_weights, stop_after, timeless
 
 REPLAY = {"replay_capacity": 400, "replay_min": 64, "samples_per_insert": 4.0}
+SIDES = {"actor_device": "cpu", "critic_device": "cpu"}
 
 
 def a_config(out: Path, **settings: Any) -> RunConfig:
@@ -94,6 +95,9 @@ def test_workers_that_act_fill_the_same_replay(tmp_path: Path) -> None:
         ({"network": {"heads": "policy_value"}}, "sac needs heads actor_critics"),
         ({"network": {"lstm_size": 8}}, "no LSTM"),
         ({"algorithm": "impala", "network": {"heads": "actor_critics"}}, "leave out --heads"),
+        ({"algorithm": "impala", "actor_device": "cpu", "critic_device": "cpu"}, "no two sides"),
+        ({"learning": {"update_order": "sequential"}, **SIDES}, "leave it out"),
+        ({**SIDES, "critic_device": "cuda:99"}, "no device 'cuda:99'"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(
@@ -108,3 +112,20 @@ def config_with(tmp_path: Path, settings: dict[str, Any]) -> RunConfig:
         return from_dict({"env": "pointmass", **settings})
     values = merged(find("sac-control").values, {"env": "pointmass", "out": str(tmp_path)})
     return from_dict(merged(values, settings))
+
+
+def test_two_sides_on_one_processor_learn_what_one_learns(tmp_path: Path) -> None:
+    """Whole runs, in lockstep: actor and critics in two threads, or one after the other."""
+    one = a_config(tmp_path / "one", learning={"update_order": "simultaneous"})
+    two = a_config(tmp_path / "two", actor_device="cpu", critic_device="cpu")
+    for config in (one, two):
+        assert train(config).finished
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+
+
+def test_several_updates_at_once_count_as_several(tmp_path: Path) -> None:
+    result = train(a_config(tmp_path / "run", learning={"updates_per_call": 4}))
+    assert result.metrics["updates"] % 4 == 0
+    assert result.metrics["samples"] == 32 * result.metrics["updates"]
+    assert result.metrics["samples_per_insert"] == pytest.approx(4.0, rel=0.3)

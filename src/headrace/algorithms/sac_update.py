@@ -13,15 +13,17 @@ learn     chain rule through it   ◀─────────
 Sequential: critics learn, then the actor learns from the critics that are new, as published.
 Simultaneous: both learn from the critics of before, so that neither waits for the other's step.
 
-Everything steps in place, and nothing here asks Python for a number on the way.
+Everything steps in place, and nothing here asks Python for a number on the way. A compiler sees
+functions of weights (`torch.func`); without one the modules are called as they are, and autograd
+differentiates them, which costs less there.
 
 Shape suffixes: N = critics, B = transitions, D = components of an action.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,9 @@ from headrace.algorithms.sac_objectives import (
 from headrace.algorithms.transitions import Transition
 from headrace.ops.soft_values import move_towards, temperature_loss
 from headrace.ops.squashed_normal import SquashedNormal
+
+Params = dict[str, Tensor] | None
+"""Weights by name; None for those that the module has."""
 
 
 class Learned(NamedTuple):
@@ -114,14 +119,14 @@ class ActorSide:
         """The temperature now: a constant, scalar."""
         return self.log_alpha.detach().exp() if self.fixed_alpha is None else self.fixed_alpha
 
-    def act(self, params: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    def act(self, params: Params, rows: Tensor) -> Tensor:
         """Returns parameters of the policy for `rows`, by weights."""
-        return functional_call(self.actor, dict(params), (rows,))  # type: ignore[no-any-return]
+        return _called(self.actor, params, rows)
 
     def drawn(self, rows: Tensor, noise_BD: Tensor) -> Drawn:
         """Draws actions by the weights as they are."""
         return draw_actions(
-            lambda seen: self.act(self.optimizer.params, seen), rows, noise_BD, self.policy
+            lambda seen: self.act(_own(self.optimizer), seen), rows, noise_BD, self.policy
         )
 
     def propose(self, transition: Transition, draws: Draws) -> Proposed:
@@ -141,7 +146,7 @@ class ActorSide:
         """
         alpha = self.alpha
 
-        def objective(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def objective(params: Params) -> tuple[Tensor, Tensor]:
             drawn = draw_actions(
                 lambda seen: self.act(params, seen),
                 transition.observation,
@@ -151,7 +156,7 @@ class ActorSide:
             loss = alpha * drawn.log_prob.mean() - (slope_BD * drawn.action).sum()
             return loss, drawn.log_prob
 
-        grads, log_prob_B = torch.func.grad(objective, has_aux=True)(self.optimizer.params)
+        grads, _, log_prob_B = _differentiated(objective, self.actor, self.optimizer)
         return self._step(grads, log_prob_B, alpha, scale)
 
     def learn(
@@ -160,7 +165,7 @@ class ActorSide:
         """Takes a step by the critics as they are; returns the loss too."""
         alpha = self.alpha
 
-        def objective(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def objective(params: Params) -> tuple[Tensor, Tensor]:
             return actor_objective(
                 lambda seen: self.act(params, seen),
                 critics.q,
@@ -170,8 +175,7 @@ class ActorSide:
                 policy=self.policy,
             )
 
-        differentiate = torch.func.grad_and_value(objective, has_aux=True)
-        grads, (loss, log_prob_B) = differentiate(self.optimizer.params)
+        grads, loss, log_prob_B = _differentiated(objective, self.actor, self.optimizer)
         return loss, self._step(grads, log_prob_B, alpha, scale)
 
     def _step(
@@ -179,13 +183,10 @@ class ActorSide:
     ) -> ActorLearned:
         norm = self.optimizer.step(grads, scale)
         if self.fixed_alpha is None:
-
-            def objective(params: dict[str, Tensor]) -> Tensor:
-                return temperature_loss(params["log_alpha"], log_prob_B, self.target_entropy)
-
-            self.alpha_optimizer.step(
-                torch.func.grad(objective)(self.alpha_optimizer.params), scale
-            )
+            # The loss is proportional to alpha, so it is its own slope by the log.
+            log_alpha = self.alpha_optimizer.params["log_alpha"]
+            slope = temperature_loss(log_alpha, log_prob_B, self.target_entropy)
+            self.alpha_optimizer.step({"log_alpha": slope}, scale)
         return ActorLearned(norm, log_prob_B.mean())
 
 
@@ -202,7 +203,7 @@ class CriticSide:
 
     def q(self, rows: Tensor, action_BD: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
         """Returns Q [N, B] by the weights as they are."""
-        return self._q(self.optimizer.params, rows, action_BD, masks)
+        return _called(self.critics, _own(self.optimizer), rows, action_BD, masks)
 
     def judge(self, transition: Transition, action_BD: Tensor, draws: Draws) -> Judged:
         """Says how good the actor's actions are, and which way is better."""
@@ -211,8 +212,13 @@ class CriticSide:
             q_NB = self.q(transition.observation, action_BD, draws.actor_masks)
             return q_NB.amin(dim=0).mean()
 
-        slope_BD, least_mean = torch.func.grad_and_value(objective)(action_BD)
-        return Judged(least_mean, slope_BD)
+        if torch.compiler.is_compiling():
+            slope_BD, least_mean = torch.func.grad_and_value(objective)(action_BD)
+            return Judged(least_mean, slope_BD)
+        with torch.enable_grad():
+            leaf_BD = action_BD.detach().requires_grad_()
+            least_mean = objective(leaf_BD)
+        return Judged(least_mean.detach(), torch.autograd.grad(least_mean, leaf_BD)[0])
 
     def learn(
         self,
@@ -227,40 +233,27 @@ class CriticSide:
         """Takes a step, and moves the targets."""
 
         def target(rows: Tensor, action_BD: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
-            params = self.target_params
-            return functional_call(  # type: ignore[no-any-return]
-                self.target, params, (rows, action_BD, masks)
-            )
+            params = self.target_params if torch.compiler.is_compiling() else None
+            return _called(self.target, params, rows, action_BD, masks)
 
         target_B = targets_of(target, transition, behind, masks=draws.target_masks, alpha=alpha)
 
-        def objective(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def objective(params: Params) -> tuple[Tensor, Tensor]:
             return critics_objective(
-                lambda *inputs: self._q(params, *inputs),
+                lambda *inputs: _called(self.critics, params, *inputs),
                 transition,
                 target_B=target_B,
                 weight_B=weight_B,
                 masks=draws.masks,
             )
 
-        differentiate = torch.func.grad_and_value(objective, has_aux=True)
-        grads, (loss, q_NB) = differentiate(self.optimizer.params)
+        grads, loss, q_NB = _differentiated(objective, self.critics, self.optimizer)
         norm = self.optimizer.step(grads, scale)
         move_towards(
             list(self.target_params.values()), list(self.optimizer.params.values()), self._tau
         )
         td_error_B = (q_NB - target_B).abs().mean(dim=0)
         return CriticsLearned(loss, norm, q_NB.mean(), target_B.mean(), td_error_B)
-
-    def _q(
-        self,
-        params: Mapping[str, Tensor],
-        rows: Tensor,
-        action_BD: Tensor,
-        masks: tuple[Tensor, ...],
-    ) -> Tensor:
-        inputs = (rows, action_BD, masks)
-        return functional_call(self.critics, dict(params), inputs)  # type: ignore[no-any-return]
 
 
 def learn_in_sequence(
@@ -297,3 +290,29 @@ def learned(
         alpha=alpha,
         td_error=of_critics.td_error,
     )
+
+
+def _own(optimizer: FunctionalAdam) -> Params:
+    """The weights to call a module with, as they are."""
+    return optimizer.params if torch.compiler.is_compiling() else None
+
+
+def _called(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
+    result: Tensor = module(*inputs) if params is None else functional_call(module, params, inputs)
+    return result
+
+
+def _differentiated(
+    objective: Callable[[Params], tuple[Tensor, Tensor]],
+    module: nn.Module,
+    optimizer: FunctionalAdam,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Returns gradients by name, the loss, and what comes with it; constants."""
+    if torch.compiler.is_compiling():
+        differentiate = torch.func.grad_and_value(objective, has_aux=True)
+        grads, (loss, beside) = differentiate(optimizer.params)
+        return grads, loss, beside
+    with torch.enable_grad():
+        loss, beside = objective(None)
+    found = torch.autograd.grad(loss, list(module.parameters()))
+    return dict(zip(optimizer.params, found, strict=True)), loss.detach(), beside.detach()
