@@ -50,7 +50,8 @@ class RunConfig:
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the networks, or for whole updates (sac). auto: on for a GPU; on a CPU for
-    whole updates of runs long enough, else off, since it gains nothing."""
+    whole updates of runs long enough, else off, since it gains nothing; where it fails, the
+    networks run as they are."""
     pool: Literal["auto", "inline", "shm"] = "auto"
     """Where environments in Python step: shm, in worker processes; inline, in the server's own
     thread. auto is what suits the environment, and inline with `lockstep`."""

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.algorithms.functional_adam import FunctionalAdam
 from headrace.algorithms.optimizers import OptimizerConfig
 from headrace.algorithms.sac import Sac, SacConfig
+from headrace.algorithms.sac_orders import Simultaneous, to
 from headrace.errors import ConfigError
+from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.models import NetworkConfig, mlp
 from headrace.records import Batch
 from headrace.specs import EnvSpec
@@ -171,8 +173,12 @@ def test_a_captured_call_learns_what_a_plain_one_does(
     before = settled(captured)
     captured.warm_up(batches[0])
     assert all(map(torch.equal, before, settled(captured))), "the warm-up is taken back"
-    assert learn(captured, batches) == learn(plain, batches)
+    first = captured.update(batches[0], progress=0.0).metrics
+    kept = {name: value.item() for name, value in first.items()}
+    learn(plain, batches[:1])
+    assert learn(captured, batches[1:]) == learn(plain, batches[1:])
     assert all(map(torch.equal, settled(captured), settled(plain)))
+    assert {name: value.item() for name, value in first.items()} == kept, "whoever keeps metrics"
 
 
 def test_a_side_that_fails_is_heard(
@@ -191,6 +197,102 @@ def test_a_side_that_fails_is_heard(
         sac.beside = lambda work: pool.submit(work).result
         with pytest.raises(RuntimeError, match="device lost"):
             learn(sac, batches_of(spec, random_batch, 1))
+
+
+def test_a_call_is_recorded_only_where_its_batches_come_to(
+    spec_of: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was recorded on one device would do nothing for networks on another."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    elsewhere = torch.device("meta")
+    here, there = (sac_of(spec_of("continuous")) for _ in range(2))
+    here.place(CPU, CPU)
+    there.place(elsewhere, elsewhere)
+    for sac in (here, there):
+        sac.compile(called_again)
+    assert isinstance(here._order, Simultaneous)
+    assert here._order._recorded is not None
+    assert isinstance(there._order, Simultaneous)
+    assert there._order._recorded is None
+
+
+def test_a_processor_waits_for_what_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from a GPU that nobody waited for is read before it has come."""
+    calls: list[dict[str, Any]] = []
+
+    def recorded(tensor: Tensor, device: torch.device, **options: Any) -> Tensor:
+        calls.append({"device": device.type, **options})
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", recorded)
+    to((torch.zeros(1), ()), CPU)
+    to(torch.zeros(1), torch.device("cuda", 1))
+    assert calls == [
+        {"device": "cpu", "non_blocking": False},
+        {"device": "cuda", "non_blocking": True},
+    ]
+
+
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_weights_that_are_frozen_or_not_used_stay(
+    spec_of: MakeSpec, random_batch: MakeBatch, order: str
+) -> None:
+    """A user's own torso may have both."""
+    spec = spec_of("continuous")
+    sac = sac_of(spec, update_order=order)
+    model = sac.model
+    assert isinstance(model, ActorCriticsNet)
+    for part in (model.actor, model.critics):
+        part.unused = nn.Parameter(torch.ones(3))
+    model.actor.torso.layers[0].weight.requires_grad_(False)  # type: ignore[union-attr, index]
+    model.critics.biases[0].requires_grad_(False)
+    sac = Sac(model, sac._config, spec=spec)
+    before = copy.deepcopy(model.state_dict())
+    target = copy.deepcopy(sac.target_critics.state_dict())
+    learn(sac, batches_of(spec, random_batch, 2))
+    stay = {name for name, tensor in model.state_dict().items() if tensor.equal(before[name])}
+    assert stay == {
+        *("actor.unused", "critics.unused"),
+        *("actor.torso.layers.0.weight", "critics.biases.0"),
+    }
+    followed = sac.target_critics.state_dict()
+    assert {name for name in target if followed[name].equal(target[name])} == {"unused", "biases.0"}
+
+
+def test_a_warm_up_that_fails_leaves_no_trace(
+    spec_of: MakeSpec, random_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be compiled is then done without."""
+    spec = spec_of("continuous")
+    sac, other = (sac_of(spec, DROQ, update_order="simultaneous") for _ in range(2))
+    before, batches = settled(sac), batches_of(spec, random_batch, 2)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", lambda function, **_: function)
+        sac.compile()
+        patched.setattr(sac._order, "_learn_actor", broken)  # the critics have learned by then
+        with pytest.raises(RuntimeError, match="no compiler"):
+            sac.warm_up(batches[0])
+    assert all(map(torch.equal, before, settled(sac)))
+    sac.compile(graphs=False)
+    assert learn(sac, batches) == learn(other, batches)
+
+
+def test_a_run_goes_on_on_another_kind_of_device(
+    spec_of: MakeSpec, random_batch: MakeBatch
+) -> None:
+    """`device` is free on resume, and a GPU's draws have a state of 16 bytes."""
+    spec = spec_of("continuous")
+    before, after = sac_of(spec), sac_of(spec)
+    batches = batches_of(spec, random_batch, 2)
+    learn(before, batches)
+    of_gpu = {"generator": torch.zeros(16, dtype=torch.uint8)}
+    after.load_state_dict({**before.state_dict(), **of_gpu})
+    assert after._updates == 2
+    learn(after, batches)
 
 
 def test_mistakes_are_named(spec_of: MakeSpec) -> None:

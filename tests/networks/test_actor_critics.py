@@ -240,3 +240,22 @@ def test_what_does_not_go_together_is_refused() -> None:
     for settings in ({"num_critics": 0}, {"critic_dropout": 1.0}, {"critic_dropout": -0.1}):
         with pytest.raises(ConfigError, match="num_critics must be at least 1"):
             NetworkConfig(heads="actor_critics", **settings)  # type: ignore[arg-type]
+
+
+def test_statistics_are_kept_where_each_side_lies() -> None:
+    """Actor and critics may learn on two devices, and frames come to one."""
+
+    class Watching(nn.Flatten):
+        seen: torch.device | None = None
+
+        def observe(self, frames: Tensor) -> None:
+            self.seen = frames.device
+
+    spec = make_spec(gym.spaces.Box(-9, 9, (3,), np.float32))
+    model = ActorCriticsNet(Watching, 3, spec, NetworkConfig(heads="actor_critics"))
+    model.critics.to("meta")
+    model.observe(torch.zeros(2, 3))
+    assert isinstance(model.actor.torso, Watching)
+    assert isinstance(model.critics.torso, Watching)
+    assert model.actor.torso.seen == torch.device("cpu")
+    assert model.critics.torso.seen == torch.device("meta")

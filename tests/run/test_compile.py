@@ -1,5 +1,8 @@
 """Compiled runs: everything is compiled before the run's threads start, and nothing after."""
 
+import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ import torch
 
 from headrace import preset, train
 from headrace.envs.pointmass import POINTMASS
+from headrace.errors import ConfigError
 from headrace.records import Batch, PolicyInput
-from headrace.run import local
+from headrace.run import compute, local
 from headrace.run.build import Parts, make_algorithm, make_model
 from headrace.specs import EnvSpec
 
@@ -38,9 +42,10 @@ def test_nothing_is_compiled_after_the_warm_up(
     graphs: list[int] = []
     warm_up = local.warm_up
 
-    def counting(parts: Parts) -> None:
-        warm_up(parts)
+    def counting(parts: Parts, on_message: Callable[[str], None]) -> Parts:
+        warm = warm_up(parts, on_message)
         graphs.append(counters["stats"]["unique_graphs"])
+        return warm
 
     monkeypatch.setattr(local, "warm_up", counting)
     torch.compiler.reset()
@@ -51,6 +56,46 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert result.metrics["updates"] > 3
     assert graphs[0] > 0, "nothing was compiled, so this test would prove nothing"
     assert counters["stats"]["unique_graphs"] == graphs[0]
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "impala"])
+@pytest.mark.parametrize("wish", ["auto", "on"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_that_fails_is_named_and_costs_no_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    algorithm: str,
+    wish: str,
+) -> None:
+    """Such as one without Python's headers. Where the user has not asked, a run goes without it."""
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - importing it takes seconds
+
+    def broken(*_: Any, **__: Any) -> Any:
+        said = "backend='inductor' raised:\nCppCompileError: C++ compile error\n\nOutput:\n"
+        raise TorchDynamoException(said + "a.cpp:1:10: fatal error: Python.h: No such file\n1 |")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(compute, "_pays_on_cpu", lambda *_: True)
+    out = tmp_path / "run"
+    config = preset(
+        {"sac": "sac-control", "impala": "catch"}[algorithm],
+        {"sac": "pointmass", "impala": "catch"}[algorithm],
+        total_frames=4_000,
+        compile=wish,
+        out=str(out),
+        device="cpu",
+    )
+    said = r"cannot be compiled here \(a.cpp:1:10: fatal error: Python.h: No such file\)"
+    if wish == "on":
+        with pytest.raises(ConfigError, match=rf"{said}: mend that, or train without by --compile"):
+            train(config)
+        return
+    with caplog.at_level(logging.INFO, "headrace"):
+        result = train(config)
+    assert result.finished
+    assert result.metrics["updates"] > 3
+    assert re.search(rf"{said}, so they run as they are", caplog.text)
 
 
 @pytest.mark.slow

@@ -159,9 +159,9 @@ class Algorithm(Protocol):
     - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
     - `beside`: a `Beside`, which the system may replace by one that has a thread.
     - `target_model`: a second network, compiled where `model` is.
-    - `compile(capture)`: makes the whole update one graph, in place of `model`; on a GPU `capture`
-      records it (see `Capture`). `worth_compiling(config) -> bool` (static): whether it should on a
-      CPU too.
+    - `compile(capture, *, graphs)`: makes the whole update one graph, in place of `model`, or
+      without `graphs` takes that back; on a GPU `capture` records it (see `Capture`).
+      `worth_compiling(config, agent_steps) -> bool` (static): whether it should on a CPU too.
     - `place(actor, critics)`: moves its two sides to devices of their own.
     - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
     - `eval_epsilon`: epsilon of the environments that play beside training.

@@ -35,7 +35,7 @@ from headrace.algorithms.base import (
 from headrace.algorithms.optimizers import learning_rate_at
 from headrace.algorithms.sac_config import SacConfig
 from headrace.algorithms.sac_objectives import Draws
-from headrace.algorithms.sac_orders import Inputs, Sequential, Simultaneous
+from headrace.algorithms.sac_orders import Inputs, Order, Sequential, Simultaneous
 from headrace.algorithms.sac_update import ActorSide, CriticSide, Learned
 from headrace.algorithms.transitions import Transition, transitions
 from headrace.errors import ConfigError
@@ -110,8 +110,6 @@ class Sac:
         self._policy = SquashedNormal(tuple(space.low.tolist()), tuple(space.high.tolist()))
         self._device = next(model.parameters()).device
         self._updates = 0
-        self._capture: Capture | None = None
-        self._is_compiled = False
         self._generator = torch.Generator(self._device)
         self._generator.manual_seed(0)
         self._put(self._device, self._device, order=config.update_order)
@@ -122,15 +120,20 @@ class Sac:
         per_step = config.replay.samples_per_insert / config.batch_unrolls
         return not per_step or per_step * agent_steps >= _WORTH_COMPILING
 
-    def compile(self, capture: Capture | None = None) -> None:
-        """Makes an update one graph; with `capture`, replays all of a call as it was recorded."""
-        self._is_compiled, self._capture = True, capture
-        self._order.compile(capture)
+    def compile(self, capture: Capture | None = None, *, graphs: bool = True) -> None:
+        """Makes an update one graph; with `capture`, replays all of a call as it was recorded.
+
+        A call is recorded only where all of it runs on the device that batches come to. Without
+        `graphs` an update is again what it was before.
+        """
+        sides = (self._actor.log_alpha, next(self.model.critics.parameters()))
+        is_here = all(tensor.device == self._device for tensor in sides)
+        self._order.compile(capture if is_here else None, graphs=graphs)
 
     def place(self, actor: torch.device, critics: torch.device) -> None:
         """Moves the two sides to two devices, or, if they are the same, to two threads of it.
 
-        Before anything was learned.
+        Before anything was learned or compiled.
 
         Raises:
             ConfigError: the critics are to learn first.
@@ -207,7 +210,7 @@ class Sac:
         # Last: the losses saw by the statistics of before.
         self.model.observe(batch.inputs.observation[:1, :, -1])
         last = results[-1]
-        metrics = {
+        said = {
             "loss/critic": last.critic_loss,
             "loss/actor": last.actor_loss,
             "loss/entropy": -last.log_prob_mean,
@@ -218,8 +221,10 @@ class Sac:
             "truncated_skipped": (~transition.known).sum().float(),
             "gradient_norm": last.critic_norm,
             "gradient_norm_actor": last.actor_norm,
-            "learning_rate": torch.tensor(learning_rate),
         }
+        # Copies: what was recorded writes to the same tensors at the next call.
+        metrics = dict(zip(said, torch._foreach_add(list(said.values()), 0.0), strict=True))
+        metrics["learning_rate"] = torch.tensor(learning_rate)
         finite = self._all_finite(results)
         priority_B = None
         if self._config.replay.priority_exponent:
@@ -233,10 +238,12 @@ class Sac:
         state = self._tensors()
         kept = [tensor.clone() for tensor in state]
         transition = self.transition(batch)
-        self._learn(batch, transition, self.draw(len(transition.reward)), 0.0)
-        torch._foreach_copy_(state, kept)
-        self._updates = before
-        self._generator.set_state(drawn)
+        try:
+            self._learn(batch, transition, self.draw(len(transition.reward)), 0.0)
+        finally:  # what cannot be compiled is perhaps done without
+            torch._foreach_copy_(state, kept)
+            self._updates = before
+            self._generator.set_state(drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns moments, target critics, temperature and the state of the draws."""
@@ -251,7 +258,7 @@ class Sac:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Puts back what `state_dict` gave; on another kind of device, all but the draws."""
         self._updates = state["updates"]
         self._critics.optimizer.load_state_dict(state["critic_optimizer"])
         self._actor.optimizer.load_state_dict(state["actor_optimizer"])
@@ -259,7 +266,9 @@ class Sac:
         self.target_critics.load_state_dict(state["target"])
         with torch.no_grad():
             self._actor.log_alpha.copy_(state["log_alpha"])
-        self._generator.set_state(state["generator"].cpu())
+        drawn = state["generator"].cpu()
+        if len(drawn) == len(self._generator.get_state()):  # else of another kind of device
+            self._generator.set_state(drawn)
 
     def _put(self, actor: torch.device, critics: torch.device, *, order: str) -> None:
         """Makes the two sides where their networks lie."""
@@ -274,9 +283,9 @@ class Sac:
         )
         self._critics = CriticSide(self.model.critics, self.target_critics, config)
         kind = Simultaneous if order == "simultaneous" else Sequential
-        self._order = kind(self._actor, self._critics, actor_device=actor, critic_device=critics)
-        if self._is_compiled:
-            self._order.compile(self._capture)
+        self._order: Order = kind(
+            self._actor, self._critics, actor_device=actor, critic_device=critics
+        )
 
     def _learn(
         self, batch: Batch, transition: Transition, draws: Draws, learning_rate: float

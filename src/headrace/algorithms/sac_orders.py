@@ -44,8 +44,8 @@ class Inputs(NamedTuple):
 class Order(Protocol):
     """How updates are taken."""
 
-    def compile(self, capture: Capture | None) -> None:
-        """Makes graphs of them; `capture` records a whole call."""
+    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
+        """Makes graphs of them, or takes that back; `capture` records a whole call."""
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
         """Takes `count` updates. What it returns holds until the next call."""
@@ -68,9 +68,9 @@ class Sequential:
         self._learn: Callable[..., Learned] = learn_in_sequence
         self._recorded: Recorded | None = None
 
-    def compile(self, capture: Capture | None) -> None:
+    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
         """Makes an update one graph."""
-        self._learn = torch.compile(learn_in_sequence, fullgraph=True, dynamic=False)
+        self._learn = _graph(learn_in_sequence) if graphs else learn_in_sequence
         self._recorded = None if capture is None else Recorded(self._all, capture)
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
@@ -105,21 +105,22 @@ class Simultaneous:
         actor_device: torch.device,
         critic_device: torch.device,
     ) -> None:
+        self._actor, self._critics = actor, critics
         self._actor_device, self._critic_device = actor_device, critic_device
         self._propose, self._learn_actor = actor.propose, actor.learn_by_slope
         self._judge, self._learn_critics = critics.judge, critics.learn
         self._recorded: Recorded | None = None
 
-    def compile(self, capture: Capture | None) -> None:
-        """Makes a graph of each part; records all of them where there is one device."""
-
-        def graph(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, fullgraph=True, dynamic=False)
-
-        self._propose, self._learn_actor = graph(self._propose), graph(self._learn_actor)
-        self._judge, self._learn_critics = graph(self._judge), graph(self._learn_critics)
-        if capture is not None and self._actor_device == self._critic_device:
-            self._recorded = Recorded(self._in_turn, capture)
+    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
+        """Makes a graph of each part."""
+        made = _graph if graphs else _itself
+        self._propose, self._learn_actor = (
+            made(part) for part in (self._actor.propose, self._actor.learn_by_slope)
+        )
+        self._judge, self._learn_critics = (
+            made(part) for part in (self._critics.judge, self._critics.learn)
+        )
+        self._recorded = None if capture is None else Recorded(self._in_turn, capture)
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
         """See `Order`."""
@@ -226,8 +227,21 @@ def share(inputs: Inputs, index: int, count: int) -> Inputs:
 
 
 def to(tensors: Any, device: torch.device) -> Any:
-    """Copies nested tensors to a device, unless they lie there."""
-    return _mapped(lambda tensor: tensor.to(device, non_blocking=True), tensors)
+    """Copies nested tensors to a device, unless they lie there.
+
+    Only a GPU may be sent them without waiting: its stream keeps the order. A processor would read
+    a copy that has not come yet.
+    """
+    in_order = device.type == "cuda"
+    return _mapped(lambda tensor: tensor.to(device, non_blocking=in_order), tensors)
+
+
+def _graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _joined(

@@ -108,7 +108,7 @@ class ActorSide:
         """Takes what learns, on its device."""
         self.actor, self.log_alpha = actor, log_alpha
         self.policy, self.target_entropy = policy, target_entropy
-        self.optimizer = FunctionalAdam(dict(actor.named_parameters()), config.optimizer)
+        self.optimizer = FunctionalAdam(learning_parameters(actor), config.optimizer)
         self.alpha_optimizer = FunctionalAdam({"log_alpha": log_alpha}, config.optimizer)
         self.fixed_alpha: Tensor | None = None
         if config.temperature is not None:
@@ -197,8 +197,9 @@ class CriticSide:
         """Takes what learns and what follows it, on their device."""
         self.critics = critics
         self.target = target
-        self.target_params = {name: x.detach() for name, x in target.named_parameters()}
-        self.optimizer = FunctionalAdam(dict(critics.named_parameters()), config.optimizer)
+        self.optimizer = FunctionalAdam(learning_parameters(critics), config.optimizer)
+        followers = dict(target.named_parameters())
+        self.target_params = {name: followers[name].detach() for name in self.optimizer.params}
         self._tau = config.target_tau
 
     def q(self, rows: Tensor, action_BD: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -292,6 +293,11 @@ def learned(
     )
 
 
+def learning_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters of a module that are not frozen, by name."""
+    return {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+
 def _own(optimizer: FunctionalAdam) -> Params:
     """The weights to call a module with, as they are."""
     return optimizer.params if torch.compiler.is_compiling() else None
@@ -314,5 +320,10 @@ def _differentiated(
         return grads, loss, beside
     with torch.enable_grad():
         loss, beside = objective(None)
-    found = torch.autograd.grad(loss, list(module.parameters()))
+    found = torch.autograd.grad(
+        loss,
+        list(learning_parameters(module).values()),
+        allow_unused=True,  # a torso of the user's may have weights that it does not use
+        materialize_grads=True,
+    )
     return dict(zip(optimizer.params, found, strict=True)), loss.detach(), beside.detach()

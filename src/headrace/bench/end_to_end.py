@@ -40,11 +40,11 @@ from headrace.bench.settings import (
     learning_settings,
     run_config,
 )
-from headrace.config import RunConfig
+from headrace.config import RunConfig, takes_turns
 from headrace.learner.loop import Learner
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build, network_name
-from headrace.run.local import train_overlapped
+from headrace.run.local import train_in_turns, train_overlapped
 from headrace.run.pools import make_pool
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory, usable_cores
@@ -184,6 +184,7 @@ class Window:
             elapsed_s=0.0,
         )
         self._since_s: float | None = None  # the first update, then the end of the warm-up
+        self._steps_seen = -1  # agent steps at the newest update
         self._rows: list[Row] = []  # when measuring began, and when it ended
 
     def over(self) -> bool:
@@ -194,14 +195,20 @@ class Window:
         """Has nothing else to do."""
 
     def learn(self, timeout_s: float) -> None:
-        """Takes one update if a batch is there; the window begins and ends with an update."""
+        """Takes one update if a batch is there; the window begins and ends with an update.
+
+        And with one that follows upon agent steps: where server and learner take turns, the window
+        has whole turns of both then.
+        """
         update = self._learner.learn(progress=0.0, timeout_s=timeout_s, waits=self.waits)
         if update is None:
             return
-        now_s = time.monotonic()
+        now_s, steps = time.monotonic(), self.parts.source.agent_steps
+        stepped, self._steps_seen = steps != self._steps_seen, steps
+        due_s = self._seconds if self._rows else self._warmup_s
         if self._since_s is None:
             self._since_s = now_s
-        elif now_s - self._since_s >= (self._seconds if self._rows else self._warmup_s):
+        elif stepped and now_s - self._since_s >= due_s:
             self._since_s = now_s
             self._rows.append(self._reporter.row(update))
 
@@ -213,7 +220,7 @@ class Window:
         """Samples through the gradient per agent step, within the window."""
         first, last = self._rows
         samples = float(last["samples"]) - float(first["samples"])
-        return samples / max(1.0, float(last["agent_steps"]) - float(first["agent_steps"]))
+        return samples / (float(last["agent_steps"]) - float(first["agent_steps"]))
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -248,8 +255,13 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         stack.callback(parts.training.pool.close)
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
-            warm_up(parts)
-        window = train(parts, warmup_s=arguments.warmup_s, seconds=arguments.seconds)
+            parts = warm_up(parts)
+        window = train(
+            parts,
+            turns=takes_turns(config),
+            warmup_s=arguments.warmup_s,
+            seconds=arguments.seconds,
+        )
         parts.training.pool.close()  # its threads would take the ceilings' time
         torch.set_num_threads(1)
         ceiling = measure_ceiling(
@@ -261,13 +273,13 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     return result_of(config, parts, window, ceiling)
 
 
-def train(parts: Parts, *, warmup_s: float, seconds: float) -> Window:
-    """Trains in the run's own threads until the window is measured."""
+def train(parts: Parts, *, turns: bool, warmup_s: float, seconds: float) -> Window:
+    """Trains in the run's own threads, or in turns as it would, until the window is measured."""
     waits = Waits()
     learner = Learner(parts.algorithm, parts.feed, parts.weights, device=parts.compute.device)
     window = Window(parts, learner, waits, warmup_s=warmup_s, seconds=seconds)
     with more_threads(parts):
-        train_overlapped(window)
+        (train_in_turns if turns else train_overlapped)(window)
     learner.ensure_finite()
     return window
 

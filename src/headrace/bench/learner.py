@@ -115,14 +115,14 @@ def measure(arguments: Arguments, batch_unrolls: int | None) -> dict[str, Any]:
         compute = parts.compute
         torch.set_num_threads(compute.threads)
         if compute.needs_warm_up:
-            warm_up(parts)
+            parts = warm_up(parts)
         experience = parts.algorithm.experience
         timing = stages.learner_alone(config, parts, arguments.seconds, num_envs=_FILLING_ENVS)
     return {
         "device": str(compute.device),
         "threads": compute.threads,
         "precision": str(compute.precision).removeprefix("torch."),
-        "compiled": compute.compiled,
+        "compiled": parts.compute.compiled,
         "batch_samples": experience.samples_per_update // experience.passes,
         "batch_unrolls": experience.batch_unrolls,
         "updates_per_s": timing.rounds_per_s,

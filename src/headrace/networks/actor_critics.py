@@ -237,9 +237,14 @@ class ActorCriticsNet(nn.Module):
 
     def observe(self, frames: Tensor) -> None:
         """Merges single frames [..., *observation] into the statistics that normalise, if any."""
-        for part in (self.normalizer, self.actor.torso, self.critics.torso):
+        sides = (
+            (self.normalizer, frames.device),
+            (self.actor.torso, self.actor.head.mean.weight.device),
+            (self.critics.torso, self.critics.weights[0].device),
+        )
+        for part, device in sides:
             if isinstance(part, Observer):
-                part.observe(frames)
+                part.observe(frames.to(device))
 
 
 def _uniform(*shape: int, bound: float) -> nn.Parameter:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from headrace import catalog
-from headrace.algorithms.base import Algorithm, Capture
+from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
@@ -23,6 +23,7 @@ class Compute(NamedTuple):
     precision: torch.dtype
     threads: int  # of each compute stage
     compiled: bool
+    must_compile: bool = False  # the user has said so; else what cannot be compiled runs as it is
 
     @property
     def needs_warm_up(self) -> bool:
@@ -40,6 +41,7 @@ def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
         threads=threads,
         compiled=config.compile == "on"
         or (config.compile == "auto" and (device.type == "cuda" or _pays_on_cpu(config, spec))),
+        must_compile=config.compile == "on",
     )
 
 
@@ -75,16 +77,23 @@ def place_sides(config: RunConfig, algorithm: Algorithm) -> None:
         move(choose_device(config.actor_device), choose_device(config.critic_device))
 
 
-def compile_update(algorithm: Algorithm, server_model: Any, device: torch.device) -> None:
-    """Has whole updates compiled, or else the networks; the warm-up does it (`run.warmup`)."""
+def compile_update(
+    algorithm: Algorithm, server_model: Any, device: torch.device, *, graphs: bool = True
+) -> None:
+    """Has whole updates compiled, or else the networks; the warm-up does it (`run.warmup`).
+
+    Without `graphs` it takes that back, and all is as with --compile off.
+    """
     on_gpu = device.type == "cuda"
-    whole: Callable[[Capture | None], None] | None = getattr(algorithm, "compile", None)
+    whole: Callable[..., None] | None = getattr(algorithm, "compile", None)
     networks = [server_model]
     if whole is None:
         networks += [algorithm.model, getattr(algorithm, "target_model", None)]
     else:
-        whole(cuda_capture(None) if on_gpu else None)
+        whole(cuda_capture(None) if on_gpu and graphs else None, graphs=graphs)
         networks = networks if on_gpu else []  # a small network acts as fast without
     for network in networks:
-        if network is not None:
+        if network is not None and graphs:
             network.compile(dynamic=False)
+        elif network is not None:
+            network._compiled_call_impl = None  # what `compile` sets: torch has no way back

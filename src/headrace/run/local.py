@@ -133,7 +133,7 @@ def run_training(
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
-            warm_up(parts)
+            parts = warm_up(parts, hooks.on_message)
         if checkpoint is not None:  # after the warm-up, which draws random numbers
             saving.restore(parts, checkpoint, hooks.on_message)
             run.rewrite_config(to_toml(config))

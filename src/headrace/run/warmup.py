@@ -5,19 +5,66 @@ None of this has run on a GPU yet; its logic is tested on a CPU (docs/performanc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from headrace.errors import ConfigError
 from headrace.run.build import Parts
+from headrace.run.compute import compile_update
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import GraphedActor, cuda_capture
 
+logger = logging.getLogger("headrace")
 
-def warm_up(parts: Parts) -> None:
-    """Runs every shape once; on a GPU, captures acting as CUDA graphs."""
+
+def warm_up(parts: Parts, on_message: Callable[[str], None] = logger.warning) -> Parts:
+    """Runs every shape once; on a GPU, captures acting as CUDA graphs.
+
+    Args:
+        parts: Of a run that has not begun.
+        on_message: Told if they run without being compiled, since that fails here.
+
+    Returns:
+        The parts, whose `compute` says whether they are compiled.
+
+    Raises:
+        ConfigError: they cannot be compiled, and the user wants them so.
+    """
+    compute = parts.compute
+    if not compute.compiled:
+        _run_all(parts)
+        return parts
+    # Importing it takes a second, which runs that compile nothing do not have to pay.
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415
+
+    try:
+        _run_all(parts)
+    except TorchDynamoException as error:
+        why = f"the networks cannot be compiled here ({_reason(str(error))})"
+        if compute.must_compile:
+            raise ConfigError(f"{why}: mend that, or train without by --compile off") from error
+        on_message(f"{why}, so they run as they are, which is slower")
+    else:
+        return parts
+    compile_update(parts.algorithm, parts.server_model, compute.device, graphs=False)
+    parts = parts._replace(compute=compute._replace(compiled=False))
+    _run_all(parts)
+    return parts
+
+
+def _reason(text: str) -> str:
+    """Returns the line that says most of what a compiler has said."""
+    lines = [line.strip() for line in text.splitlines()]
+    told = [line for line in lines if line and not line.startswith("backend=")]
+    errors = [line for line in told if "error: " in line and not line.startswith("Command")]
+    return " ".join((errors or told or ["no reason given"])[0].rstrip(".:").split())
+
+
+def _run_all(parts: Parts) -> None:
     device = parts.compute.device
     parts.algorithm.warm_up(parts.feed.example())
     server_model: Any = parts.server_model

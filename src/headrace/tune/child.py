@@ -117,14 +117,14 @@ def figures_of(window: Window, parts: Parts) -> dict[str, Any]:
     """Returns what the parent is told; rates are per second of wall clock."""
     row = window.row()
     ratio, held = window.samples_per_agent_step(), held_ratio(parts)
-    seen = float(row["agent_steps_per_s"])
-    steps, samples = balanced(seen, ratio * seen, held)
+    learned = float(row["update_frame_rate_hz"])
+    steps, samples = balanced(float(row["agent_steps_per_s"]), learned, held)
     return {
         "agent_steps_per_s": steps,
         "env_frames_per_s": steps * parts.spec.action_repeat,
         "samples_per_s": samples,
         "samples_per_agent_step": ratio if held is None else held,
-        "updates_per_s": row["updates_per_s"],
+        "updates_per_s": float(row["updates_per_s"]) * samples / learned,
         "bottleneck": row["bottleneck"],
         "wait": {name.removeprefix("wait/"): row[name] for name in row if name.startswith("wait/")},
         "policy_lag_mean": row.get("policy_lag_mean"),
@@ -147,7 +147,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         stack.callback(parts.close)
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
-            warm_up(parts)
+            parts = warm_up(parts)
         if "samples_per_agent_step" not in settings:
             return figures_of(measured_run(parts, config, seconds=settings["seconds"]), parts)
         parts.close()  # its workers would take the stages' time
