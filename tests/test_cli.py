@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli import main
+from headrace.cli import USAGE, main
 from headrace.config import from_dict, merged, read_toml
 from headrace.presets import PRESETS, find
 from headrace.run.api import train
@@ -190,7 +190,7 @@ def test_a_flag_that_cannot_be_read(argv: list[str], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["headrace COMMAND", "train ENV", "eval RUN"]),
+        (["--help"], ["headrace COMMAND", "train ENV", "tune ENV", "eval RUN"]),
         ([], ["headrace COMMAND"]),
         (["train", "--help"], ["--total-frames", "--learning-rate", "--num-envs", "--resume RUN"]),
         (["train", "catch", "-h"], ["--truncate-after", "150000"]),
@@ -283,3 +283,7 @@ def test_a_missing_extra_names_the_command_that_installs_it() -> None:
     assert ended.stderr == "headrace: Atari needs ale-py: pip install 'headrace[atari]'\n"
     assert "catch" in ended.stdout
     assert "pip install 'headrace[atari]'" in ended.stdout
+
+
+def test_the_list_of_commands_fits_a_terminal() -> None:
+    assert max(map(len, USAGE.splitlines())) <= 80

@@ -27,12 +27,14 @@ OWN_ENVIRONMENTS = {
 USAGE = """\
 usage: headrace COMMAND …
 
-  train ENV     train an agent, such as `headrace train ALE/Pong-v5`; --resume RUN goes on with one
-  tune ENV      find the fastest settings for this machine, and write them for `train --config`
+  train ENV     train an agent, such as `headrace train ALE/Pong-v5`; go on with
+                one by --resume RUN
+  tune ENV      find the fastest settings for this machine, for `train --config`
   eval RUN      play full episodes with a trained agent, and film one
   envs          what can be trained here, and what is missing
   presets       named settings, and where their numbers come from
-  bench NAME    measure this machine: end-to-end, pools, inference, learner, replay
+  bench NAME    measure this machine: end-to-end, pools, inference, learner,
+                replay
 
 `headrace COMMAND --help` explains a command."""
 

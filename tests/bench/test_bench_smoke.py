@@ -167,3 +167,12 @@ def test_a_free_pool_gives_every_environment_its_turn() -> None:
         assert len(set(step.env_id.tolist())) == 4
         turns.append(step.env_id)
     assert np.bincount(np.concatenate(turns)).tolist() == [2] * 6
+
+
+def test_end_to_end_takes_turns_where_training_does(capsys: pytest.CaptureFixture[str]) -> None:
+    # Two updates a turn, so that a window from one to the next would have no step at all.
+    argv = ("--algorithm", "ppo", "--unroll-steps", "4", "--seconds", "0.05")
+    result = printed(capsys, "end-to-end", "--smoke", "--json", *argv)
+    passes = from_dict({"env": "catch", "algorithm": "ppo"}).learning.epochs
+    assert result["samples_per_agent_step"] == pytest.approx(passes)  # in whole turns
+    assert result["agent_steps_per_s"] > 0

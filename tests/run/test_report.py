@@ -13,7 +13,7 @@ from torch import nn
 from headrace import train
 from headrace.algorithms.base import ExperienceSpec
 from headrace.run import report
-from headrace.run.report import Reporter, transmission_loss
+from headrace.run.report import Reporter, bottleneck, transmission_loss
 from headrace.telemetry.metrics import EpisodeStats, Quantiles, Waits
 from headrace.telemetry.record import read_metrics
 from tests.run import test_local, test_sac
@@ -127,3 +127,24 @@ def test_rows_of_a_run_with_a_replay(tmp_path: Path) -> None:
     assert any(row["updates_per_s"] for row in rows)
     for row in rows:
         assert row["update_frame_rate_hz"] == pytest.approx(32 * row["updates_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("environments", "slots", "unrolls", "stage"),
+    [
+        (0.1, 0.1, 0.1, "none"),
+        (0.1, 0.5, 0.1, "learner"),
+        (0.5, 0.1, 0.6, "environments"),
+        (0.1, 0.1, 0.6, "server"),
+        # In turns the server waits for no slots.
+        (0.4, None, 0.0, "environments"),
+        (0.1, None, 0.0, "none"),
+    ],
+)
+def test_the_stage_that_limits(
+    environments: float, slots: float | None, unrolls: float, stage: str
+) -> None:
+    shares = {"wait/server_for_environments": environments, "wait/learner_for_unrolls": unrolls}
+    if slots is not None:
+        shares["wait/server_for_slots"] = slots
+    assert bottleneck(shares) == stage

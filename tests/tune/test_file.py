@@ -193,6 +193,24 @@ def test_the_report_says_that_the_defaults_stay() -> None:
     assert unbeaten.winner == unbeaten.config
 
 
+def test_what_was_not_measured_is_not_said() -> None:
+    once = tuned()
+    once = once._replace(result=once.result._replace(gains=(1.5,), noise=0.0), estimates=None)
+    said = report.sentences(once)
+    assert "1.55 times the defaults (in 1 pair of trials); " in said[1]
+    assert "what one more core or GPU would bring was not measured: give a larger budget" in said
+
+
+def test_the_report_of_a_search_that_was_stopped_at_once() -> None:
+    stopped = tuned(beaten=False, stopped=True)
+    result = stopped.result
+    result = result._replace(trials=(), best=result.default, gains=(), gain=1.0)
+    assert report.sentences(stopped._replace(result=result, estimates=None)) == [
+        "tuned on 2 cores of Some Processor, no GPU: 0 trials in 61 s, then stopped",
+        "the defaults stay: there was no time to try anything else",
+    ]
+
+
 def test_the_text_has_its_history_and_is_toml() -> None:
     text = file.text_of(
         {"env": "catch", "server": {"num_envs": 128}},
@@ -240,5 +258,19 @@ def test_a_file_is_replaced_only_by_force(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere/tuned.toml", "folder"])
 def test_where_nothing_can_be_written(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot write .*--out"):
-        file.ensure_free(tmp_path / name, force=True)
+    for force in (False, True):
+        with pytest.raises(ConfigError, match=r"cannot write .*--out"):
+            file.ensure_free(tmp_path / name, force=force)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_nothing_is_left_of_what_could_not_be_written(
+    error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises((KeyboardInterrupt, ConfigError)):
+        file.write(tmp_path / "tuned.toml", "seed = 1\n", force=False)
+    assert list(tmp_path.iterdir()) == []

@@ -188,7 +188,7 @@ def test_settings_are_those_of_the_config_file() -> None:
     assert (changed.compile, changed.server.inference_batch) == ("on", 32)
     assert changed.learning == config.learning
     effects = knobs.effects(choice)
-    assert [effect.split()[0] for effect in effects] == ["num_envs", "precision"]
+    assert [effect.split()[0] for effect in effects] == ["num_envs", "precision", "compile"]
 
 
 def test_what_makes_no_difference_is_the_same_choice() -> None:
@@ -264,3 +264,27 @@ def test_every_preset_can_be_tuned(name: str) -> None:
     knobs = knobs_of(from_dict({**kept, "env": env}), tune_batch=True)
     for one in knobs.space.knobs:
         assert len(set(one.values)) == len(one.values) > 1
+
+
+def test_what_the_user_has_set_stays_with_another_batch() -> None:
+    sac = config_of("sac", learning={"batch_unrolls": 64, "replay": {"samples_per_insert": 64.0}})
+    knobs = knobs_of(sac, pinned=("samples_per_insert",), tune_batch=True)
+    assert knobs.settings(choice_of(knobs, batch_unrolls=256)) == {
+        "learning": {"batch_unrolls": 256}
+    }
+    impala = config_of(server={"queue_unrolls": 64}, learning={"batch_unrolls": 32})
+    knobs = knobs_of(impala, pinned=("queue_unrolls",), tune_batch=True)
+    assert knobs.settings(choice_of(knobs, batch_unrolls=64)) == {"learning": {"batch_unrolls": 64}}
+
+
+def test_one_environment_is_answered_in_one_way() -> None:
+    knobs = knobs_of(config_of("sac", server={"num_envs": 1}))
+    for part in knob(knobs, "inference_batch").values:
+        assert knobs.settings(choice_of(knobs, inference_batch=part)) == {}
+
+
+def test_the_time_of_compiling_is_told() -> None:
+    knobs = knobs_of()
+    (said,) = knobs.effects(choice_of(knobs, compile="on"))
+    assert said.startswith("compile on: a run begins by compiling")
+    assert knobs.effects(choice_of(knobs)) == []

@@ -342,3 +342,32 @@ def test_one_seed_is_one_search() -> None:
 def test_trials_can_be_counted_instead() -> None:
     result = run(Machine(pipeline), budget=BUDGET._replace(trials=3, pairs=1))
     assert len([trial for trial in result.trials if trial.stage != "final"]) == 3
+
+
+def test_after_a_trial_that_took_all_its_time_none_is_begun_in_vain() -> None:
+    # The defaults take 40 of 100 seconds, and are killed at half of the rest the second time.
+    machine = Machine(lambda _: 100.0, start_s=36.0)
+    measure = machine.measure
+
+    def patient(choice: Choice, *, seconds: float, deadline_s: float) -> Outcome:
+        before_s = machine.now_s
+        outcome = measure(choice, seconds=seconds, deadline_s=deadline_s)
+        if machine.now_s - before_s > deadline_s:
+            machine.now_s = before_s + deadline_s
+            return Outcome(0.0, "late", {})
+        return outcome
+
+    machine.measure = patient  # type: ignore[method-assign]
+    result = run(machine, budget=BUDGET._replace(total_s=100.0))
+    assert [trial.outcome.failure for trial in result.trials] == [None, "late"]
+    assert result.winner == DEFAULT
+
+
+def test_without_repeated_trials_of_a_length_others_tell_the_noise() -> None:
+    speeds = iter((100.0, 100.0, 110.0, 90.0, 100.0))
+    machine = Machine(lambda _: next(speeds))
+    result = run(machine, budget=BUDGET._replace(trials=3, pairs=1))
+    assert [trial.stage for trial in result.trials] == ["search"] * 3 + ["final"] * 2
+    assert result.noise == pytest.approx(0.071, rel=0.01)
+    assert result.gain == pytest.approx(100.0 / 90.0)
+    assert not result.beaten

@@ -16,7 +16,8 @@ import pytest
 
 from headrace.cli import main
 from headrace.config import from_dict, read_toml
-from headrace.tune import tuner
+from headrace.errors import ConfigError
+from headrace.tune import file, tuner
 from headrace.tune.space import Choice, Outcome
 
 SMALL = ("--device", "cpu", "--num-envs", "8", "--unroll-steps", "5", "--batch-unrolls", "4")
@@ -68,11 +69,22 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         (["tune"], "no environment: name it first"),
         (["tune", "katch"], "no environment named 'katch'; did you mean catch?"),
-        (["tune", "catch", "--budget-s", "20"], "a budget of 20 s is no time for trials of 4 s"),
+        (["tune", "catch", "--budget-s", "20"], "which take seconds to start: give at least 30 s"),
+        (
+            ["tune", "catch", "--budget-s", "35", "--seconds-per-trial", "4"],
+            "a budget of 35 s is no time for trials of 4 s: give at least 40 s, or lower",
+        ),
         (["tune", "catch", "--budget-s", "-5"], "a budget of -5 s is no time"),
+        (["tune", "catch", "--budget-s", "nan"], "a budget of nan s is no time"),
         (["tune", "catch", "--budget-s", "inf"], "a budget of inf s is no time"),
         (["tune", "catch", "--budget-minutes", "0.1"], "a budget of 6 s is no time"),
         (["tune", "catch", "--seconds-per-trial", "0"], "--seconds-per-trial must be positive"),
+        (["tune", "catch", "--seconds-per-trial", "inf"], "--seconds-per-trial must be positive"),
+        (
+            ["tune", "CartPole-v1", "--algorithm", "ppo", "--tune-batch"],
+            "ppo learns from whole turns, whose batch is not tuned: leave out --tune-batch",
+        ),
+        (["tune", "catch", "--tune-batch", "--batch-unrolls", "8"], "leave one out"),
         (
             ["tune", "catch", "--budget-s", "300", "--budget-minutes", "5"],
             "give --budget-s or --budget-minutes, not both",
@@ -84,7 +96,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["train", "catch", "--autotune", "--lockstep"], "leave one out"),
         (["train", "--autotune", "--resume", "run"], "--autotune cannot go with --resume"),
         (["train", "catch", "--autotune-budget-s", "60"], "is for --autotune"),
-        (["train", "catch", "--autotune", "--autotune-budget-s", "0"], "must be positive"),
+        (["train", "catch", "--autotune", "--autotune-budget-s", "0"], "a budget of 0 s is no"),
+        (["train", "catch", "--autotune", "--autotune-budget-s", "nan"], "a budget of nan s is no"),
         (["train", "catch", "--autotune", "--autotune-budget-s", "x"], "invalid float value: 'x'"),
     ],
 )
@@ -131,6 +144,50 @@ def test_the_winner_is_written_and_printed(
     assert all("num_envs" not in choice and "batch_unrolls" not in choice for choice in quick)
 
 
+def test_what_will_be_tried_is_said_first(
+    capsys: pytest.CaptureFixture[str], quick: list[Choice]
+) -> None:
+    main(["tune", "catch", *SMALL, "--budget-s", "60", "--json"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("tuning catch with impala on ")
+    assert (
+        "for up to 60 s, in trials that measure 2 s each; first the defaults, then other" in first
+    )
+    assert all(name in first for name in quick[0])
+
+
+def test_what_cannot_be_written_in_the_end_is_shown_all_the_same(
+    capsys: pytest.CaptureFixture[str], quick: list[Choice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ConfigError("cannot write x.toml: No space left on device")
+
+    monkeypatch.setattr(file, "write", full)
+    for more in ((), ("--json",)):
+        with pytest.raises(SystemExit) as ended:
+            main(["tune", "catch", *SMALL, *more])
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.endswith("headrace: cannot write x.toml: No space left on device\n")
+        if more:
+            result = json.loads(printed.out)
+            assert (result["settings"], result["file"]) == ({"compile": "on"}, None)
+        else:
+            assert "compile=on: 2.00 times the defaults" in printed.out
+            assert "train with it" not in printed.out
+    assert quick
+
+
+def test_autotune_refuses_a_used_folder_before_it_begins(
+    capsys: pytest.CaptureFixture[str], quick: list[Choice]
+) -> None:
+    Path("run").mkdir()
+    Path("run/config.toml").write_text("")
+    said = mistake(capsys, "train", "catch", *SMALL, "--autotune", "--out", "run")
+    assert "run is not empty" in said
+    assert quick == []
+
+
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str], quick: list[Choice]) -> None:
     main(["tune", "catch", *SMALL, "--json"])
     result = json.loads(capsys.readouterr().out)
@@ -140,12 +197,16 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str], quick: list[Choi
     assert result["gain"] == pytest.approx(2.0)
 
 
-def test_help_names_both_kinds_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_both_kinds_of_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         main(["tune", "--help"])
     assert not ended.value.code
     out = capsys.readouterr().out
     assert "--budget-s" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert "headrace train ENV --help" in out
 
 
@@ -233,6 +294,7 @@ def test_a_real_ctrl_c_ends_the_child_too() -> None:
         process_group=0,
     )
     assert parent.stderr is not None
+    assert parent.stderr.readline().startswith("tuning catch ")
     line = parent.stderr.readline()  # the first trial has ended, and another one will begin
     assert line.startswith("search: the defaults: "), line
     children: list[psutil.Process] = []

@@ -65,12 +65,14 @@ class Sequential:
         if actor_device != critic_device:
             raise ValueError("an update in sequence is of one device")
         self._actor, self._critics = actor, critics
+        self._device = actor_device
         self._learn: Callable[..., Learned] = learn_in_sequence
         self._recorded: Recorded | None = None
 
     def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
         """Makes an update one graph."""
-        self._learn = _graph(learn_in_sequence) if graphs else learn_in_sequence
+        made = _graph_on(self._device) if graphs else _itself
+        self._learn = made(learn_in_sequence)
         self._recorded = None if capture is None else Recorded(self._all, capture)
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
@@ -113,10 +115,11 @@ class Simultaneous:
 
     def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
         """Makes a graph of each part."""
-        made = _graph if graphs else _itself
+        made = _graph_on(self._actor_device) if graphs else _itself
         self._propose, self._learn_actor = (
             made(part) for part in (self._actor.propose, self._actor.learn_by_slope)
         )
+        made = _graph_on(self._critic_device) if graphs else _itself
         self._judge, self._learn_critics = (
             made(part) for part in (self._critics.judge, self._critics.learn)
         )
@@ -236,8 +239,14 @@ def to(tensors: Any, device: torch.device) -> Any:
     return _mapped(lambda tensor: tensor.to(device, non_blocking=in_order), tensors)
 
 
-def _graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def _graph_on(device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns what makes one graph of a function.
+
+    On a CPU what calls its kernels is C++ too, so that other threads have Python meanwhile; on a
+    GPU a capture does away with that.
+    """
+    options: Any = {"cpp_wrapper": True} if device.type == "cpu" else None
+    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def _itself(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,27 @@ from headrace.commands.settings import (
     parse_flags,
     read_request,
 )
-from headrace.commands.tune import say_trial
+from headrace.commands.tune import say_beginning, say_trial
 from headrace.errors import ConfigError
 from headrace.run import api
 from headrace.run.local import Hooks
 from headrace.telemetry.record import RunDirectory, log_to
 from headrace.telemetry.terminal import open_display
+from headrace.telemetry.wandb_log import ensure_wandb
 from headrace.tune.report import sentences, trial_line
 from headrace.tune.tuner import TuneConfig, tune
 
 HELP = """Trains an agent and leaves everything in a run directory.
 
-    headrace train ENV [--preset NAME] [--config FILE] [--algorithm NAME] [settings]
+    headrace train ENV [--algorithm NAME] [--preset NAME] [settings]
+    headrace train [ENV] --config FILE [settings]
     headrace train ENV --autotune [--autotune-budget-s 120] [settings]
     headrace train --resume RUN [--total-frames N …]
 
-Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists presets; the
-values below are those of the preset that ENV takes unasked. --autotune first looks for the fastest
-settings by short trials, as `headrace tune` does. Ctrl-C saves and ends; a second one ends at
-once."""
+  Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists
+  presets; the values below are those of the preset that ENV takes unasked.
+  --autotune first looks for the fastest settings by short trials, as `headrace
+  tune` does. Ctrl-C saves and ends; a second one ends at once."""
 
 _BUDGET_S = 120.0
 
@@ -58,8 +61,18 @@ def train_command(argv: list[str]) -> None:
     if request.config.lockstep:
         raise ConfigError("--autotune looks for speed, and --lockstep gives it up: leave one out")
     budget_s = _BUDGET_S if chosen.autotune_budget_s is None else chosen.autotune_budget_s
-    options = TuneConfig(budget_s=budget_s, seconds_per_trial=min(4.0, budget_s / 30))
-    tuned = tune(request.config, options, pinned=request.pinned, on_trial=say_trial)
+    options = TuneConfig(budget_s=budget_s)
+    if request.config.out:  # what would be refused then is refused before minutes are spent
+        RunDirectory.ensure_unused(Path(request.config.out))
+    if request.config.wandb:
+        ensure_wandb()
+    tuned = tune(
+        request.config,
+        options,
+        pinned=request.pinned,
+        on_begin=partial(say_beginning, request.config, options),
+        on_trial=say_trial,
+    )
     said = sentences(tuned)
     if tuned.result.stopped:
         print("\n".join(said), file=sys.stderr)

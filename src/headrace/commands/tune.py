@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,34 @@ import tyro
 from rich.console import Console
 
 from headrace.commands.settings import Request, first_pass, read_request, values_for_file
+from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.tune import file, report
+from headrace.tune.knobs import Knobs
+from headrace.tune.machine import Machine
 from headrace.tune.space import Trial
 from headrace.tune.tuner import TuneConfig, Tuned, tune
 
-HELP = """Finds the fastest settings for this machine, and writes them for `train --config`.
+HELP = """Finds the fastest settings for this machine, and writes them to a file.
 
-    headrace tune ENV [--algorithm NAME] [--preset NAME] [--config FILE] [settings of train]
+    headrace tune ENV [--algorithm NAME] [--preset NAME] [settings of train]
+    headrace tune [ENV] --config FILE [settings of train]
     headrace train --config tuned-ENV-ALGORITHM.toml
 
-It starts from what `headrace train ENV` would do, changes one setting at a time, and keeps what
-makes more agent steps per second with as many samples learned from for each step. Where nothing
-ties samples to steps (--samples-per-insert 0), or with --tune-batch, it is the geometric mean of
-agent steps/s and samples/s. Every trial is a short run of its own that leaves nothing behind. The
-winner is measured against the defaults again, which stay unless they are clearly beaten. Settings
-that you give, as flags or in FILE, stay as they are; `headrace train ENV --help` lists them. Ctrl-C
-ends the search and keeps what was found."""
+  It starts from what `headrace train ENV` would do, changes one setting at a
+  time (it says at the start which there are), and keeps what makes more agent
+  steps per second with as many samples learned from for each step. Where
+  nothing ties samples to steps (--samples-per-insert 0), or with --tune-batch,
+  it is the geometric mean of agent steps/s and samples/s.
+
+  Every trial is a short run of its own that leaves nothing behind. The winner
+  is measured against the defaults again, which stay unless they are clearly
+  beaten. At the end it says which stage limits, and what one more core or GPU
+  may bring.
+
+  Settings that you give, as flags or in FILE, stay as they are;
+  `headrace train ENV --help` lists them. Ctrl-C ends the search; what had
+  clearly won is written."""
 
 _SMOKE = TuneConfig(budget_s=100.0, seconds_per_trial=0.3, pairs=1, max_trials=3)
 
@@ -44,8 +56,9 @@ class TuneArguments:
     """Seconds that all of it may take; None for 300."""
     budget_minutes: float | None = None
     """The same in minutes."""
-    seconds_per_trial: float = 4.0
-    """Seconds that a trial measures, after it has started and warmed up."""
+    seconds_per_trial: float | None = None
+    """Seconds that a trial measures, after it has started and warmed up; None for 4, or less where
+    the budget is short."""
     tune_batch: bool = False
     """Tune the learner's batch too, which changes what is learned: with a replay there are as many
     updates per step as before, each of more samples; without one there are fewer updates."""
@@ -98,12 +111,22 @@ def tune_command(argv: list[str]) -> None:
     values_for_file(request, {})  # refuses now what could not be written then
     path = Path(arguments.out or file.default_name(config.env, config.algorithm))
     file.ensure_free(path, force=arguments.force)
-    tuned = tune(config, options, pinned=request.pinned, on_trial=say_trial)
+    tuned = tune(
+        config,
+        options,
+        pinned=request.pinned,
+        on_begin=partial(say_beginning, config, options),
+        on_trial=say_trial,
+    )
     words = shlex.join(["headrace", "tune", *argv])
     # What was cut short is worth a file only if it is worth training with.
     written = not tuned.result.stopped or tuned.result.beaten
+    failure: ConfigError | None = None
     if written:
-        _write(path, request, tuned, command=words, force=arguments.force)
+        try:
+            _write(path, request, tuned, command=words, force=arguments.force)
+        except ConfigError as error:  # what took minutes is shown first
+            written, failure = False, error
     if arguments.json:
         print(json.dumps({**report.as_dict(tuned), "file": str(path) if written else None}))
     else:
@@ -111,8 +134,15 @@ def tune_command(argv: list[str]) -> None:
         print("\n".join(report.sentences(tuned)))
         if written:
             print(f"train with it: headrace train --config {shlex.quote(str(path))}")
+    if failure is not None:
+        raise failure
     if tuned.result.stopped:
         raise KeyboardInterrupt
+
+
+def say_beginning(config: RunConfig, options: TuneConfig, machine: Machine, knobs: Knobs) -> None:
+    """Tells what is about to happen."""
+    print(report.beginning(config, options, machine, knobs), file=sys.stderr, flush=True)
 
 
 def say_trial(trial: Trial, settings: Mapping[str, Any]) -> None:

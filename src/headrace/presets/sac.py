@@ -23,9 +23,11 @@ SAC = {
     "sac-mujoco": Preset(
         "MuJoCo with SAC as published: one environment, one update per step.",
         "Haarnoja et al. 2018, arXiv:1812.05905, table 1; learning starts after 10 000 steps as in "
-        "RL Baselines3 Zoo, sac.yml, but those are of the policy as it starts, nearly uniform",
+        "RL Baselines3 Zoo, sac.yml, but those are of the policy as it starts, nearly uniform; "
+        "where the policy acts is ours: in the worker, so that Python is the learner's alone",
         {
             "algorithm": "sac",
+            "inference": "worker",
             "total_frames": 1_000_000,
             "server": {"num_envs": 1},
             "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
@@ -51,9 +53,11 @@ SAC = {
         "MuJoCo with SAC and all that the machine has: sampling and learning never wait for each "
         "other, batches are large.",
         "Spreeze, arXiv:2312.06126: batches of 8192 and no ratio held between sampling and "
-        "learning; the learning rule as in sac-mujoco; the number of environments is ours",
+        "learning, a policy in each sampler; the learning rule as in sac-mujoco; the number of "
+        "environments is ours",
         {
             "algorithm": "sac",
+            "inference": "worker",
             "total_frames": 10_000_000,
             "server": {"num_envs": 64},
             "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},

@@ -95,14 +95,16 @@ class Reporter:
         interval_s = max(now_s - self._last_s, 1e-9)
         self._last_s = now_s
         parts, learner = self._parts, self._learner
-        self._steps.add(parts.source.agent_steps - self._steps.total)
+        steps = parts.source.agent_steps  # once: the server's thread goes on
+        agent_steps = self._agent_steps_before + steps
+        self._steps.add(steps - self._steps.total)
         self._updates.add(learner.version - self._updates_seen - self._updates.total)
         self._samples.add(learner.samples - self._samples_seen - self._samples.total)
         steps_per_s = self._steps.read(now_s)[0]
         median_s, slow_s = parts.source.turnaround_s.read()
         row: Row = {
-            "env_frames": self.env_frames,
-            "agent_steps": self.agent_steps,
+            "env_frames": agent_steps * parts.spec.action_repeat,
+            "agent_steps": agent_steps,
             "updates": learner.version,
             "samples": learner.samples,
             "elapsed_s": self.elapsed_s,
@@ -179,13 +181,17 @@ def bottleneck(shares: dict[str, float]) -> str:
     """Names the stage that the others wait for, from the shares of time in `Waits`.
 
     The server waits for environments, or for slots that the learner has not freed; the learner
-    waits for unrolls, which come late if environments or the server are slow.
+    waits for unrolls, which come late if environments or the server are slow. Where server and
+    learner take turns neither waits for the other, and there are only the environments to wait for.
     """
     for_environments = shares.get("wait/server_for_environments", 0.0)
     for_slots = shares.get("wait/server_for_slots", 0.0)
     for_unrolls = shares.get("wait/learner_for_unrolls", 0.0)
     if max(for_environments, for_slots, for_unrolls) < _IDLE_SHARE:
         return "none"
+    in_turns = "wait/server_for_slots" not in shares and for_unrolls < _IDLE_SHARE
+    if in_turns:
+        return "environments"
     if for_slots >= for_unrolls:
         return "learner"
     return "environments" if for_environments >= _IDLE_SHARE else "server"

@@ -47,17 +47,26 @@ class RunDirectory:
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise ConfigError(
-                    f"{path} is not empty: go on with `headrace train --resume {path}`, "
-                    "or choose another folder with --out"
-                )
+            cls.ensure_unused(path)
             run.config_path.write_text(config_text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"cannot make the run folder {path} ({error.strerror}): choose another with --out"
             ) from error
         return run
+
+    @staticmethod
+    def ensure_unused(path: Path) -> None:
+        """Looks whether a folder may become that of a new run: there is none, or nothing in it.
+
+        Raises:
+            ConfigError: the folder has something in it already.
+        """
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"{path} is not empty: go on with `headrace train --resume {path}`, "
+                "or choose another folder with --out"
+            )
 
     @classmethod
     def open(cls, path: Path) -> Self:

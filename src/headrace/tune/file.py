@@ -29,7 +29,7 @@ def ensure_free(path: Path, *, force: bool) -> None:
     Raises:
         ConfigError: there is one of that name, or no folder to write it in.
     """
-    if path.exists() and not force:
+    if path.exists() and not force and not path.is_dir():
         raise ConfigError(
             f"{path} is there already: name another file with --out, or say --force to replace it"
         )
@@ -67,8 +67,9 @@ def write(path: Path, text: str, *, force: bool) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _comments(lines: Iterable[str]) -> list[str]:

@@ -102,7 +102,7 @@ class Knobs:
             pinned: Names of settings that the user has set.
             tune_batch: Whether the learner's batch may change too.
         """
-        self._config, self._facts = config, facts
+        self._config, self._facts, self._pinned = config, facts, frozenset(pinned)
         every = _knobs(config, facts, tune_batch=tune_batch)
         kept = [
             knob._replace(helps=frozenset(_HELPS[knob.name]))
@@ -126,7 +126,9 @@ class Knobs:
         server = {"num_envs": num_envs} if "num_envs" in changed else {}
         workers = {}
         if "inference_batch" in changed and not acting:
-            server["inference_batch"] = max(1, num_envs // changed["inference_batch"])
+            answered = max(1, num_envs // changed["inference_batch"])
+            if answered != (num_envs + 1) // 2:  # what 0 stands for
+                server["inference_batch"] = answered
         if "num_workers" in changed and (acting or stepping):
             count = min(changed["num_workers"], num_envs)
             if count != min(config.workers.num_workers or cores, num_envs):
@@ -142,16 +144,23 @@ class Knobs:
         if "updates_per_call" in changed:
             result["learning"] = {"updates_per_call": changed["updates_per_call"]}
         if "batch_unrolls" in changed:
-            result = merged(result, _batch_settings(config, changed["batch_unrolls"]))
+            batch = _batch_settings(config, changed["batch_unrolls"], self._pinned)
+            result = merged(result, batch)
         return result
 
     def effects(self, choice: Choice) -> list[str]:
-        """Says what a choice changes of learning, a sentence for each knob."""
-        return [
+        """Says what a choice changes besides speed, a sentence for each knob."""
+        changed = [
             f"{name} {choice[name]}: {effect}"
             for name, effect in EFFECTS.items()
             if name in choice and choice[name] != self._default[name]
         ]
+        if choice.get("compile") == "on" and self._default["compile"] != "on":
+            changed.append(
+                "compile on: a run begins by compiling, for half a minute or more, which trials do "
+                "not count"
+            )
+        return changed
 
 
 def laid_over(config: Any, settings: Mapping[str, Any]) -> Any:
@@ -235,21 +244,21 @@ def _replay_of(config: RunConfig) -> Any:
     return getattr(config.learning, "replay", None)
 
 
-def _batch_settings(config: RunConfig, batch: int) -> dict[str, Any]:
+def _batch_settings(config: RunConfig, batch: int, pinned: Collection[str]) -> dict[str, Any]:
     """Returns what another learner batch entails.
 
     With a replay an update is made for as many agent steps as before, so that only the size of the
     gradient's sample changes: sequences are then sampled more often. Without one every unroll is
-    learned from once, and larger batches mean fewer updates.
+    learned from once, and larger batches mean fewer updates. What the user has set stays.
     """
     learning: dict[str, Any] = {"batch_unrolls": batch}
     before, replay = config.learning.batch_unrolls, _replay_of(config)
-    if replay is not None and replay.samples_per_insert:
+    if replay is not None and replay.samples_per_insert and "samples_per_insert" not in pinned:
         often = replay.samples_per_insert * batch / before
         learning["replay"] = {"samples_per_insert": often}
     result: dict[str, Any] = {"learning": learning}
     queue = config.server.queue_unrolls
-    if replay is None and queue:
+    if replay is None and queue and "queue_unrolls" not in pinned:
         result["server"] = {"queue_unrolls": -(-queue * batch // before)}
     return result
 

@@ -8,8 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from headrace.bench.settings import cell
+from headrace.config import RunConfig
+from headrace.tune.knobs import Knobs
+from headrace.tune.machine import Machine
 from headrace.tune.space import Choice, Trial
-from headrace.tune.tuner import Tuned
+from headrace.tune.tuner import TuneConfig, Tuned
 
 _DEFAULTS = "the defaults"
 
@@ -28,6 +31,16 @@ def trial_line(trial: Trial, settings: Mapping[str, Any]) -> str:
         f"{trial.stage}: {named(settings)}: {cell(float(figures['agent_steps_per_s']))} agent "
         f"steps/s, {cell(float(figures['updates_per_s']))} updates/s, limited by "
         f"{figures['bottleneck']}"
+    )
+
+
+def beginning(config: RunConfig, options: TuneConfig, machine: Machine, knobs: Knobs) -> str:
+    """Returns what is about to happen."""
+    names = ", ".join(knob.name for knob in knobs.space.knobs)
+    return (
+        f"tuning {config.env} with {config.algorithm} on {machine}: for up to "
+        f"{options.budget_s:.0f} s, in trials that measure {options.trial_s:.2g} s each; first the "
+        f"defaults, then other values of {names}"
     )
 
 
@@ -60,8 +73,9 @@ def sentences(tuned: Tuned) -> list[str]:
     """Returns the result: what won and by how much, what limits now, what more would bring."""
     result = tuned.result
     failed = sum(trial.outcome.failure is not None for trial in result.trials)
+    count = len(result.trials)
     said = [
-        f"tuned on {tuned.machine}: {len(result.trials)} trials in {tuned.elapsed_s:.0f} s"
+        f"tuned on {tuned.machine}: {count} trial{_s(count)} in {tuned.elapsed_s:.0f} s"
         f"{f', {failed} of which failed' if failed else ''}"
         f"{', then stopped' if result.stopped else ''}",
         _verdict(tuned),
@@ -111,20 +125,21 @@ def _verdict(tuned: Tuned) -> str:
     result = tuned.result
     best = named(tuned.knobs.settings(result.best))
     if tuned.knobs.key(result.best) == tuned.knobs.key(result.default):
-        if len({tuned.knobs.key(trial.choice) for trial in result.trials}) == 1:
-            return "the defaults stay: there was no time to try anything else: give a larger budget"
+        if len({tuned.knobs.key(trial.choice) for trial in result.trials}) <= 1:
+            return f"the defaults stay: there was no time to try anything else{_advice(tuned)}"
         return "the defaults stay: nothing that was tried beat them"
     if result.gains:
         low, high = min(result.gains), max(result.gains)
-        pairs = f"{len(result.gains)} pair{'s' if len(result.gains) > 1 else ''} of trials"
-        measured = (
-            f"{result.gain:.2f} times the defaults ({low:.2f} to {high:.2f} in {pairs}, where "
-            f"trials of the same settings differ by {result.noise:.0%})"
-        )
+        count = len(result.gains)
+        pairs = f"{low:.2f} to {high:.2f} in {count} pairs" if count > 1 else "in 1 pair"
+        noise = ""
+        if result.noise:  # else nothing was measured twice
+            noise = f", where trials of the same settings differ by {result.noise:.0%}"
+        measured = f"{result.gain:.2f} times the defaults ({pairs} of trials{noise})"
     else:
         measured = (
             f"{result.gain:.2f} times the defaults, and there was no time to measure it against "
-            "them again: give a larger budget"
+            f"them again{_advice(tuned)}"
         )
     if not result.beaten:
         said = f"the defaults stay: {best} came to {measured}"
@@ -134,6 +149,14 @@ def _verdict(tuned: Tuned) -> str:
     return (
         f"{best}: {measured}; {_rates(tuned, result.best)}, against {_rates(tuned, result.default)}"
     )
+
+
+def _advice(tuned: Tuned) -> str:
+    return "" if tuned.result.stopped else ": give a larger budget"
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _rates(tuned: Tuned, choice: Choice) -> str:
@@ -150,7 +173,8 @@ def _stage(bottleneck: str) -> str:
 
 def _outlook(tuned: Tuned) -> list[str]:
     if tuned.estimates is None:
-        return []
+        what = f"what one more core or GPU would bring was not measured{_advice(tuned)}"
+        return [] if tuned.result.stopped else [what]
     now = float(tuned.figures(tuned.result.winner)["agent_steps_per_s"])
     core, gpu = tuned.estimates.one_more_core, tuned.estimates.one_more_gpu_at_most
     another = "another" if tuned.machine.gpu else "a"

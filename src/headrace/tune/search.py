@@ -113,13 +113,18 @@ class _Climb:
         """
         first = self._try(self._default, "search")
         if first.failure is not None:
-            raise NothingMeasured(f"the settings to start from cannot be measured: {first.failure}")
+            raise NothingMeasured(
+                f"the settings to start from cannot be measured: {first.failure}; "
+                "if it but takes long, give a larger budget"
+            )
         self._renew(first.score)
         try:
             # The first trial of all finds caches cold. By its score whatever follows would look
             # good, and by its cost there would be no time for much.
+            cold_s = self._costs_s.copy()
             self._costs_s.clear()
             self._refresh()
+            self._costs_s = self._costs_s or cold_s  # else it failed, and would again
             self._estimates = self._estimates[-1:]
             while self._step() or self._step(again=True) or self._step_in_pairs(rng):
                 pass
@@ -147,17 +152,25 @@ class _Climb:
         )
 
     def _noise(self) -> float:
-        """Returns the standard deviation of a score, from neighbours in time of the same choice."""
-        before: dict[Hashable, float] = {}
-        steps: list[float] = []
-        for trial in self._trials[1:]:  # the first had a cold start
-            if trial.outcome.failure is None:
-                key = self._space.key(trial.choice), trial.stage == "final"
-                if key in before:
-                    steps.append(math.log(_ratio(trial.outcome.score, before[key])))
-                before[key] = trial.outcome.score
+        """Returns the standard deviation of a score, from neighbours in time of the same choice.
+
+        Those of equal length if there are such: after a few trials there may be none yet.
+        """
+        steps = self._changes(lambda trial: trial.stage == "final") or self._changes(lambda _: True)
         # The difference of two scores varies twice as much as one.
         return math.sqrt(sum(step**2 for step in steps) / (2 * max(1, len(steps))))
+
+    def _changes(self, kind: Callable[[Trial], bool]) -> list[float]:
+        """Returns the changes, as logarithms, between neighbours of the same choice and kind."""
+        before: dict[Hashable, float] = {}
+        changes: list[float] = []
+        for trial in self._trials[1:]:  # the first had a cold start
+            if trial.outcome.failure is None:
+                key = self._space.key(trial.choice), kind(trial)
+                if key in before:
+                    changes.append(math.log(_ratio(trial.outcome.score, before[key])))
+                before[key] = trial.outcome.score
+        return changes
 
     def _step(self, *, again: bool = False) -> bool:
         """Turns every knob, first those that may help the stage that limits.

@@ -118,7 +118,7 @@ def run_child(
             if death is not None:
                 return _shortened(death)
             if now_s() >= until_s:
-                where = child.stack()
+                where = child.stack().partition(", called from ")[0]
                 at = f", at {where}" if where else ""
                 return _shortened(f"gave no result within {deadline_s:.0f} s{at}")
             poller.poll(_LOOK_S * 1000.0)

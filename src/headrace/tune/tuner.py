@@ -20,7 +20,9 @@ from headrace.tune.search import search
 from headrace.tune.space import Budget, Choice, Result, Trial
 from headrace.tune.trials import Trials, run_child, trial_config
 
+_LEAST_S = 30.0  # of a budget: each of its trials takes some to start
 _LEAST_TRIALS = 10  # that a budget must have room for
+_USUAL_TRIAL_S, _USUAL_TRIALS = 4.0, 30
 _FINAL = 2.0  # times a trial's length that each of the final comparison measures
 _STAGES_SHARE = 0.1  # of the budget, for measuring the stages alone
 _STAGES_LEAST_S = 15.0  # or so much, if that is not more than
@@ -33,8 +35,9 @@ class TuneConfig:
 
     budget_s: float = 300.0
     """Seconds that all trials may take together."""
-    seconds_per_trial: float = 4.0
-    """Seconds that a trial measures, after it has started and warmed up."""
+    seconds_per_trial: float | None = None
+    """Seconds that a trial measures, after it has started and warmed up; None for 4, or less where
+    the budget is short."""
     tune_batch: bool = False
     """Tune the learner's batch too. That changes what is learned, not only how fast: with a replay
     there are as many updates per step as before, each of more samples; without one there are fewer
@@ -45,17 +48,26 @@ class TuneConfig:
     """Most trials before these; None for as many as there is time for."""
 
     def __post_init__(self) -> None:
-        if not self.seconds_per_trial > 0:
+        if not _LEAST_S <= self.budget_s < float("inf"):
             raise ConfigError(
-                f"--seconds-per-trial must be positive, not {self.seconds_per_trial:g}"
+                f"a budget of {self.budget_s:g} s is no time for trials, which take seconds to "
+                f"start: give at least {_LEAST_S:g} s"
             )
-        least = _LEAST_TRIALS * self.seconds_per_trial
-        if not least <= self.budget_s < float("inf"):
+        if not 0 < self.trial_s < float("inf"):
+            raise ConfigError(f"--seconds-per-trial must be positive, not {self.trial_s:g}")
+        least = _LEAST_TRIALS * self.trial_s
+        if least > self.budget_s:
             raise ConfigError(
-                f"a budget of {self.budget_s:g} s is no time for trials of "
-                f"{self.seconds_per_trial:g} s: give at least {least:g} s, or lower "
-                "--seconds-per-trial"
+                f"a budget of {self.budget_s:g} s is no time for trials of {self.trial_s:g} s: "
+                f"give at least {least:g} s, or lower --seconds-per-trial"
             )
+
+    @property
+    def trial_s(self) -> float:
+        """Seconds that a trial measures."""
+        if self.seconds_per_trial is not None:
+            return self.seconds_per_trial
+        return min(_USUAL_TRIAL_S, self.budget_s / _USUAL_TRIALS)
 
 
 class Tuned(NamedTuple):
@@ -95,6 +107,7 @@ def tune(
     options: TuneConfig,
     *,
     pinned: Collection[str] = (),
+    on_begin: Callable[[Machine, Knobs], None] = lambda *_: None,
     on_trial: Callable[[Trial, Mapping[str, Any]], None] = lambda *_: None,
 ) -> Tuned:
     """Searches the fastest settings for `config`; Ctrl-C ends the search, and what is known stands.
@@ -103,6 +116,7 @@ def tune(
         config: Complete settings to start from, and to compare with.
         options: How long, and how freely.
         pinned: Names of settings that stay as they are.
+        on_begin: Told before the first trial.
         on_trial: Told of every trial, and of what it set otherwise.
 
     Raises:
@@ -117,10 +131,18 @@ def tune(
     check(config)
     machine = Machine.look(choose_device(config.device))
     facts = Facts.of(config, cores=machine.cores, bfloat16=machine.bfloat16)
+    if options.tune_batch and facts.turns:
+        raise ConfigError(
+            f"{config.algorithm} learns from whole turns, whose batch is not tuned: leave out "
+            "--tune-batch"
+        )
+    if options.tune_batch and "batch_unrolls" in pinned:
+        raise ConfigError("batch_unrolls is given, and --tune-batch tunes it: leave one out")
     knobs = Knobs(config, facts, pinned=pinned, tune_batch=options.tune_batch)
     if not knobs.space.knobs:
         raise ConfigError("every setting that could be tuned is given: leave some of them out")
-    seconds, whole_s = options.seconds_per_trial, options.budget_s
+    on_begin(machine, knobs)
+    seconds, whole_s = options.trial_s, options.budget_s
     stages_s = max(_STAGES_SHARE * whole_s, min(_STAGES_LEAST_S, _STAGES_MOST_SHARE * whole_s))
     result = search(
         knobs.space,
@@ -141,13 +163,13 @@ def tune(
         left_s = started_s + options.budget_s - time.monotonic()
         try:
             if left_s > 0:
-                tuned = tuned._replace(estimates=_estimates(tuned, deadline_s=left_s))
+                tuned = tuned._replace(estimates=_estimates(tuned, facts, deadline_s=left_s))
         except KeyboardInterrupt:
             tuned = tuned._replace(result=result._replace(stopped=True))
     return tuned._replace(elapsed_s=time.monotonic() - started_s)
 
 
-def _estimates(tuned: Tuned, *, deadline_s: float) -> Estimates | None:
+def _estimates(tuned: Tuned, facts: Facts, *, deadline_s: float) -> Estimates | None:
     """Measures the stages of the winner alone; None if that fails."""
     figures = tuned.figures(tuned.result.winner)
     config = trial_config(tuned.winner)
@@ -159,8 +181,8 @@ def _estimates(tuned: Tuned, *, deadline_s: float) -> Estimates | None:
     if not on_gpu:  # one thread a stage
         workers = dataclasses.replace(config.workers, num_workers=1)
         config = dataclasses.replace(config, workers=workers, server=server)
-    samples = float(figures["samples_per_agent_step"])
-    if not samples > 0:
+    samples, seen = (float(figures[n]) for n in ("samples_per_agent_step", "agent_steps_per_s"))
+    if not min(samples, seen) > 0:
         return None
     ceiling = run_child(
         {
@@ -177,5 +199,7 @@ def _estimates(tuned: Tuned, *, deadline_s: float) -> Estimates | None:
         samples_per_agent_step=samples,
         cores=tuned.machine.cores,
         workers_act=workers_act,
+        turns=facts.turns,
+        inline=facts.pool == "inline",
     )
-    return estimate(stages, float(figures["agent_steps_per_s"]))
+    return estimate(stages, seen)
