@@ -288,7 +288,9 @@ class Ppo:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
-        self._generator.set_state(state["generator"].cpu())
+        drawn = state["generator"].cpu()
+        if len(drawn) == len(self._generator.get_state()):  # else of another kind of device
+            self._generator.set_state(drawn)
         self._rewards.load_state_dict(state["rewards"])
 
     def _forward(self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]) -> Any:
