@@ -90,6 +90,8 @@ class Arguments:
     """With a replay, times that a sequence is sampled; None for the preset's."""
     env_threads: int = 0
     """Threads that step a native pool; 0 for one per core."""
+    inference: Literal["auto", "server", "worker"] = "auto"
+    """Where the policy acts; auto is where the preset has it."""
     warmup_s: float = 10.0
     """Seconds from the first update until measuring begins; compiling comes before that."""
     seconds: float = 30.0
@@ -242,35 +244,48 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         ),
         precision=arguments.precision,
         env_threads=arguments.env_threads,
+        inference=arguments.inference,
     )
     keep_memory()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        parts = build(
-            config,
-            resume_count=0,
-            on_episodes=lambda *_: None,
-            on_eval_episodes=lambda *_: None,
-        )
-        stack.callback(parts.training.pool.close)
-        torch.set_num_threads(parts.compute.threads)
-        if parts.compute.needs_warm_up:
-            parts = warm_up(parts)
+        parts = ready(config)
+        stack.callback(parts.close)
         window = train(
             parts,
             turns=takes_turns(config),
             warmup_s=arguments.warmup_s,
             seconds=arguments.seconds,
         )
-        parts.training.pool.close()  # its threads would take the ceilings' time
+        parts.close()  # its threads or workers would take the ceilings' time
+        alone = parts
+        if config.inference == "worker":  # what acts there is measured here
+            alone = ready(dataclasses.replace(config, inference="server"))
+            alone.close()
         torch.set_num_threads(1)
         ceiling = measure_ceiling(
             config,
-            parts,
+            alone,
             samples_per_agent_step=window.samples_per_agent_step(),
             seconds=arguments.ceiling_s,
         )
     return result_of(config, parts, window, ceiling)
+
+
+def ready(config: RunConfig) -> Parts:
+    """Builds what a run has, and compiles what it compiles."""
+    parts = build(
+        config,
+        resume_count=0,
+        on_episodes=lambda *_: None,
+        on_eval_episodes=lambda *_: None,
+    )
+    torch.set_num_threads(parts.compute.threads)
+    try:
+        return warm_up(parts) if parts.compute.needs_warm_up else parts
+    except BaseException:
+        parts.close()
+        raise
 
 
 def train(parts: Parts, *, turns: bool, warmup_s: float, seconds: float) -> Window:
@@ -320,6 +335,7 @@ def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling)
         "cores": usable_cores(),
         "threads": {"compute": compute.threads, "environment": env_threads},
         "num_envs": config.server.num_envs,
+        "inference": config.inference,
         **{name: row.get(name) for name in _FIGURES},
         "samples_per_agent_step": window.samples_per_agent_step(),
         "policy_lag_mean": row.get("policy_lag_mean"),  # a replay's is its age

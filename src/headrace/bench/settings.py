@@ -72,6 +72,7 @@ def run_config(
         "device": policy.device,
         "compile": policy.compile,
         "compute_threads": policy.compute_threads,
+        "inference": "server",  # a stage alone is one of this process, wherever a run has it
         "network": {
             key: value
             for key, value in (("network", policy.network), ("lstm_size", policy.lstm_size))
@@ -81,6 +82,8 @@ def run_config(
         "learning": learning or {},
         **settings,
     }
+    if own["inference"] == "auto":
+        del own["inference"]
     return from_dict(merged(values, own))
 
 
