@@ -62,7 +62,7 @@ def test_the_same_rule_without_recurrent_state_can_only_guess(tmp_path: Path) ->
     assert abs(mean) < 0.3  # 500 episodes of 1 or -1: the deviation of their mean is 0.045
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_sac_swings_a_pendulum_up(order: str, seed: int, tmp_path: Path) -> None:
     """In either order of updates: to learn at the same time costs no return."""
@@ -70,7 +70,7 @@ def test_sac_swings_a_pendulum_up(order: str, seed: int, tmp_path: Path) -> None
     assert play("sac-control", "Pendulum-v1", seed, tmp_path / "run", learning=learning) >= -200
 
 
-@pytest.mark.parametrize("sides", ["one", "two"])
+@pytest.mark.parametrize("sides", ["one", pytest.param("two", marks=pytest.mark.slow)])
 def test_sac_pushes_a_point_to_the_middle(sides: str, tmp_path: Path) -> None:
     devices = {"actor_device": "cpu", "critic_device": "cpu"} if sides == "two" else {}
     mean = play("sac-control", "pointmass", 1, tmp_path / "run", **devices)

@@ -52,7 +52,7 @@ def trained_with(values: dict[str, Any], tmp_path: Path) -> Any:
         ("catch", "--num-envs", "8", "--learning-rate", "0.5", "--no-tensorboard"),
         ("catch", "--algorithm", "ppo"),
         ("pointmass", "--algorithm", "sac", "--hidden-sizes", "16", "16"),
-        ("pointmass", "--algorithm", "sac", "--preset", "sac-mujoco"),
+        ("pointmass", "--algorithm", "sac", "--preset", "sac-mujoco", "--inference", "server"),
         ("catch", "--preset", "r2d2-control"),
         ("catch", "--preset", "control"),
     ],
