@@ -1,7 +1,7 @@
 """Trains SAC on a MuJoCo task, judged beside training, and says how well the machine was used.
 
-    python examples/mujoco_sac.py                                   # InvertedPendulum-v5, a minute
-    python examples/mujoco_sac.py --env HalfCheetah-v5 --preset sac-mujoco --agent-steps 300000
+python examples/mujoco_sac.py                                   # InvertedPendulum-v5, a minute
+python examples/mujoco_sac.py --env HalfCheetah-v5 --preset sac-mujoco --agent-steps 300000
 """
 
 import argparse
