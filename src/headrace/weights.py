@@ -47,7 +47,7 @@ class Weights:
     def __init__(self, server_model: nn.Module) -> None:
         """Allocates staging like `server_model`, at version -1: nothing published."""
         self._staging_lock = threading.Lock()  # guards _staging, _version and _published
-        self._target = _tensors(server_model)
+        self._target = acting_tensors(server_model)
         self._staging = [tensor.detach().clone() for tensor in self._target]
         self._version = -1
         self._pulled_version = -1
@@ -61,7 +61,7 @@ class Weights:
             if self._pulled is not None:
                 self._pulled.wait()
             with torch.no_grad():
-                torch._foreach_copy_(self._staging, _tensors(learner_model))
+                torch._foreach_copy_(self._staging, acting_tensors(learner_model))
             if self._published is not None:
                 self._published.record()
             self._version = version
@@ -84,7 +84,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def acting_tensors(model: nn.Module) -> list[Tensor]:
     """What acting needs of a network: all, unless it says itself."""
     own = getattr(model, "acting_tensors", None)
     return [*model.parameters(), *model.buffers()] if own is None else own()
@@ -122,7 +122,7 @@ class SharedWeights:
             self._local.publish(learner_model, version)
         flat = self._flat
         with torch.no_grad():
-            torch._foreach_copy_(flat.tensors, _tensors(learner_model))
+            torch._foreach_copy_(flat.tensors, acting_tensors(learner_model))
         flat.version[0] = version
         self._header[_SEQUENCE] += 1
         np.copyto(self._shared, flat.row)
@@ -146,7 +146,7 @@ class WeightsCopy:
             RuntimeError: the block holds another network.
         """
         self._flat = _Flat(model)
-        self._target = _tensors(model)
+        self._target = acting_tensors(model)
         self._header, self._shared = _parts(block)
         if int(self._header[_LAYOUT]) != _fingerprint(model):
             raise RuntimeError("the shared weights are of another network, or of other dtypes")
@@ -187,19 +187,19 @@ class _Flat:
         whole = torch.from_numpy(self.row)
         self.tensors = [
             whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
-            for start, like in zip(offsets, _tensors(model), strict=True)
+            for start, like in zip(offsets, acting_tensors(model), strict=True)
         ]
 
 
 def _offsets(model: nn.Module) -> list[int]:
     """Where each tensor begins in the row, the version before them; last, where the row ends."""
-    sizes = [_ALIGNMENT, *(tensor.nbytes for tensor in _tensors(model))]
+    sizes = [_ALIGNMENT, *(tensor.nbytes for tensor in acting_tensors(model))]
     return list(itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
 
 
 def _fingerprint(model: nn.Module) -> int:
     """Of the shapes and dtypes; equal in processes that built the same network."""
-    shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in _tensors(model)]
+    shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in acting_tensors(model)]
     return zlib.crc32(repr(shapes).encode())
 
 

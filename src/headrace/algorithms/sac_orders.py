@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from headrace.algorithms.base import Beside, Capture
+from headrace.algorithms.base import Beside, Capture, in_turn
 from headrace.algorithms.sac_objectives import Draws
 from headrace.algorithms.sac_update import (
     ActorSide,
@@ -132,11 +132,7 @@ class Simultaneous:
         return self._all(inputs, count, beside)
 
     def _in_turn(self, inputs: Inputs, count: int) -> list[Learned]:
-        def at_once(work: Callable[[], Any]) -> Callable[[], Any]:
-            result = work()
-            return lambda: result
-
-        return self._all(inputs, count, at_once)
+        return self._all(inputs, count, in_turn)
 
     def _all(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
         here, there = to(inputs, self._actor_device), to(inputs, self._critic_device)

@@ -34,7 +34,7 @@ from headrace.run.build import make_algorithm, make_model
 from headrace.run.policy import Policy
 from headrace.run.system import keep_memory
 from headrace.specs import EnvSpec
-from headrace.weights import WeightsCopy
+from headrace.weights import WeightsCopy, acting_tensors
 
 _CPU = torch.device("cpu")
 _TORN_S = 0.01  # until a row of weights that is being written is read again
@@ -53,9 +53,7 @@ class Stamped(nn.Module):
 
     def acting_tensors(self) -> list[Tensor]:
         """What crosses: the network's own choice if it makes one (`weights`), and the stamp."""
-        own = getattr(self.model, "acting_tensors", None)
-        tensors = [*self.model.parameters(), *self.model.buffers()] if own is None else own()
-        return [*tensors, self.agent_steps]
+        return [*acting_tensors(self.model), self.agent_steps]
 
 
 class Follower:
