@@ -19,6 +19,14 @@ def _adam(learning_rate: float) -> dict[str, Any]:
     }
 
 
+_PUBLISHED: dict[str, Any] = {
+    "discount": 0.99,
+    "n_steps": 1,
+    "target_tau": 0.005,
+    "reward_transform": "none",
+    "optimizer": _adam(3e-4),
+}
+"""Of Haarnoja et al. 2018, arXiv:1812.05905, table 1, as far as size and speed do not matter."""
 SAC = {
     "sac-mujoco": Preset(
         "MuJoCo with SAC as published: one environment, one update per step.",
@@ -35,11 +43,7 @@ SAC = {
             "learning": {
                 "batch_unrolls": 256,
                 "updates_per_call": 8,
-                "discount": 0.99,
-                "n_steps": 1,
-                "target_tau": 0.005,
-                "reward_transform": "none",
-                "optimizer": _adam(3e-4),
+                **_PUBLISHED,
                 "replay": {
                     **_UNIFORM,
                     "replay_capacity": 1_000_000,
@@ -65,11 +69,7 @@ SAC = {
             "learning": {
                 "batch_unrolls": 8192,
                 "updates_per_call": 4,
-                "discount": 0.99,
-                "n_steps": 1,
-                "target_tau": 0.005,
-                "reward_transform": "none",
-                "optimizer": _adam(3e-4),
+                **_PUBLISHED,
                 "replay": {
                     **_UNIFORM,
                     "replay_capacity": 1_000_000,
