@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
@@ -26,6 +25,7 @@ from headrace.run.report import Row
 from headrace.run.roles import Roles
 from headrace.telemetry.record import RunDirectory, read_metrics
 from headrace.weights import SharedWeights
+from tests.run.test_acting_workers import nothing_left, open_files  # noqa: F401 - a fixture
 
 START = "from headrace.errors import PeerLost\nfrom headrace.pools.processes import WorkerEnd\n"
 ASKS = """
@@ -111,24 +111,6 @@ def is_gone(pid: int) -> bool:
         os.kill(pid, 0)
         return False
     return True
-
-
-def open_files() -> list[str]:
-    """Names what is open here; nothing where there is no /proc."""
-    names = []
-    for fd in os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []:
-        with suppress(FileNotFoundError):  # the folder itself, while it was read
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sorted(names)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    gc.collect()  # what earlier tests left to be collected is not ours
-    before = open_files()
-    yield
-    gc.collect()
-    assert open_files() == before
 
 
 class Scripted:
