@@ -20,7 +20,7 @@ import tomli_w
 from headrace import catalog
 from headrace.errors import ConfigError
 from headrace.networks.models import NetworkConfig
-from headrace.pools.settings import WorkerConfig
+from headrace.pools.settings import ClusterConfig, RemoteConfig, WorkerConfig
 from headrace.server.settings import ServerConfig
 from headrace.telemetry.settings import EvaluatorConfig, ViewerConfig
 
@@ -46,15 +46,22 @@ class RunConfig:
     both may be cpu, which is a thread for each. Empty: both on `device`."""
     critic_device: str = ""
     """Where the critics learn; see actor_device."""
+    learner_devices: str = ""
+    """Several learners, each a process with its own server and its share of the environments, which
+    share gradients: a device for each, as in cuda:0,cuda:1 or cpu,cpu; all for every GPU. Empty:
+    one learner on `device`. The batch is divided among them."""
+    inference_devices: str = ""
+    """Where the servers act, one device or one for each learner; empty: where they learn."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the networks, or for whole updates (sac). auto: on for a GPU; on a CPU for
     whole updates of runs long enough, else off, since it gains nothing; where it fails, the
     networks run as they are."""
-    pool: Literal["auto", "inline", "shm"] = "auto"
-    """Where environments in Python step: shm, in worker processes; inline, in the server's own
-    thread. auto is what suits the environment, and inline with `lockstep`."""
+    pool: Literal["auto", "inline", "shm", "grpc", "device"] = "auto"
+    """Where environments step: shm, in worker processes; inline, in the server's own thread; grpc,
+    on worker hosts (see `listen`, which chooses it); device, beside the policy, for environments
+    written in torch. auto is what suits the environment, and inline with `lockstep`."""
     inference: Literal["server", "worker"] = "server"
     """Where the policy acts: in one server for all, or in each worker on its own copy of the
     weights (IMPALA)."""
@@ -83,6 +90,10 @@ class RunConfig:
     here."""
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     """Worker processes."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Worker hosts on other machines."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ray."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """How many environments, and how they are batched."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -129,7 +140,8 @@ FREE_ON_RESUME = frozenset(
         *("total_frames", "device", "actor_device", "critic_device", "precision", "compile"),
         *("compute_threads", "env_threads"),
         *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
-        *("wandb", "workers", "evaluator", "viewer"),
+        *("wandb", "workers", "remote", "cluster", "evaluator", "viewer"),
+        *("learner_devices", "inference_devices"),
         *(f"learning.replay.{name}" for name in ("replay_place", "replay_folder", "save_replay")),
     }
 )
