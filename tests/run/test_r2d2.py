@@ -119,6 +119,7 @@ def test_a_run_that_is_not_in_lockstep_keeps_its_replay_when_asked(
     assert before <= rows[0]["replay_inserted"] < before + 60
 
 
+@pytest.mark.slow  # test_sac.py has the quick twin
 def test_workers_that_act_fill_the_same_replay(tmp_path: Path) -> None:
     config = a_config(
         tmp_path / "run",

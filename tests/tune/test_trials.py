@@ -33,12 +33,18 @@ CATCH = config_of(learning={"unroll_steps": 5, "batch_unrolls": 4})
     "config",
     [
         CATCH,
-        config_of(
-            inference="worker",
-            workers={"num_workers": 1},
-            learning={"unroll_steps": 5, "batch_unrolls": 4},
+        pytest.param(
+            config_of(
+                inference="worker",
+                workers={"num_workers": 1},
+                learning={"unroll_steps": 5, "batch_unrolls": 4},
+            ),
+            marks=pytest.mark.slow,
         ),
-        config_of(algorithm="ppo", learning={"unroll_steps": 8, "batch_unrolls": 4}),
+        pytest.param(
+            config_of(algorithm="ppo", learning={"unroll_steps": 8, "batch_unrolls": 4}),
+            marks=pytest.mark.slow,
+        ),
         config_of(
             "pointmass",
             "sac",

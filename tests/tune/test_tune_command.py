@@ -210,6 +210,7 @@ def test_help_names_both_kinds_of_settings(
     assert "headrace train ENV --help" in out
 
 
+@pytest.mark.slow  # CI runs the command itself
 def test_smoke(capsys: pytest.CaptureFixture[str]) -> None:
     """The real thing: trials in processes, the stages alone, a file."""
     main(["tune", "--smoke", "--json", "--device", "cpu"])
@@ -283,6 +284,7 @@ def test_ctrl_c_in_autotune_trains_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_ends_the_child_too() -> None:
     code = "from headrace.cli import main; import sys; main(sys.argv[1:])"
     argv = ("tune", "catch", *SMALL, "--seconds-per-trial", "0.3")
