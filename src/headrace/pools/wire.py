@@ -11,6 +11,7 @@ Numbers are little-endian. Everything is checked against the length of what came
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -103,7 +104,9 @@ def encode(
     said = json.dumps(dict(text), separators=(",", ":")).encode() if text else b""
     if len(arrays) > MAX_ARRAYS or len(said) > MAX_TEXT_NBYTES:
         raise ValueError(f"{len(arrays)} arrays and {len(said)} bytes of text are too much")
-    table, body, nbytes = [], [], 0
+    table: list[bytes] = []
+    body: list[Any] = []
+    nbytes = 0
     for array in arrays:
         code = _CODES.get(array.dtype)
         if code is None or array.ndim > MAX_DIMENSIONS:
@@ -153,11 +156,10 @@ def decode(data: bytes) -> Message:
     body_at = text_at + text_nbytes + -text_nbytes % _ALIGNMENT
     if body_at > len(data):
         raise WireError(f"a message of {len(data)} bytes was cut short")
-    shapes = [_shape(data, _HEADER.size + place * _ARRAY.size) for place in range(count)]
-    wanted = sum(_padded_nbytes(dtype, shape) for dtype, shape in shapes)
+    shapes, wanted = _shapes(bytes(data[_HEADER.size : text_at]))
     if wanted != nbytes:
         raise WireError(f"arrays of {wanted} bytes in a body of {nbytes}")
-    text = _text(data[text_at : text_at + text_nbytes]) if text_nbytes else {}
+    text = _text(bytes(data[text_at : text_at + text_nbytes])) if text_nbytes else {}
     if flags & _LZ4:
         body, offset = _decompressed(memoryview(data)[body_at:], nbytes), 0
     elif len(data) - body_at != nbytes:
@@ -166,8 +168,9 @@ def decode(data: bytes) -> Message:
         body, offset = data, body_at
     arrays = []
     for dtype, shape in shapes:
-        arrays.append(_array(body, offset, dtype, shape))
-        offset += _padded_nbytes(dtype, shape)
+        array = _array(body, offset, dtype, shape)
+        arrays.append(array)
+        offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     return Message(kind, block, sequence, text, tuple(arrays))
 
 
@@ -178,11 +181,17 @@ def example_message() -> bytes:
     return encode(Kind.STEP, block=7, sequence=3, text={"infos": {"1": {"x": 2.0}}}, arrays=arrays)
 
 
-def _shape(data: bytes, at: int) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    code, dimensions, *sizes = _ARRAY.unpack(data[at : at + _ARRAY.size])
-    if code >= len(_DTYPES) or dimensions > MAX_DIMENSIONS or any(sizes[dimensions:]):
-        raise WireError(f"an array of dtype {code} with {dimensions} dimensions")
-    return _DTYPES[code], tuple(sizes[:dimensions])
+@functools.lru_cache(maxsize=256)
+def _shapes(table: bytes) -> tuple[tuple[tuple[np.dtype[Any], tuple[int, ...]], ...], int]:
+    """Returns dtypes and shapes of the arrays, and the bytes of the body that has them."""
+    shapes, nbytes = [], 0
+    for code, dimensions, *sizes in _ARRAY.iter_unpack(table):
+        if code >= len(_DTYPES) or dimensions > MAX_DIMENSIONS or any(sizes[dimensions:]):
+            raise WireError(f"an array of dtype {code} with {dimensions} dimensions")
+        dtype, shape = _DTYPES[code], tuple(sizes[:dimensions])
+        shapes.append((dtype, shape))
+        nbytes += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return tuple(shapes), nbytes
 
 
 def _array(body: bytes, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -193,10 +202,6 @@ def _array(body: bytes, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...
     if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
         raise WireError("truth values that are neither true nor false")
     return array
-
-
-def _padded_nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 def _text(data: bytes) -> dict[str, Any]:

@@ -1,0 +1,393 @@
+"""The server's end of what goes between machines: one stream of messages per worker host.
+
+What the messages say is the tenant's business. This file knows who may come in, and who must go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from headrace.errors import ConfigError
+from headrace.pools import wire
+from headrace.pools.credentials import (
+    Address,
+    ServerTls,
+    check_exposure,
+    parse_address,
+    read_token,
+    server_tls,
+    token_fault,
+)
+from headrace.pools.doorstep import Doorstep, Notices, connected
+from headrace.pools.health import add_health, set_health
+from headrace.pools.peers import End, Peer, Refused, Stream, Tenant, check_hello
+from headrace.pools.settings import RemoteConfig
+from headrace.pools.transport import (
+    LOOP,
+    METHOD,
+    MISMATCH,
+    RETRY_KEY,
+    call,
+    cut,
+    import_grpc,
+    server_options,
+)
+
+__all__ = ["COUNTERS", "Listener", "Peer", "Refused", "Tenant"]
+
+COUNTERS = (
+    "hosts",  # connected and welcomed, now
+    "refused",  # turned away, or gone before they said hello
+    "garbage",  # closed for what they sent
+    "lost",  # hosts that were welcomed and went without a BYE
+    "bytes_in",
+    "bytes_out",
+    "messages_in",
+    "messages_out",
+)
+
+_START_TIMEOUT_S = 30.0
+_WATCH_S = 0.5
+_FAREWELL_S = 1.0
+"""Seconds in which a peer that is closed can still read what was sent to it."""
+_CONNECTION_BROKE = "its connection broke"
+
+
+class _TurnedAway(Exception):
+    """A stream that is not welcome."""
+
+    def __init__(self, end: End) -> None:
+        super().__init__(end.reason)
+        self.end = end
+
+
+class Listener:
+    """Waits for worker hosts, checks who they are, and carries their messages."""
+
+    def __init__(
+        self,
+        config: RemoteConfig,
+        tenant: Tenant,
+        *,
+        address: str = "",
+        on_message: Callable[[str], None],
+    ) -> None:
+        """Listens at once.
+
+        Args:
+            config: Address, token, certificates, caps.
+            tenant: Gets the messages.
+            address: HOST:PORT, port 0 for any free one; empty for `config.listen`, or if that is
+                empty too, 127.0.0.1:0.
+            on_message: Gets sentences for the log; called in any thread.
+
+        Raises:
+            ConfigError: the address cannot be had, or is open to others without token and TLS, or
+                a certificate is no good.
+        """
+        wanted = parse_address(address or config.listen or "127.0.0.1:0", flag="--listen")
+        self._config, self._tenant = config, tenant
+        self._token = read_token(config.token_file)
+        self._tls = server_tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+        check_exposure(
+            wanted,
+            token=self._token,
+            tls=self._tls is not None,
+            insecure=config.insecure,
+            tls_flags="--tls-cert and --tls-key",
+        )
+        self._grpc = import_grpc()
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._streams: set[Stream] = set()
+        self._server: Any = None  # of gRPC
+        self._health: Any = None
+        self._closing: End | None = None
+        self._notices = Notices(on_message, now_s=time.monotonic())
+        self._doorstep = Doorstep(patience_s=config.hello_timeout_s)
+        self._close_lock = threading.Lock()  # guards _open
+        self._open = True
+        self._loop = LOOP.acquire()
+        try:
+            self._address = call(self._loop, self._start(wanted), timeout_s=_START_TIMEOUT_S)
+        except BaseException:
+            LOOP.release()
+            raise
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT really bound."""
+        return str(self._address)
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What `COUNTERS` names: hosts now, and the others since the start."""
+        return MappingProxyType(self._counters)
+
+    def close(self, reason: str = "the server has ended", *, retry: bool = True) -> None:
+        """Tells every peer the reason, waits two seconds at most, and gives the port back.
+
+        Not to be called in the tenant's methods. A second call does nothing.
+
+        Args:
+            reason: The sentence that reaches every peer.
+            retry: Whether the hosts should try to come again: not when the run is over.
+        """
+        with self._close_lock:
+            if not self._open:
+                return
+            self._open = False
+        try:
+            call(self._loop, self._stop(End(reason, retry=retry)), timeout_s=10.0)
+        finally:
+            self._server = self._health = None
+            LOOP.release()
+
+    async def _start(self, wanted: Address) -> Address:
+        grpc, config = self._grpc, self._config
+        self._server = grpc.aio.server(
+            options=server_options(
+                max_hosts=config.max_hosts, hello_timeout_s=config.hello_timeout_s
+            ),
+            maximum_concurrent_rpcs=2 * config.max_hosts + 64,
+        )
+        self._health = add_health(self._server, self._token_fault)
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        try:
+            if self._tls is None:
+                port = self._server.add_insecure_port(str(wanted))
+            else:
+                port = self._server.add_secure_port(str(wanted), self._credentials(self._tls))
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen at {wanted}: {_why_not_bound(wanted)}") from error
+        self._port = port
+        await self._server.start()
+        await set_health(self._health, serving=True)
+        self._watcher = asyncio.ensure_future(self._watch())
+        return wanted._replace(port=port)
+
+    async def _stop(self, end: End) -> None:
+        self._closing = end
+        self._watcher.cancel()
+        await set_health(self._health, serving=False)
+        for stream in self._streams:
+            stream.finish(end)
+        deadline_s = time.monotonic() + _FAREWELL_S + 0.2
+        while self._streams and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        await self._server.stop(grace=0.2)
+
+    def _handlers(self) -> Any:
+        grpc = self._grpc
+        service, _, session = METHOD[1:].partition("/")
+        return grpc.method_handlers_generic_handler(
+            service,
+            {
+                session: grpc.stream_stream_rpc_method_handler(self._session),
+                MISMATCH.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(self._mismatch),
+            },
+        )
+
+    def _credentials(self, tls: ServerTls) -> Any:
+        grpc = self._grpc
+        certificates = grpc.ssl_server_certificate_configuration(
+            [(tls.key, tls.cert)], tls.client_ca or None
+        )
+
+        def asked() -> None:  # once per connection, in a thread of gRPC's
+            self._doorstep.knocked(lambda: connected(self._port), now_s=time.monotonic())
+
+        return grpc.dynamic_ssl_server_credentials(
+            certificates, asked, require_client_authentication=bool(tls.client_ca)
+        )
+
+    async def _session(self, _requests: Any, context: Any) -> None:
+        """Serves one stream, from its token to its end."""
+        address = _peer_address(context)
+        self._doorstep.arrived(address)
+        try:
+            stream, text = await self._admit(address, context)
+        except _TurnedAway as turned:
+            self._turned_away(address, turned.end)
+            await self._abort(context, turned.end)
+            return
+        try:
+            await self._serve(stream, text, context)
+        except asyncio.CancelledError:  # gRPC's way to say so
+            stream.finish(End(_CONNECTION_BROKE, counter="lost"))
+            raise
+        finally:
+            end = stream.end or End("a fault in the server", "INTERNAL", counter="lost")
+            stream.finish(end)
+            self._streams.discard(stream)
+            self._counters["hosts"] -= 1
+            self._tenant.gone(stream, end.reason)
+            if end.counter:
+                self._counters[end.counter] += 1
+                self._say(f"closed {stream.name}: {end.reason}")
+        if end.code != "OK":
+            await self._abort(context, end)
+
+    async def _admit(self, address: str, context: Any) -> tuple[Stream, Mapping[str, Any]]:
+        """Returns a stream that is welcome, and the text of its WELCOME.
+
+        Raises:
+            _TurnedAway: it is not welcome.
+        """
+        fault = self._token_fault(context)
+        if fault:
+            raise _TurnedAway(End(fault, "UNAUTHENTICATED", False))
+        self._check_room()
+        timeout_s = self._config.hello_timeout_s
+        try:
+            data = await asyncio.wait_for(context.read(), timeout_s)
+        except TimeoutError as error:
+            raise _TurnedAway(End(f"it did not say hello within {timeout_s:g} s")) from error
+        if data is self._grpc.aio.EOF:
+            raise _TurnedAway(End("it went before it said hello"))
+        self._count_in(data)
+        try:
+            name, hello = check_hello(data)
+            self._check_room()  # others came meanwhile
+            stream = Stream(f"{name}, {address}", hello, self._loop)
+            text = self._tenant.welcome(stream)
+        except wire.WireError as error:
+            raise _TurnedAway(End(str(error), "INVALID_ARGUMENT", False, "garbage")) from error
+        except Refused as error:
+            raise _TurnedAway(End(str(error), "FAILED_PRECONDITION", error.retry)) from error
+        self._streams.add(stream)
+        self._counters["hosts"] += 1
+        return stream, text
+
+    def _check_room(self) -> None:
+        if self._closing is not None:
+            raise _TurnedAway(self._closing)
+        if len(self._streams) >= self._config.max_hosts:
+            raise _TurnedAway(End(f"there are {self._config.max_hosts} worker hosts already"))
+
+    async def _serve(self, stream: Stream, text: Mapping[str, Any], context: Any) -> None:
+        """Reads and writes until one of them, or the tenant, or the listener, ends the stream."""
+        welcome = wire.encode(wire.Kind.WELCOME, text=text)
+        reader = asyncio.ensure_future(self._read(stream, context))
+        writer = asyncio.ensure_future(self._write(stream, context, welcome))
+        try:
+            await stream.ended.wait()
+            if not writer.done():
+                await asyncio.wait([writer], timeout=_FAREWELL_S)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):  # a fault of the tenant's: gRPC logs it
+                raise result
+
+    async def _read(self, stream: Stream, context: Any) -> None:
+        end = End("a fault in the server", "INTERNAL", counter="lost")
+        try:
+            while stream.end is None:
+                data = await context.read()
+                if data is self._grpc.aio.EOF:
+                    end = End(_CONNECTION_BROKE, counter="lost")
+                    break
+                self._count_in(data)
+                message = wire.decode(data)
+                if message.kind is wire.Kind.BYE:
+                    end = End(cut(str(message.text.get("reason", "it said goodbye"))), "OK")
+                    break
+                self._tenant.take(stream, message)
+        except wire.WireError as error:
+            end = End(str(error), "INVALID_ARGUMENT", False, "garbage")
+        except self._grpc.aio.BaseError:
+            end = End(_CONNECTION_BROKE, counter="lost")
+        except asyncio.CancelledError:
+            end = End(_CONNECTION_BROKE, counter="lost")
+            raise
+        finally:
+            stream.finish(end)
+
+    async def _write(self, stream: Stream, context: Any, welcome: bytes) -> None:
+        async def write(data: bytes) -> None:
+            await context.write(data)
+            self._counters["messages_out"] += 1
+            self._counters["bytes_out"] += len(data)
+
+        try:
+            await stream.outbox.run(write, first=welcome)
+        except self._grpc.aio.BaseError:
+            stream.finish(End(_CONNECTION_BROKE, counter="lost"))
+
+    async def _mismatch(self, _request: bytes, context: Any) -> bytes:
+        end = End("it tried TLS, and this server speaks plain text")
+        self._turned_away(_peer_address(context), end)
+        return b""
+
+    async def _abort(self, context: Any, end: End) -> None:
+        """Ends a stream with the sentence; raises what gRPC wants to see."""
+        code = getattr(self._grpc.StatusCode, end.code)
+        retry = ((RETRY_KEY, "yes" if end.retry else "no"),)
+        await context.abort(code, cut(end.reason), retry)
+
+    async def _watch(self) -> None:
+        """Looks for peers that do not read, and for connections that never said a word."""
+        limit_s = self._config.host_timeout_s
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now_s = time.monotonic()
+            for stream in self._streams:
+                since_s = stream.outbox.writing_since_s
+                if since_s is not None and now_s - since_s > limit_s:
+                    stream.finish(End(f"it read nothing for {limit_s:g} s", counter="lost"))
+            count, addresses = self._doorstep.overdue(now_s=now_s)
+            if count:
+                self._counters["refused"] += count
+                where = f" ({', '.join(addresses[:8])})" if addresses else ""
+                self._say(
+                    f"refused {count} connections{where}: no session within "
+                    f"{self._config.hello_timeout_s:g} s of the start of TLS; they spoke plain "
+                    "text, or one side did not accept the other's certificate"
+                )
+
+    def _token_fault(self, context: Any) -> str:
+        return token_fault(self._token, context.invocation_metadata())
+
+    def _turned_away(self, address: str, end: End) -> None:
+        self._counters[end.counter or "refused"] += 1
+        self._say(f"refused {address}: {end.reason}")
+
+    def _say(self, line: str) -> None:
+        self._notices.say(line, now_s=time.monotonic())
+
+    def _count_in(self, data: bytes) -> None:
+        self._counters["messages_in"] += 1
+        self._counters["bytes_in"] += len(data)
+
+
+def _peer_address(context: Any) -> str:
+    """Returns HOST:PORT of the other end; gRPC says ipv4:HOST:PORT or ipv6:%5BHOST%5D:PORT."""
+    _, _, address = str(context.peer()).partition(":")
+    return address.replace("%5B", "[").replace("%5D", "]")
+
+
+def _why_not_bound(address: Address) -> str:
+    """Returns why nobody can listen there now, which gRPC does not say."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "another program listens there; choose another port, or 0 for any free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return "this machine has no such address"
+        return str(error.strerror or error)
+    return os.strerror(errno.EADDRINUSE)

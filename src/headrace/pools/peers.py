@@ -1,0 +1,150 @@
+"""A worker host, seen from the listener: its name, what it said, and the stream to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from headrace import __version__
+from headrace.errors import HeadraceError
+from headrace.pools import wire
+from headrace.pools.transport import Outbox
+
+MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
+"""Bytes that may wait for one peer before it is closed because it does not read."""
+
+
+class Refused(HeadraceError):
+    """A host is turned away; the sentence reaches it."""
+
+    def __init__(self, reason: str, *, retry: bool = False) -> None:
+        """Args are the sentence, and whether the host should wait and try again.
+
+        Args:
+            reason: What the host is told.
+            retry: There is no room now (the host tries again), or it can never fit (it ends).
+        """
+        super().__init__(reason)
+        self.retry = retry
+
+
+class Peer(Protocol):
+    """A worker host that is connected."""
+
+    @property
+    def name(self) -> str:
+        """What it calls itself, and its address: "node7, 10.0.0.3:4711"."""
+
+    @property
+    def hello(self) -> dict[str, Any]:
+        """The text of its HELLO."""
+
+    def send(self, message: bytes) -> None:
+        """Queues a message and never waits. A peer that does not read is closed. Any thread."""
+
+    def close(self, reason: str, *, retry: bool = True) -> None:
+        """Ends the stream with that sentence, after what was sent before. Any thread.
+
+        Also out of the tenant's methods. `gone` is called a little later.
+
+        Args:
+            reason: Reaches the host, and the tenant's `gone`.
+            retry: Whether the host should try to come again.
+        """
+
+
+class Tenant(Protocol):
+    """What is served.
+
+    Called in the one thread of all peers, so one call at a time; none may wait for anything,
+    because the others wait meanwhile.
+    """
+
+    def welcome(self, peer: Peer) -> Mapping[str, Any]:
+        """Returns the text of the WELCOME. Token, version and HELLO were checked before.
+
+        What is sent to the peer from here on follows the WELCOME.
+
+        Raises:
+            Refused: the peer is turned away with that sentence; `gone` is not called.
+        """
+
+    def take(self, peer: Peer, message: wire.Message) -> None:
+        """Takes a further message; a BYE is not passed on, its reason reaches `gone`.
+
+        Nothing comes from a peer that was closed.
+
+        Raises:
+            WireError: the message is garbage; the peer is closed and counted.
+        """
+
+    def gone(self, peer: Peer, reason: str) -> None:
+        """Called once for every peer that was welcomed, when it is gone or the listener closes."""
+
+
+class End(NamedTuple):
+    """How a stream ended."""
+
+    reason: str
+    code: str = "UNAVAILABLE"  # name of a gRPC status; OK: by the host's own wish
+    retry: bool = True  # whether the host may come again
+    counter: str = ""  # of the listener: what it counts as
+
+
+class Stream:
+    """The peer of one stream."""
+
+    def __init__(self, name: str, hello: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self.hello = hello
+        self.outbox = Outbox(loop, max_nbytes=MAX_QUEUED_NBYTES)
+        self.ended = asyncio.Event()
+        self.end: End | None = None
+        self._loop = loop
+        self._end_lock = threading.Lock()  # guards end
+
+    def send(self, message: bytes) -> None:
+        """Queues a message, or closes a peer that does not read."""
+        if not self.outbox.put(message):
+            nbytes = MAX_QUEUED_NBYTES >> 20
+            self.finish(End(f"it does not read: {nbytes} MiB wait for it", counter="lost"))
+
+    def close(self, reason: str, *, retry: bool = True) -> None:
+        """Ends the stream with that sentence."""
+        self.finish(End(reason, retry=retry))
+
+    def finish(self, end: End) -> None:
+        """Ends the stream, the first time."""
+        with self._end_lock:
+            if self.end is not None:
+                return
+            self.end = end
+        self.outbox.finish()
+        # The loop outlives every stream that somebody waits for.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.ended.set)
+
+
+def check_hello(data: bytes) -> tuple[str, dict[str, Any]]:
+    """Returns what a host calls itself, and all that it says.
+
+    Raises:
+        WireError: it is no HELLO.
+        Refused: it is one of another version.
+    """
+    message = wire.decode(data)
+    if message.kind is not wire.Kind.HELLO:
+        raise wire.WireError(f"the first message is a {message.kind.name}, not a HELLO")
+    name = message.text.get("name")
+    if not isinstance(name, str) or not name:
+        raise wire.WireError("a HELLO without a name")
+    protocol = message.text.get("protocol")
+    if protocol != wire.VERSION:
+        raise Refused(
+            f"it speaks protocol {str(protocol)[:20]}, this server (headrace {__version__}) "
+            f"{wire.VERSION}: install the same headrace on both"
+        )
+    # Into logs it goes: nothing that moves a cursor.
+    return "".join(each if each.isprintable() else "?" for each in name[:64]), message.text
