@@ -1,7 +1,9 @@
 """What every pool promises the server."""
 
+import contextlib
 import gc
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,14 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from headrace import catalog
+from headrace.envs.device import Moved, State
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.base import Pool
+from headrace.pools.device import DevicePool
+from headrace.pools.grpc import GrpcPool
 from headrace.pools.inline import InlinePool
+from headrace.pools.link import LinkConfig
 from headrace.pools.native import NativePool
-from headrace.pools.settings import WorkerConfig
+from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import ShmPool, WorkerEnvs
+from headrace.run.host import HostConfig, run_host
 from headrace.steps import EnvStep
 
 NUM_ENVS, BATCH = 4, 2
@@ -26,9 +34,13 @@ CASES = [
     ("inline", "catch"),
     ("inline", "recall"),
     ("inline", "worker_envs:ECHO"),
+    ("device", "catch"),
     ("shm", "catch"),
     ("shm", "worker_envs:ECHO"),
+    ("grpc", "catch"),
+    ("grpc", "worker_envs:ECHO"),
 ]
+ELSEWHERE = ("shm", "grpc")  # kinds whose environments are not in the test's hands
 WORKERS = WorkerConfig(num_workers=2, batch_wait_ms=5000.0)
 # Columns of what Echo shows; the module is not on the path when this one is collected.
 COUNT, ACTION = 1, 2
@@ -43,6 +55,14 @@ def make_pool(kind: str, name: str, tap: Any, *, batch_size: int = BATCH, seed: 
         spec = family.spec(name, config)
         recipe = WorkerEnvs(env=name, settings={}, spec=spec, num_envs=NUM_ENVS, seed=seed)
         return Heard(ShmPool(recipe, batch_size=batch_size, workers=WORKERS), tap)
+    if kind == "device":
+        tap.env = family.make_device(name, config, num_envs=NUM_ENVS, seed=seed)
+        return DevicePool(TorchTap(tap), batch_size=batch_size)
+    if kind == "grpc":
+        spec = family.spec(name, config)
+        recipe = WorkerEnvs(env=name, settings={}, spec=spec, num_envs=NUM_ENVS, seed=seed)
+        remote = RemoteConfig(host_timeout_s=20.0)
+        return Hosted(GrpcPool(recipe, batch_size=batch_size, remote=remote, workers=WORKERS), tap)
     env = family.make(name, config, num_envs=NUM_ENVS, batch_size=BATCH, threads=2, seed=seed)
     tap.env = env
     pool: Pool = {"inline": InlinePool, "native": NativePool}[kind](tap, batch_size=batch_size)
@@ -83,10 +103,31 @@ class Tap:
         return step
 
 
+class TorchTap:
+    """The same for environments in torch, of which any may be stepped: their state has names."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tap.env, name)
+
+    def begin(self) -> State:
+        return {**self._tap.env.begin(), "env_id": torch.arange(NUM_ENVS)}
+
+    def step(self, state: State, action: torch.Tensor) -> Moved:
+        self._tap.note(state["env_id"].numpy(), action.numpy())
+        moved: Moved = self._tap.env.step(state, action)
+        return moved
+
+    def restart(self, state: State, ended: torch.Tensor) -> State:
+        return {**self._tap.env.restart(state, ended), "env_id": state["env_id"]}
+
+
 class Heard:
     """A pool whose environments live elsewhere: they tell by what they show what reached them."""
 
-    def __init__(self, pool: ShmPool, tap: Tap) -> None:
+    def __init__(self, pool: Any, tap: Tap) -> None:
         self._pool = pool
         self._tap = tap
 
@@ -101,7 +142,44 @@ class Heard:
         return step
 
 
-@pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
+class Hosted(Heard):
+    """A pool with two real worker hosts over loopback, a thread each, which it takes with it."""
+
+    def __init__(self, pool: GrpcPool, tap: Tap) -> None:
+        super().__init__(pool, tap)
+        self._over = threading.Event()
+        self._hosts = [
+            threading.Thread(target=self._host, args=(pool.address,))
+            for _ in range(NUM_ENVS // BATCH)
+        ]
+        for host in self._hosts:
+            host.start()
+
+    def _host(self, address: str) -> None:
+        with contextlib.suppress(ConfigError):  # it may come when all is over
+            run_host(
+                LinkConfig(connect=address),
+                HostConfig(envs=BATCH, trust_code=True),
+                stop=self._over.is_set,
+                on_message=lambda _: None,
+                in_process=True,
+            )
+
+    def close(self) -> None:
+        self._pool.close()
+        self._over.set()  # for those that had not come yet
+        for host in self._hosts:
+            host.join(20.0)
+            assert not host.is_alive()
+
+
+NET = [
+    pytest.param(case, id="-".join(case), marks=[pytest.mark.net] if case[0] == "grpc" else [])
+    for case in CASES
+]
+
+
+@pytest.fixture(params=NET)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     kind, name = request.param
     return kind, name
@@ -121,7 +199,7 @@ def pool(case: tuple[str, str], tap: Tap) -> Iterator[Pool]:
 
 def tells(case: tuple[str, str]) -> bool:
     """Whether the tap can tell what reached the environments."""
-    return case[0] != "shm" or case[1] == "worker_envs:ECHO"
+    return case[0] not in ELSEWHERE or case[1] == "worker_envs:ECHO"
 
 
 def by_environment(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
@@ -163,7 +241,7 @@ def test_every_action_reaches_its_environment(pool: Pool, tap: Tap, case: tuple[
     for env_id, actions in by_environment(sent).items():
         # What shows its last action shows it one row later.
         missing = len(actions) - len(reached[env_id])
-        assert 0 <= missing <= (case[0] == "shm")
+        assert 0 <= missing <= (case[0] in ELSEWHERE)
         assert reached[env_id] == actions[: len(reached[env_id])]
 
 
@@ -249,7 +327,7 @@ def test_a_wrong_reply_is_refused_before_anything_steps(
         pool.reply(spoil(action, pool.spec.num_actions))
     assert tap.reached == []
     pool.reply(action)
-    if case[0] != "shm":
+    if case[0] not in ELSEWHERE:
         receive(pool)
         assert len(tap.reached) == BATCH
         return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -21,19 +22,23 @@ from headrace.bench.settings import (
     print_rows,
     run_config,
 )
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
+from headrace.pools.grpc import GrpcPool
+from headrace.pools.processes import WorkerProcess
 from headrace.run.pools import make_pool, pool_name
 from headrace.run.system import usable_cores
 
-POOLS = ("native", "inline", "shm", "gymnasium-async", "alone")
+POOLS = ("native", "inline", "shm", "grpc", "gymnasium-async", "alone")
 FREE = "headrace.bench.free_env:FreeEnv"
+HOST_MODULE = "headrace.run.host"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
     """Steps environments with random actions, through our pools and through what else there is.
 
-    shm and inline are ours, native is an environment's own threads behind our seam.
+    shm and inline are ours, native is an environment's own threads behind our seam. grpc is a
+    worker host, here a process of its own over loopback, with whatever suits the environment.
     gymnasium-async is Gymnasium's AsyncVectorEnv, a process for each environment. alone is what as
     many processes reach that step the same environments and talk to nobody. The latency runs from
     the reply to an environment until its next row is there; it includes the wait for the rest of
@@ -46,12 +51,21 @@ class Arguments:
     """Environments of a pool: one row for each number."""
     env_cost_us: tuple[float, ...] = (0.0, 100.0)
     """Microseconds of a core that one step of "" takes: one row for each."""
-    pools: tuple[str, ...] = ("native", "shm", "gymnasium-async", "alone")
+    frame_shape: tuple[int, ...] = ()
+    """What "" shows: a frame of bytes of that shape, as 84 84; empty for four numbers."""
+    pools: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--pool",))] = (
+        *("native", "shm", "gymnasium-async", "alone"),
+    )
     """What to measure; what does not apply to an environment is left out."""
     batch_size: int = 0
     """Environments answered at once; 0 for half of them."""
     num_workers: int = 0
-    """Worker processes of shm and alone, and threads of a native pool; 0 for one per core."""
+    """Worker processes of shm and alone, threads of a native pool, and processors of the worker
+    host of grpc; 0 for one per core."""
+    envs_per_message: int = 0
+    """Environments that travel in one message of grpc; 0 for those answered at once, at most 64."""
+    message_compression: Literal["off", "lz4"] = "off"
+    """Of the messages of grpc."""
     seconds: float = 5.0
     """Seconds that each row is measured."""
     output: OutputArguments = field(default_factory=OutputArguments)
@@ -63,6 +77,8 @@ class Arguments:
                 raise ConfigError(f"--pools: {catalog.nearest(pool, POOLS)}, not {pool!r}")
         if min(self.env_cost_us, default=0.0) < 0:
             raise ConfigError("--env-cost-us must not be negative")
+        if min(self.frame_shape, default=1) < 1:
+            raise ConfigError("--frame-shape must be positive")
 
 
 SMOKE = Arguments(
@@ -90,11 +106,14 @@ def measure(
     arguments: Arguments, env: str, num_envs: int, cost_us: float | None
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for each pool that can step this environment."""
-    kwargs = {} if cost_us is None else {"cost_us": cost_us}
+    kwargs: dict[str, Any] = {} if cost_us is None else {"cost_us": cost_us}
+    if not env and arguments.frame_shape:
+        kwargs["frame_shape"] = arguments.frame_shape
     workers = min(arguments.num_workers or usable_cores(), num_envs)
     for pool in arguments.pools:
         row = {"pool": pool, "env": env or "free", "envs": num_envs, "env_cost_us": cost_us}
         latency_s: NDArray[np.float64]
+        bytes_per_s = None  # on a network
         if pool in ("gymnasium-async", "alone") and _is_gymnasium(env):
             if pool == "alone":
                 rate = lone.rate_of_processes(
@@ -113,25 +132,29 @@ def measure(
             measured = _ours(arguments, pool, env, num_envs, kwargs)
             if measured is None:
                 continue
-            rate, latency_s = measured
+            rate, latency_s, bytes_per_s = measured
         p50_us, p99_us = np.quantile(latency_s * 1e6, (0.5, 0.99))
         yield {
             **row,
             "agent_steps_per_s": rate,
             "latency_us_p50": None if np.isnan(p50_us) else float(p50_us),
             "latency_us_p99": None if np.isnan(p99_us) else float(p99_us),
+            "bytes_per_s": bytes_per_s,
         }
 
 
 def _ours(
     arguments: Arguments, pool: str, env: str, num_envs: int, kwargs: dict[str, Any]
-) -> tuple[float, NDArray[np.float64]] | None:
-    """Returns steps per second and latencies; None if this pool cannot step this environment."""
+) -> tuple[float, NDArray[np.float64], float | None] | None:
+    """Returns steps per second, latencies and, where they travel, bytes per second there and back.
+
+    None if this pool cannot step this environment.
+    """
     if pool in ("gymnasium-async", "alone"):
         return None
     try:
         own = catalog.environment_family(env or FREE).pool
-        if (pool == "native") != (own == "native"):
+        if pool != "grpc" and (pool == "native") != (own == "native"):
             return None
         environment = {"env_kwargs": json.dumps(kwargs)} if kwargs else {}
         config = run_config(
@@ -139,6 +162,10 @@ def _ours(
             server={"num_envs": num_envs},
             env_threads=arguments.num_workers,
             workers={"num_workers": arguments.num_workers},
+            remote={
+                "envs_per_message": arguments.envs_per_message,
+                "message_compression": arguments.message_compression,
+            },
             environment=environment,
             pool="auto" if pool == own else pool,
         )
@@ -148,11 +175,31 @@ def _ours(
     except ConfigError as missing:
         print(f"{pool}, {env} left out: {missing}", file=sys.stderr)
         return None
-    try:
-        timing, latency_s = stages.environment_alone(made, arguments.seconds)
-    finally:
-        made.close()
-    return timing.per_s, latency_s
+    with contextlib.ExitStack() as stack:
+        if isinstance(made, GrpcPool):
+            host = WorkerProcess(
+                HOST_MODULE,
+                {
+                    "link": {"connect": made.address},
+                    "envs": num_envs,
+                    "cores": arguments.num_workers,
+                    "trust_code": True,
+                },
+                name="headrace worker host",
+            )
+            stack.callback(host.close)
+        stack.callback(made.close)  # first: the host leaves at that
+        try:
+            timing, latency_s = stages.environment_alone(made, arguments.seconds)
+        except DeadlineExceeded as late:
+            cause = host.death() if isinstance(made, GrpcPool) else None
+            raise late if cause is None else PeerLost(f"the worker host died: {cause}") from late
+        if not isinstance(made, GrpcPool):
+            return timing.per_s, latency_s, None
+        # Of all messages since the start, of which those of a step are nearly all.
+        counters = made.counters
+        row_nbytes = (counters["bytes_in"] + counters["bytes_out"]) / made.rows_received
+        return timing.per_s, latency_s, row_nbytes * timing.per_s
 
 
 def _is_gymnasium(env: str) -> bool:
