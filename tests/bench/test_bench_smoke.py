@@ -51,6 +51,17 @@ def test_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["share_of_ceiling"] == result["agent_steps_per_s"] / ceiling["combined"]
 
 
+@pytest.mark.parametrize("settings", [("--env", "catch"), ("--env", "pointmass")])
+def test_end_to_end_beside_the_policy(
+    capsys: pytest.CaptureFixture[str], settings: tuple[str, ...]
+) -> None:
+    result = printed(
+        capsys, "end-to-end", "--smoke", "--json", "--pool", "device", "--seconds", "0.3", *settings
+    )
+    assert result["pool"] == "device"
+    assert min(result["agent_steps_per_s"], *list(result["ceiling"].values())[1:]) > 0
+
+
 def test_end_to_end_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     command.run(["end-to-end", "--smoke", "--seconds", "0.2", "--lstm-size", "8"])
     assert "share of ceiling" in capsys.readouterr().out

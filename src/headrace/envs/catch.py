@@ -158,6 +158,29 @@ class CatchFamily:
             first_env=first_env,
         )
 
+    def make_device(
+        self,
+        name: str,
+        config: CatchConfig,
+        *,
+        num_envs: int,
+        seed: int,
+        first_env: int = 0,
+        device: str = "cpu",
+    ) -> Any:
+        """Makes the same boards in torch: an `envs.device.DeviceEnv`."""
+        # Here: workers step the numpy one, and need no torch.
+        from headrace.envs.device_catch import DeviceCatch  # noqa: PLC0415
+
+        return DeviceCatch(
+            self.spec(name, config),
+            num_envs=num_envs,
+            truncate_after=config.truncate_after,
+            seed=seed,
+            first_env=first_env,
+            device=device,
+        )
+
     def make_view(self, name: str, config: CatchConfig, *, seed: int) -> None:
         """A person sees what the agent sees."""
 

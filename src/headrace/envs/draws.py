@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def stream_keys(seed: int, num_envs: int) -> NDArray[np.uint64]:
@@ -21,9 +21,9 @@ def stream_keys(seed: int, num_envs: int) -> NDArray[np.uint64]:
 def draw(key: NDArray[np.uint64], count: NDArray[np.int64], num_values: int) -> NDArray[np.int64]:
     """Returns draw number `count` of each stream, uniform on 0 .. num_values - 1."""
     # Wrap-around is the point of the mixer; arrays do it without a warning, scalars do not.
-    word = key + (count.astype(np.uint64) + np.uint64(1)) * _GAMMA
-    word = (word ^ (word >> np.uint64(30))) * _MIX[0]
-    word = (word ^ (word >> np.uint64(27))) * _MIX[1]
+    word = key + (count.astype(np.uint64) + np.uint64(1)) * GAMMA
+    word = (word ^ (word >> np.uint64(30))) * MIX[0]
+    word = (word ^ (word >> np.uint64(27))) * MIX[1]
     word ^= word >> np.uint64(31)
     value: NDArray[np.int64] = (word % np.uint64(num_values)).astype(np.int64)
     return value

@@ -159,6 +159,29 @@ class PointMassFamily:
             first_env=first_env,
         )
 
+    def make_device(
+        self,
+        name: str,
+        config: PointMassConfig,
+        *,
+        num_envs: int,
+        seed: int,
+        first_env: int = 0,
+        device: str = "cpu",
+    ) -> Any:
+        """Makes the same points in torch: an `envs.device.DeviceEnv`."""
+        # Here: workers step the numpy one, and need no torch.
+        from headrace.envs.device_pointmass import DevicePointMass  # noqa: PLC0415
+
+        return DevicePointMass(
+            self.spec(name, config),
+            num_envs=num_envs,
+            episode_steps=config.episode_steps,
+            seed=seed,
+            first_env=first_env,
+            device=device,
+        )
+
     def make_view(self, name: str, config: PointMassConfig, *, seed: int) -> None:
         """A person sees what the agent sees."""
 

@@ -37,6 +37,11 @@ class Slots(Protocol):
         """See `SlotQueue.wait_for_full`."""
 
 
+def any_slot(_: int) -> bool:
+    """Keeps every slot; a queue need not ask it of each."""
+    return True
+
+
 class SlotQueue:
     """First in, first out; one owner per slot, always: the server, this queue, or a reader."""
 
@@ -79,7 +84,7 @@ class SlotQueue:
 
     @contextmanager
     def reading(
-        self, count: int, *, timeout_s: float, keep: Callable[[int], bool] = lambda _: True
+        self, count: int, *, timeout_s: float, keep: Callable[[int], bool] = any_slot
     ) -> Iterator[list[int]]:
         """Lends the oldest `count` full slots, free again when the block ends; copy inside it.
 
@@ -107,6 +112,8 @@ class SlotQueue:
 
     def _kept(self, keep: Callable[[int], bool]) -> int:
         """Frees the full slots that `keep` refuses; returns how many are left."""
+        if keep is any_slot:
+            return len(self._full)
         stale = [slot for slot in self._full if not keep(slot)]
         if stale:
             self._full = deque(slot for slot in self._full if slot not in stale)

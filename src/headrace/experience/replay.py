@@ -75,6 +75,9 @@ class Replay:
         self._priority_exponent = priority_exponent
         self._importance_exponent = importance_exponent
         self._largest = 0.0  # priority so far; 0 before the first
+        self.scales_weights = True
+        """Whether importance weights are over the largest of a sample; else that is left to whoever
+        learns from several replays at once."""
         self.inserted = 0
         """Sequences that became whole."""
         self.sampled = 0
@@ -148,9 +151,10 @@ class Replay:
             raise ValueError("an empty replay has nothing to sample")
         slot = self._tree.sample((np.arange(count) + generator.random(count)) / count)
         chance = self._tree.get(slot) / self._tree.total
-        weight = importance_weights(
-            torch.from_numpy(chance), self.sequences, self._importance_exponent
-        )
+        chance_B = torch.from_numpy(chance)
+        weight = chance_B**-self._importance_exponent
+        if self.scales_weights:
+            weight = importance_weights(chance_B, self.sequences, self._importance_exponent)
         self.sampled += count
         self._rings.draw(slot)
         return Sample(slot, self._rings.generation(slot), weight.float().numpy())

@@ -99,6 +99,8 @@ class UnrollTable:
         self.rows = experience.unroll_steps + 1
         self.prefix = spec.frame_stack - 1
         self.dropped_unrolls = 0
+        self.action_choices = spec.action_choices
+        """See `EnvSpec`."""
         self._device = device
         self._allocate = allocate
         space = spec.observation_space
@@ -112,10 +114,11 @@ class UnrollTable:
         self._finals: Tensor | None = None
         if for_replay:  # few rows are ever written: in main memory, few are ever there
             self._finals = self._tensor("finals", (rows, *space.shape), np.dtype(space.dtype))
-        self._of_slot = {
+        self.of_slot = {
             name: self._array(name, (num_slots,), np.dtype(np.int64))
             for name in ("env_id", "run_id")
         }
+        """Whose steps lie in each slot."""
         self._host = {
             name: self._array(name, (rows,), np.dtype(dtype)) for name, dtype in HOST_FIELDS.items()
         }
@@ -165,8 +168,8 @@ class UnrollTable:
             self._run_id[env[fresh]] = step.run_id[fresh]
         slot, row = self._slot[env], self._row[env]
         self._reset[slot, self.prefix + row] = step.reset
-        self._of_slot["env_id"][slot] = self.first_env + env
-        self._of_slot["run_id"][slot] = (self.generation << 32) + step.run_id
+        self.of_slot["env_id"][slot] = self.first_env + env
+        self.of_slot["run_id"][slot] = (self.generation << 32) + step.run_id
         self._write_host(slot * self.rows + row, step, version)
         at = self._upload(slot * self.rows + row)
         if frames.device != self._device:  # the host still has them
@@ -237,8 +240,8 @@ class UnrollTable:
         final_at = np.argwhere(truncated).astype(np.int64)
         final_rows = self._upload(flat[truncated])
         segment = Segment(
-            env_id=self._of_slot["env_id"][slot],
-            run_id=self._of_slot["run_id"][slot],
+            env_id=self.of_slot["env_id"][slot],
+            run_id=self.of_slot["run_id"][slot],
             frames=_rows(self._frames, self._upload(frame_rows)),
             columns={
                 name: _rows(field, self._upload(flat))
@@ -267,7 +270,7 @@ class UnrollTable:
             "reset": self._reset,
             "recurrent": list(self._recurrent),
             "finals": self._finals,
-            "of_slot": self._of_slot,
+            "of_slot": self.of_slot,
             "slot": self._slot,
             "row": self._row,
             "run_id": self._run_id,
@@ -285,11 +288,24 @@ class UnrollTable:
             part.copy_(stored)
         if self._finals is not None:
             self._finals.copy_(state["finals"])
-        for name, values in self._of_slot.items():
+        for name, values in self.of_slot.items():
             values[:] = state["of_slot"][name]
         self._reset[:] = state["reset"]
         self._slot[:], self._row[:], self._run_id[:] = state["slot"], state["row"], state["run_id"]
         self.queue.restore(state["queue"])
+
+    def views(self, slot: int) -> dict[str, NDArray[Any]]:
+        """Returns what a slot holds, by column, in main memory; `of_slot` apart."""
+        at = slice(slot * self.rows, (slot + 1) * self.rows)
+        first_frame = slot * (self.prefix + self.rows)
+        columns = {"frames": self._frames[first_frame : first_frame + self.prefix + self.rows]}
+        columns |= {name: field[at] for name, field in self._fields.items()}
+        columns |= {f"recurrent/{i}": part[slot] for i, part in enumerate(self._recurrent)}
+        if self._finals is not None:
+            columns["finals"] = self._finals[at]
+        host = {name: values[at] for name, values in self._host.items()}
+        host["reset"] = self._reset[slot]
+        return {name: column.numpy() for name, column in columns.items()} | host
 
     def oldest_version(self, slot: int) -> int:
         """Version of the weights that acted first in a slot that is full."""

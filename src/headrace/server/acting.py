@@ -38,7 +38,8 @@ def no_action(spec: EnvSpec, count: int, device: torch.device) -> Tensor:
 def cleared(state: PolicyState, reset: Tensor) -> PolicyState:
     """Returns `state` as at the start of an episode where `reset` [N] is set."""
     return PolicyState(
-        stack=_filled(state.stack, reset, 0),
+        # A stack of one frame is replaced whole.
+        stack=state.stack if state.stack.shape[1] == 1 else _filled(state.stack, reset, 0),
         recurrent=tuple(_filled(part, reset, 0) for part in state.recurrent),
         previous_action=_filled(
             state.previous_action, reset, 0 if state.previous_action.is_floating_point() else -1

@@ -9,20 +9,19 @@ argument: on a CPU the tests hand in one that calls the function again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headrace.algorithms.base import Capture
 from headrace.records import PolicyState, PolicyStep
 from headrace.server.acting import Actor
-from headrace.server.state_table import repeated
+from headrace.server.state_table import copy_state, repeated
 
 _WARM_UPS = 3  # lets libraries choose their kernels and allocate before anything is recorded
 
 Outputs = tuple[PolicyStep, PolicyState]
-Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-"""Takes what one batch does; returns how to do it again, and the tensors that it always writes."""
 
 
 class _Recorded(NamedTuple):
@@ -70,7 +69,7 @@ class GraphedActor:
     ) -> Outputs:
         """Does what `Actor.act` does."""
         graph = self._recorded[len(reward)]
-        _copy_state(graph.state, state)
+        copy_state(graph.state, state)
         graph.observation.copy_(observation)
         graph.reward.copy_(reward)
         graph.reset.copy_(reset)
@@ -90,7 +89,7 @@ def cuda_capture(generator: torch.Generator | None) -> Capture:
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(batch: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    def capture(batch: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -127,10 +126,3 @@ def _record(
     epsilon = torch.zeros_like(reward) if explores else None
     replay, outputs = capture(lambda: actor.act(state, observation, reward, reset, mask, epsilon))
     return _Recorded(state, observation, reward, reset, mask, epsilon, replay, outputs)
-
-
-def _copy_state(into: PolicyState, state: PolicyState) -> None:
-    into.stack.copy_(state.stack)
-    for part, new in zip(into.recurrent, state.recurrent, strict=True):
-        part.copy_(new)
-    into.previous_action.copy_(state.previous_action)

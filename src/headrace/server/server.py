@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -202,8 +202,15 @@ class Seat:
         self._return[:], self._length[:] = state["return"], state["length"]
 
 
+class Serving(Protocol):
+    """What `run_server` needs of a seat, whichever kind it is."""
+
+    def serve(self, pull: Callable[[], int], timeout_s: float, waits: Waits) -> int:
+        """See `Seat.serve`."""
+
+
 def run_server(
-    seats: Sequence[Seat],
+    seats: Sequence[Serving],
     weights: WeightsEnd,
     queue: Slots,
     stop: threading.Event,

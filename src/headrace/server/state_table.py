@@ -60,5 +60,13 @@ def repeated(example: PolicyState, count: int) -> PolicyState:
     )
 
 
+def copy_state(into: PolicyState, state: PolicyState) -> None:
+    """Copies a state over another, whose tensors stay where they are."""
+    into.stack.copy_(state.stack)
+    for part, new in zip(into.recurrent, state.recurrent, strict=True):
+        part.copy_(new)
+    into.previous_action.copy_(state.previous_action)
+
+
 def _repeated(row: Tensor, count: int) -> Tensor:
     return row[:1].repeat(count, *[1] * (row.dim() - 1))
