@@ -13,8 +13,10 @@ from rich.console import Console
 from headrace import __version__, catalog, presets
 from headrace.bench import command
 from headrace.commands.evaluate import eval_command
+from headrace.commands.plan import plan_command
 from headrace.commands.train import train_command
 from headrace.commands.tune import tune_command
+from headrace.commands.worker import worker_command
 from headrace.envs import atari, packages
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
 
@@ -30,9 +32,11 @@ usage: headrace COMMAND …
   train ENV     train an agent, such as `headrace train ALE/Pong-v5`; go on with
                 one by --resume RUN
   tune ENV      find the fastest settings for this machine, for `train --config`
+  worker        step environments for a run elsewhere: --connect HOST:PORT
   eval RUN      play full episodes with a trained agent, and film one
   envs          what can be trained here, and what is missing
   presets       named settings, and where their numbers come from
+  plan [ENV]    what frames cost, and how many cores go with an accelerator
   bench NAME    measure this machine: end-to-end, pools, inference, learner,
                 replay
 
@@ -134,6 +138,8 @@ def bench_command(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "tune": tune_command,
+    "worker": worker_command,
+    "plan": plan_command,
     "eval": eval_command,
     "envs": envs_command,
     "presets": presets_command,

@@ -6,6 +6,7 @@ follow in the same process, after the run, since they would take its time:
 ```
 core-time     cores / (1/environment + 1/inference + s/learner)     each alone on one thread
 accelerator   min(environment, 1 / (1/inference + s/learner))       environment on all cores
+              1 / (1/environment + 1/inference + s/learner)         environment in torch, there too
 ```
 s is samples through the gradient per agent step; the learner's rate alone is in samples/s.
 
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.bench import stages
+from headrace.bench.device_stages import device_environment
 from headrace.bench.settings import (
     SMOKE_POLICY,
     OutputArguments,
@@ -49,6 +51,7 @@ from headrace.run.pools import make_pool
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory, usable_cores
 from headrace.run.warmup import warm_up
+from headrace.server.device_seat import DeviceSeat
 from headrace.telemetry.metrics import EpisodeStats, Waits
 
 _NUM_ENVS = 64
@@ -92,6 +95,8 @@ class Arguments:
     """Threads that step a native pool; 0 for one per core."""
     inference: Literal["auto", "server", "worker"] = "auto"
     """Where the policy acts; auto is where the preset has it."""
+    pool: Literal["auto", "inline", "shm", "device"] = "auto"
+    """Where environments step, as in a run; device is beside the policy, all of them at once."""
     warmup_s: float = 10.0
     """Seconds from the first update until measuring begins; compiling comes before that."""
     seconds: float = 30.0
@@ -245,6 +250,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         precision=arguments.precision,
         env_threads=arguments.env_threads,
         inference=arguments.inference,
+        pool=arguments.pool,
     )
     keep_memory()
     with ExitStack() as stack:
@@ -306,19 +312,25 @@ def measure_ceiling(
     on_gpu = parts.compute.device.type == "cuda"
     num_envs = config.server.num_envs
     alone = dataclasses.replace(config, env_threads=usable_cores() if on_gpu else 1)
-    batch = parts.training.pool.max_batch
-    pool = make_pool(alone, num_envs=num_envs, batch_size=batch, seed=config.seed)
-    try:
-        environment, _ = stages.environment_alone(pool, seconds)
-    finally:
-        pool.close()
-    return ceiling_of(
+    if isinstance(parts.source, DeviceSeat):
+        device = parts.compute.acting
+        environment = stages.timed(device_environment(config, device), seconds, device)
+    else:
+        batch = parts.training.pool.max_batch
+        pool = make_pool(alone, num_envs=num_envs, batch_size=batch, seed=config.seed)
+        try:
+            environment, _ = stages.environment_alone(pool, seconds)
+        finally:
+            pool.close()
+    beside = on_gpu and isinstance(parts.source, DeviceSeat)  # all three share the GPU
+    ceiling = ceiling_of(
         environment.per_s,
         stages.inference_alone(config, parts, seconds, num_envs=num_envs).per_s,
         stages.learner_alone(config, parts, seconds, num_envs=num_envs).per_s,
         samples_per_agent_step=samples_per_agent_step,
-        cores=None if on_gpu else usable_cores(),
+        cores=(1 if beside else None) if on_gpu else usable_cores(),
     )
+    return ceiling._replace(model="accelerator") if beside else ceiling
 
 
 def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling) -> dict[str, Any]:
@@ -336,6 +348,7 @@ def result_of(config: RunConfig, parts: Parts, window: Window, ceiling: Ceiling)
         "threads": {"compute": compute.threads, "environment": env_threads},
         "num_envs": config.server.num_envs,
         "inference": config.inference,
+        "pool": config.pool,
         **{name: row.get(name) for name in _FIGURES},
         "samples_per_agent_step": window.samples_per_agent_step(),
         "policy_lag_mean": row.get("policy_lag_mean"),  # a replay's is its age

@@ -23,9 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from headrace.bench.device_stages import free_device_seat
 from headrace.config import RunConfig
 from headrace.errors import DeadlineExceeded
+from headrace.experience.device_unrolls import DeviceUnrolls
 from headrace.experience.limiter import SampleLimiter
+from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import FifoFeed, ReplayFeed
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
@@ -33,6 +36,7 @@ from headrace.records import Batch
 from headrace.run.build import Parts, exploration
 from headrace.run.experience import first_priority, make_unrolls
 from headrace.server.acting import Actor, initial_state
+from headrace.server.device_seat import AnySeat, DeviceSeat
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
 from headrace.steps import EnvStep
@@ -186,20 +190,29 @@ class ServerAlone:
         server = dataclasses.replace(config.server, num_envs=num_envs, inference_batch=0)
         config = dataclasses.replace(config, server=server)
         device = parts.compute.device
+        model: Any = parts.server_model
+        actor = Actor(algorithm=parts.algorithm, model=model, generator=parts.generator)
+        self._weights, self._waits = parts.weights, Waits()
+        self.unrolls: UnrollTable | DeviceUnrolls
+        if isinstance(parts.source, DeviceSeat):
+            self._seat: AnySeat = free_device_seat(
+                config, actor, parts.spec, device=parts.compute.acting, reader=device
+            )
+            self.unrolls = self._seat.unrolls
+            self.queue = self.unrolls.queue
+            return
         self.queue, self.unrolls = make_unrolls(
             config, parts.algorithm, parts.spec, parts.server_model, batch, device
         )
-        model: Any = parts.server_model
         self._seat = Seat(
             FreePool(parts.spec, num_envs=num_envs, batch_size=batch),
-            Actor(algorithm=parts.algorithm, model=model, generator=parts.generator),
+            actor,
             initial_state(parts.spec, model, 1, device),
             unrolls=self.unrolls,
             on_episodes=lambda *_: None,
             device=device,
             exploration=exploration(parts.algorithm, num_envs),
         )
-        self._weights, self._waits = parts.weights, Waits()
 
     def serve(self) -> int:
         """Answers one batch; returns its agent steps."""

@@ -1,0 +1,303 @@
+"""What frames cost: from what each stage does alone and what a core and an accelerator cost.
+
+```
+central       cores: environment, transport               accelerator: inference + learner
+workers       cores: environment, inference, transport    accelerator: learner
+processors    cores: environment, inference, learner      no accelerator
+```
+The first is SEED's cut, the second IMPALA's. Everything is time: each stage takes so many seconds
+of a core, of an accelerator or of the network for one agent step. What has the least to give
+limits, and the others wait for it. That is what perfect overlap would reach; `efficiency` says how
+much of it runs do reach.
+
+With more accelerators each has a server and cores of its own, and nothing is lost between them:
+what an all-reduce of gradients takes is not counted. Weights that travel to workers are not either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headrace.errors import ConfigError
+
+CORES, ACCELERATOR = "cores", "accelerator"
+_SECONDS_PER_HOUR = 3600.0
+_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the balanced number of cores
+
+
+def check_rates(**rates: float | None) -> None:
+    """Refuses what no stage can have; None is unknown.
+
+    Raises:
+        ConfigError: names the first that is not a positive, finite number.
+    """
+    for name, rate in rates.items():
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"{name} must be a positive number, not {rate:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What the stages do alone. None is what nobody has measured."""
+
+    environment_per_core: float
+    """Agent steps/s that one core steps."""
+    inference: float | None = None
+    """Agent steps/s that one accelerator answers, doing nothing else."""
+    learner: float | None = None
+    """Samples/s that one accelerator learns from, doing nothing else."""
+    inference_per_core: float | None = None
+    """Agent steps/s that one core answers."""
+    learner_per_core: float | None = None
+    """Samples/s that one core learns from."""
+    samples_per_agent_step: float = 1.0
+    """Samples through the gradient for every agent step."""
+    frames_per_agent_step: float = 1.0
+    """Environment frames of one agent step: the action repeat."""
+    efficiency: float = 1.0
+    """Share of what the stages allow together that runs reach."""
+
+    def __post_init__(self) -> None:
+        check_rates(**{name: getattr(self, name) for name in self.__slots__})
+        if self.efficiency > 1:
+            raise ConfigError(f"efficiency must be at most 1, not {self.efficiency:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transport:
+    """What travels between machines, and what that takes."""
+
+    nbytes_per_agent_step: float
+    """Bytes to the server and back."""
+    agent_steps_per_s: float
+    """Most that one server takes."""
+    cores: float
+    """Cores that both ends kept busy with that."""
+    gbit_per_s: float | None = None
+    """Network of one server; None for more than enough."""
+
+    def __post_init__(self) -> None:
+        check_rates(**{name: getattr(self, name) for name in self.__slots__})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """In whatever money the user thinks."""
+
+    per_core_hour: float
+    per_accelerator_hour: float = 0.0
+    per_gigabyte: float = 0.0  # 1e9 bytes through the network
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            price = getattr(self, name)
+            if not (math.isfinite(price) and price >= 0):
+                raise ConfigError(f"price {name} must not be negative, but is {price:g}")
+
+    def per_hour(self, *, cores: float, accelerators: float) -> float:
+        """What machines cost for an hour, idle or not."""
+        return cores * self.per_core_hour + accelerators * self.per_accelerator_hour
+
+
+class Arrangement(NamedTuple):
+    """Seconds that each stage takes of each resource of one server for one agent step."""
+
+    name: str
+    seconds: Mapping[str, Mapping[str, float]]  # resource → stage → seconds
+    accelerators: int  # of one server
+    nbytes_per_agent_step: float
+
+    def rate(self, resource: str, amount: float = 1.0) -> float:
+        """Agent steps/s that so much of a resource allows."""
+        return amount / sum(self.seconds[resource].values())
+
+    def rates(self, cores: float) -> dict[str, float]:
+        """Agent steps/s that each resource of a server with so many cores allows."""
+        return {name: self.rate(name, cores if name == CORES else 1.0) for name in self.seconds}
+
+    def balanced_cores(self) -> float:
+        """Cores of one server at which they limit as much as all else does."""
+        others = [rate for name, rate in self.rates(1.0).items() if name != CORES]
+        return min(others, default=math.inf) / self.rate(CORES)
+
+
+class Point(NamedTuple):
+    """One arrangement with so many cores to an accelerator, and what the frames cost there."""
+
+    arrangement: str
+    cores: float  # of all servers
+    accelerators: int
+    agent_steps_per_s: float
+    env_frames_per_s: float
+    limits: str  # the stage that takes most of what there is least of
+    busy: dict[str, float]  # share of time that each resource works, as far as the stages say
+    cost_per_hour: float  # without the network
+    cost: float
+    hours: float
+
+    @property
+    def cores_per_accelerator(self) -> float | None:
+        """The ratio; None without accelerators."""
+        return self.cores / self.accelerators if self.accelerators else None
+
+
+def cost_of_frames(
+    env_frames: float,
+    *,
+    env_frames_per_s: float,
+    cores: float,
+    accelerators: float,
+    prices: Prices,
+) -> float:
+    """Returns what so many frames cost on machines that make them at this rate."""
+    hours = env_frames / env_frames_per_s / _SECONDS_PER_HOUR
+    return hours * prices.per_hour(cores=cores, accelerators=accelerators)
+
+
+def arrangements(rates: Rates, transport: Transport | None, *, apart: bool) -> list[Arrangement]:
+    """Returns what can be told from these rates, in the order of the module's table.
+
+    Args:
+        rates: Of the stages.
+        transport: Of steps, and as much of unrolls; None if all happens on one machine.
+        apart: Inference and learner of central inference have an accelerator each.
+    """
+    travelling, limits = _travelling(transport)
+    nbytes = transport.nbytes_per_agent_step if transport else 0.0
+    environments = {"environment": 1 / rates.environment_per_core}
+    share = rates.samples_per_agent_step
+    found = []
+    if rates.inference is not None and rates.learner is not None:
+        inference, learner = {"inference": 1 / rates.inference}, {"learner": share / rates.learner}
+        devices = (
+            {"accelerator of inference": inference, "accelerator of learner": learner}
+            if apart
+            else {ACCELERATOR: inference | learner}
+        )
+        seconds = {CORES: environments | travelling, **devices, **limits}
+        found.append(Arrangement("central", seconds, len(devices), nbytes))
+    if rates.inference_per_core is None:
+        return found
+    acting = environments | {"inference": 1 / rates.inference_per_core}
+    if rates.learner is not None:
+        learner = {"learner": share / rates.learner}
+        seconds = {CORES: acting | travelling, ACCELERATOR: learner, **limits}
+        found.append(Arrangement("workers", seconds, 1, nbytes))
+    if rates.learner_per_core is not None:
+        acting = acting | {"learner": share / rates.learner_per_core}
+        found.append(Arrangement("processors", {CORES: acting}, 0, 0.0))
+    return found
+
+
+def _travelling(
+    transport: Transport | None,
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Returns core-seconds of an agent step's way, and what else limits one server."""
+    if transport is None:
+        return {}, {}
+    per_step_s = 1 / transport.agent_steps_per_s
+    limits = {"server's connections": {"transport": per_step_s}}
+    if transport.gbit_per_s is not None:
+        network_s = 8 * transport.nbytes_per_agent_step / (transport.gbit_per_s * 1e9)
+        limits["network"] = {"network": network_s}
+    return {"transport": transport.cores * per_step_s}, limits
+
+
+def point_at(
+    arrangement: Arrangement,
+    rates: Rates,
+    prices: Prices,
+    *,
+    cores: float,
+    servers: int,
+    env_frames: float,
+) -> Point:
+    """Returns speed and cost of servers that have `cores` together."""
+    each = arrangement.rates(cores / servers)
+    least = min(each, key=each.__getitem__)
+    stages = arrangement.seconds[least]
+    steps_per_s = servers * each[least] * rates.efficiency
+    frames_per_s = steps_per_s * rates.frames_per_agent_step
+    accelerators = servers * arrangement.accelerators
+    gigabytes = env_frames / rates.frames_per_agent_step * arrangement.nbytes_per_agent_step / 1e9
+    machines = cost_of_frames(
+        env_frames,
+        env_frames_per_s=frames_per_s,
+        cores=cores,
+        accelerators=accelerators,
+        prices=prices,
+    )
+    return Point(
+        arrangement.name,
+        cores,
+        accelerators,
+        steps_per_s,
+        frames_per_s,
+        max(stages, key=stages.__getitem__),
+        {name: steps_per_s / servers / rate for name, rate in each.items()},
+        prices.per_hour(cores=cores, accelerators=accelerators),
+        machines + gigabytes * prices.per_gigabyte,
+        env_frames / frames_per_s / _SECONDS_PER_HOUR,
+    )
+
+
+class Outlook(NamedTuple):
+    """One arrangement over ratios."""
+
+    arrangement: Arrangement
+    points: list[Point]  # by cores
+    cheapest: Point
+    fastest: Point  # with the fewest cores that are as fast as any number
+
+    @property
+    def name(self) -> str:
+        """Of the arrangement."""
+        return self.arrangement.name
+
+    @property
+    def balanced_ratio(self) -> float | None:
+        """Cores per accelerator at which neither waits; None without accelerators."""
+        accelerators = self.arrangement.accelerators
+        return self.arrangement.balanced_cores() / accelerators if accelerators else None
+
+
+def outlook(
+    arrangement: Arrangement,
+    rates: Rates,
+    prices: Prices,
+    *,
+    servers: int,
+    present_cores: float | None,
+    env_frames: float,
+) -> Outlook:
+    """Returns costs around the best ratio of cores to accelerators, and at the present one."""
+    balanced = arrangement.balanced_cores()
+    if math.isinf(balanced):  # processors alone: twice as many cost twice as much for half the time
+        tried: set[float] = {present_cores or servers}
+    else:
+        per_server = {max(1, math.floor(balanced * ratio)) for ratio in _RATIOS}
+        per_server.add(max(1, math.ceil(balanced)))
+        tried = {servers * cores for cores in per_server} | (
+            {present_cores} if present_cores else set()
+        )
+    points = [
+        point_at(arrangement, rates, prices, cores=cores, servers=servers, env_frames=env_frames)
+        for cores in sorted(tried)
+    ]
+    top = max(point.agent_steps_per_s for point in points)
+    fastest = next(p for p in points if math.isclose(p.agent_steps_per_s, top, rel_tol=1e-9))
+    return Outlook(arrangement, points, min(points, key=lambda point: point.cost), fastest)
+
+
+def saving(outlooks: Sequence[Outlook]) -> float | None:
+    """Returns the share of money that central inference saves, each cut at its own best ratio.
+
+    None where one of the two cannot be told; negative where inference on workers is cheaper.
+    """
+    best = {each.name: each.cheapest.cost for each in outlooks}
+    if "central" not in best or not best.get("workers"):
+        return None
+    return 1 - best["central"] / best["workers"]

@@ -1,0 +1,77 @@
+"""One turn of `headrace bench wire`: `python -m headrace.bench.wire_turn TASK [ADDRESS]`.
+
+Without an address it is the server's end: it starts the host's, measures, and prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from headrace import catalog
+from headrace.bench.wire_tally import Tally, Task, cpu_s_of
+
+_OURS, _PEERS = "headrace.bench.wire_ours", "headrace.bench.wire_peers"
+
+
+class Ends(NamedTuple):
+    """Where the two ends of an implementation are."""
+
+    server: str
+    host: str  # empty: the server starts it
+    through: str  # what bytes go through when both are on one machine
+
+
+IMPLEMENTATIONS = {
+    "headrace": Ends(f"{_OURS}:Server", f"{_OURS}:host", "loopback"),
+    "grpc-asyncio": Ends(f"{_PEERS}:AsyncStreamServer", f"{_PEERS}:async_stream_host", "loopback"),
+    "grpc-threads": Ends(f"{_PEERS}:StreamServer", f"{_PEERS}:stream_host", "loopback"),
+    "ray-actor": Ends(f"{_PEERS}:RayServer", "", "shared memory"),
+    "torch-rpc": Ends(f"{_PEERS}:RpcServer", f"{_PEERS}:rpc_host", "shared memory"),
+    "torch-rpc-tcp": Ends(f"{_PEERS}:RpcServer", f"{_PEERS}:rpc_host", "loopback"),
+}
+
+
+def task_of(text: str) -> Task:
+    """Returns the task that `json.dumps` of its fields made."""
+    fields = json.loads(text)
+    return Task(**{**fields, "frame_shape": tuple(fields["frame_shape"])})
+
+
+def serve(task: Task, text: str) -> dict[str, Any]:
+    """Measures one implementation at the server's end."""
+    ends = IMPLEMENTATIONS[task.implementation]
+    server = catalog.import_attribute("benchmark", ends.server)(task)
+    host: subprocess.Popen[bytes] | None = None
+    try:
+        if ends.host:
+            command = [sys.executable, "-m", "headrace.bench.wire_turn", text, server.address]
+            host = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        pid = host.pid if host is not None else None
+        tally = Tally(task.seconds, host_cpu_s=lambda: None if pid is None else cpu_s_of(pid))
+        server.measure(tally)
+        return tally.result()
+    finally:
+        server.close()
+        if host is not None:
+            host.kill()
+            host.wait()
+
+
+def main(argv: list[str]) -> None:
+    """Runs one end."""
+    task = task_of(argv[0])
+    if len(argv) == 1:
+        sys.stdout.write(json.dumps(serve(task, argv[0])) + "\n")
+        sys.stdout.flush()
+        return
+    ends = IMPLEMENTATIONS[task.implementation]
+    host: Callable[[Task, str], None] = catalog.import_attribute("benchmark", ends.host)
+    host(task, argv[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
