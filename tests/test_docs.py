@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "eval", "envs", "presets", "bench", "tune"}
+COMMANDS = {"train", "worker", "plan", "eval", "envs", "presets", "bench", "tune"}
 PYTHON = {"python", "python no-run"}
 SHELL = {"console", "bash"}
 BLOCK_TIMEOUT_S = 300
@@ -52,7 +52,11 @@ def readme() -> Path:
 
 def documents() -> list[Path]:
     """Returns every file that is checked."""
-    return [readme(), *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        readme(),
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "examples").glob("*.md")),
+    ]
 
 
 def syntax_faults(blocks: list[Block]) -> list[str]:

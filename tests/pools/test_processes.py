@@ -130,6 +130,20 @@ def test_a_death_has_a_cause(start: Start, order: bytes, cause: str) -> None:
     worker.send(b"anybody there?")
 
 
+def test_what_was_told_before_a_death_is_not_lost(start: Start) -> None:
+    worker = start()
+    message(worker, "settings")
+    worker.send(b"last words")
+    worker.hang_up()
+    assert until(worker.death).startswith("left by itself with exit code 0")
+    assert worker.messages() == [{"did": "last words", "bytes": 10}, {"left": True}]
+    assert worker.messages() == []
+    closed = start()
+    message(closed, "settings")
+    closed.close(60.0)
+    assert closed.messages() == [{"left": True}]
+
+
 def test_a_kill_from_outside_is_named_and_comes_with_last_words(start: Start) -> None:
     worker = start()
     worker.send(b"print")

@@ -117,6 +117,7 @@ class WorkerProcess:
             os.set_blocking(fd, False)
         self._unsent = b""
         self._half_message = b""
+        self._untold: list[dict[str, Any]] = []  # read by another method than `messages`
         self._half_line = b""
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._heard = 0  # lines in all
@@ -152,8 +153,9 @@ class WorkerProcess:
 
         One with the key "error" is a worker's own account of why it dies.
         """
+        untold, self._untold = self._untold, []
         if self._closed:
-            return []
+            return untold
         if self._unsent:
             self.send(b"")
         data, ended = _read_all(self.status_fd)
@@ -162,7 +164,7 @@ class WorkerProcess:
         messages = [json.loads(line) for line in lines]
         for message in messages:
             self._error = self._error or message.get("error")
-        return messages
+        return untold + messages
 
     def printed(self) -> list[str]:
         """Returns whole lines that the worker has printed since the last call; never waits.
@@ -181,7 +183,7 @@ class WorkerProcess:
 
     def death(self) -> str | None:
         """Returns why the worker is dead, with its last words; None while it lives."""
-        self.messages()
+        self._untold = self.messages()
         if not self._dead:
             return None
         if not self._closed:
@@ -230,7 +232,7 @@ class WorkerProcess:
         self._wait(timeout_s)
         self._kill_group()
         self._process.wait()
-        self.messages()
+        self._untold = self.messages()
         self._dead = self._closed = True
         for fd in (self.status_fd, self.output_fd, self._lifeline_fd):
             os.close(fd)
@@ -247,7 +249,7 @@ class WorkerProcess:
         poller.register(self.status_fd, select.POLLIN)
         until_s = time.monotonic() + timeout_s
         while not self._dead and poller.poll(max(0.0, until_s - time.monotonic()) * 1000.0):
-            self.messages()
+            self._untold = self.messages()
 
     def _kill_group(self) -> None:
         if self._process.returncode is None:

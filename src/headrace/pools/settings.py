@@ -84,6 +84,33 @@ class RemoteConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinkConfig:
+    """The server to which a worker host connects, and how it proves who it is."""
+
+    connect: str
+    """HOST:PORT of the server (its listen)."""
+    token_file: str = ""
+    """File with the secret that the server asks for; empty for the variable HEADRACE_TOKEN."""
+    tls_ca: str = ""
+    """File with certificates (PEM), one of which signed the server's. Needed beyond loopback."""
+    tls_cert: str = ""
+    """File with this host's own certificate chain (PEM), for servers that ask for one."""
+    tls_key: str = ""
+    """File with the private key of tls_cert (PEM)."""
+    insecure: bool = False
+    """Connect beyond loopback without TLS: whoever sees the network reads token and data."""
+    connect_timeout_s: float = 60.0
+    """Seconds that one attempt to connect may take, welcome included."""
+    give_up_s: float = 600.0
+    """Seconds for which nothing answers there after which the worker host ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout_s", "give_up_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
     """What Ray places and watches, if it does."""
 
@@ -94,7 +121,16 @@ class ClusterConfig:
     """Worker hosts; 0 for one on every node, also those that join later."""
     host_cpus: int = 0
     """Processors of each worker host; 0 for all that its node has free."""
+    host_tls_ca: str = ""
+    """File on every node with certificates (PEM), one of which has signed tls_cert; empty: tls_cert
+    itself, which then has signed itself."""
+    host_tls_cert: str = ""
+    """File on every node with the worker hosts' own certificate chain (PEM), for tls_client_ca."""
+    host_tls_key: str = ""
+    """File on every node with the private key of host_tls_cert (PEM)."""
 
     def __post_init__(self) -> None:
         if self.cluster_hosts < 0 or self.host_cpus < 0:
             raise ConfigError("cluster_hosts and host_cpus must not be negative")
+        if self.cluster not in ("", "auto", "local") and ":" not in self.cluster:
+            raise ConfigError(f"cluster must be auto, local or HOST:PORT, not {self.cluster!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -83,6 +84,8 @@ def prepare(
     if resume is not None and config is None:
         run = RunDirectory.open(Path(resume))
         full = resumed_config(run, changes or {}, trust_code=trust_code)
+        if full.cluster.cluster:
+            _cluster().check_cluster(full)
         if full.wandb:
             ensure_wandb()
         return Prepared(full, run, True, trust_code)
@@ -91,9 +94,12 @@ def prepare(
     full = completed(config)
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
+    on_cluster = bool(full.cluster.cluster)
+    if on_cluster:
+        _cluster().check_cluster(full)
     if full.pool != "inline" and not full.lockstep:  # else only this process need know its name
         try_environment(full.env, full.environment, timeout_s=full.workers.start_timeout_s)
-    check(full)
+    check(_without_devices(full) if on_cluster else full, elsewhere=on_cluster)
     if full.wandb:
         ensure_wandb()
     return Prepared(full, RunDirectory.create(path, to_toml(full)), False, True)
@@ -107,7 +113,9 @@ def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
         hooks.on_message(text)
 
     with log_to(prepared.directory.log_path):
-        return run_training(
+        on_cluster = bool(prepared.config.cluster.cluster)
+        drive = _cluster().run_on_cluster if on_cluster else run_training
+        return drive(
             prepared.config,
             prepared.directory,
             resume=prepared.resume,
@@ -132,7 +140,8 @@ def train(
         config: A new run's settings.
         resume: Run directory to go on with, instead of `config`.
         changes: On resume: settings that replace the run's; only `config.FREE_ON_RESUME` may.
-        on_update: Called after every update with the number of updates and metrics on the device.
+        on_update: Called after every update with the number of updates and metrics on the device;
+            never on a cluster, where the device is another machine's.
         on_checkpoint: Called after every checkpoint with its folder.
         on_row: Called at every report with the row that metrics.jsonl gets.
         trust_code: On resume: whether to import code that the run names from outside headrace.
@@ -167,6 +176,23 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
     return from_dict(merged(read_toml(run.config_path), changes), trust_code=trust_code)
+
+
+def _cluster() -> Any:
+    """What speaks to a cluster, which needs packages that only who wants one has."""
+    return importlib.import_module("headrace.run.cluster")
+
+
+def _without_devices(config: RunConfig) -> RunConfig:
+    """Returns what can be checked here of a run that learns on another machine."""
+    return dataclasses.replace(
+        config,
+        device="cpu",
+        actor_device="cpu" if config.actor_device else "",
+        critic_device="cpu" if config.critic_device else "",
+        learner_devices="",
+        inference_devices="",
+    )
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

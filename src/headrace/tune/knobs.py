@@ -178,7 +178,8 @@ def laid_over(config: Any, settings: Mapping[str, Any]) -> Any:
 
 def _knobs(config: RunConfig, facts: Facts, *, tune_batch: bool) -> list[Knob]:
     """Returns all knobs that apply, those that promise most first."""
-    cores, overlap = facts.cores, not facts.turns
+    # Environments in torch are answered all at once, by the server that they live beside.
+    cores, overlap = facts.cores, not facts.turns and facts.pool != "device"
     serves = config.inference == "server"
     knobs = [_num_envs(config, facts)]
     if facts.pool == "shm" or overlap:

@@ -125,6 +125,11 @@ def tune(
     """
     if config.lockstep:
         raise ConfigError("lockstep is for equal results, not for speed: leave out --lockstep")
+    if config.remote.listen or config.cluster.cluster or config.pool == "grpc":
+        raise ConfigError(
+            "tuning is for one machine, and no trial has worker hosts: leave out --listen and "
+            "--pool grpc, and --cluster"
+        )
     started_s = time.monotonic()
     if config.pool != "inline":
         try_environment(config.env, config.environment, timeout_s=config.workers.start_timeout_s)
