@@ -42,6 +42,9 @@ def main() -> None:
     """Trains until the window is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", nargs="+", help="the run, without --out; after a --")
+    parser.add_argument(
+        "--steps", action="store_true", help="count agent steps alone, not one update for each"
+    )
     args = parse_times(parser)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -50,7 +53,8 @@ def main() -> None:
         process = subprocess.Popen([*args.command, "--out", str(run), "--log-interval-s", "1"])
         for row in rows(run / "metrics.jsonl", process):
             now_s = row["elapsed_s"]
-            if row["updates"] and window.update_ended(row["agent_steps"], row["updates"]):
+            updates = None if args.steps else row["updates"]
+            if row["updates"] and window.update_ended(row["agent_steps"], updates):
                 break
         process.send_signal(signal.SIGINT)
         status = process.wait(_STOP_TIMEOUT_S)

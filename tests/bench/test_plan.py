@@ -156,6 +156,14 @@ def test_whole_cores_part_the_cheapest_from_the_fastest() -> None:
     assert (seen.cheapest.cores, seen.fastest.cores) == (8, 9)
 
 
+def test_of_what_costs_the_same_the_fastest_is_best() -> None:
+    free = Prices(per_core_hour=0.1)  # accelerators that cost nothing: cores cost by their work
+    seen = looked_at(by_name(RATES)["central"], prices=free)
+    assert seen.points[0].cost == pytest.approx(seen.cheapest.cost)
+    assert seen.cheapest is seen.fastest
+    assert seen.cheapest.cores == seen.balanced_ratio
+
+
 def test_workers_that_act_need_twice_the_cores_and_leave_the_accelerator_to_the_learner() -> None:
     found = by_name(RATES)
     seen = {name: looked_at(each) for name, each in found.items()}

@@ -116,6 +116,37 @@ def test_a_reader_that_fails_or_refuses() -> None:
     assert hosts.credits[0] == before + 2, "what was refused is free again, though none was read"
 
 
+def test_what_is_refused_while_a_reader_waits_is_granted_anew() -> None:
+    granted: list[int] = []
+    at_rest, again = threading.Event(), threading.Event()
+
+    def grant(_: int, count: int) -> None:
+        granted.append(count)
+        if len(granted) > 1:
+            again.set()
+
+    slots = CreditSlots(1, capacity=1, grant=grant, at_rest=at_rest.set)
+    slots.join(0, num_envs=1, max_batch=1)
+
+    def read() -> None:
+        with slots.reading(1, timeout_s=20.0, keep=lambda slot: slot != 0):
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert at_rest.wait(60.0)
+    slot = slots.arrive(0)
+    assert slot == 0
+    slots.put([slot])
+    assert again.wait(10.0), "the host would wait for a credit, and the reader for the host"
+    assert granted == [2, 1]
+    slot = slots.arrive(0)
+    assert slot == 1
+    slots.put([slot])
+    reader.join(60.0)
+    assert not reader.is_alive()
+
+
 def test_a_reader_that_waits_is_woken_to_do_what_was_asked() -> None:
     done = threading.Event()
     times: list[None] = []

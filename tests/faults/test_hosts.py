@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 from headrace import catalog
 from headrace.cli import main
 from headrace.pools.grpc import GrpcPool
+from headrace.pools.link import LinkConfig
 from headrace.pools.messages import RUN_IDS
 from headrace.pools.processes import WorkerProcess
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
+from headrace.run.host import HostConfig, run_host
 from headrace.steps import EnvStep
 
 pytestmark = pytest.mark.net
@@ -121,6 +124,59 @@ def wait_until(done: Callable[[], bool], limit_s: float = 120.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def host_here() -> Iterator[Callable[..., None]]:
+    """Starts worker hosts in threads of the test, which take two environments each."""
+    stop = threading.Event()
+    threads = []
+
+    def host_of(address: str) -> None:
+        threads.append(
+            threading.Thread(
+                target=run_host,
+                args=(LinkConfig(connect=address), HostConfig(envs=2, trust_code=True)),
+                kwargs={"stop": stop.is_set, "on_message": lambda _: None, "in_process": True},
+            )
+        )
+        threads[-1].start()
+
+    yield host_of
+    stop.set()
+    for thread in threads:
+        thread.join(30.0)
+        assert not thread.is_alive()
+
+
+def check_takeover(pool: GrpcPool, said: list[str], lost: int, lose: Callable[[], None]) -> None:
+    """Environments `lost` and the next begin anew at the host that waits; the others go on."""
+    steps = play(pool, begun(0, {0, 1, 2, 3}))
+    lose()
+    wait_until(lambda: pool.deaths == 1)
+    for _ in range(20):
+        steps += play(pool, lambda step: 2 - lost in step.env_id)
+    steps += play(pool, begun(RUN_IDS, {lost, lost + 1}))
+    check_runs(steps)
+    where = f"environments {lost}..{lost + 1}"
+    assert sum(f"is gone: its connection broke; {where}" in line for line in said) == 1
+    assert sum("connection broke" in line for line in said) == 1
+
+
+def test_a_host_whose_connection_is_cut_and_one_that_takes_over(
+    make: Callable[..., GrpcPool],
+    host_here: Callable[..., None],
+    make_proxy: Callable[[str], Any],
+    said: list[str],
+) -> None:
+    pool = make()
+    proxy = make_proxy(pool.address)
+    host_here(proxy.address)
+    wait_until(lambda: pool.counters["envs"] == 2)
+    host_here(pool.address)
+    wait_until(lambda: pool.counters["envs"] == 4)
+    check_takeover(pool, said, 0, proxy.cut)
+
+
+@pytest.mark.slow
 def test_a_host_that_is_killed_and_one_that_takes_over(
     make: Callable[..., GrpcPool], start: Callable[..., WorkerProcess], said: list[str]
 ) -> None:
@@ -139,15 +195,7 @@ def test_a_host_that_is_killed_and_one_that_takes_over(
             heir = start(pool, 2)
             pids = {host.peer.hello["pid"]: host for host in pool._grants.hosts.values()}
             first = pool._grants.blocks[pids[victim.pid].blocks[0]].first
-            steps = play(pool, begun(0, {0, 1, 2, 3}))
-            os.kill(victim.pid, signal.SIGKILL)
-            wait_until(lambda: pool.deaths == 1)
-            for _ in range(20):  # the others go on
-                steps += play(pool, lambda step: 2 - first in step.env_id)
-            steps += play(pool, begun(RUN_IDS, {first, first + 1}))
-            check_runs(steps)
-            where = f"environments {first}..{first + 1}"
-            assert any(f"is gone: its connection broke; {where}" in line for line in said)
+            check_takeover(pool, said, first, lambda: os.kill(victim.pid, signal.SIGKILL))
             typed.send_signal(signal.SIGTERM)
             assert typed.wait(30.0) == 0
             wait_until(lambda: any("is gone: it was stopped there" in line for line in said))

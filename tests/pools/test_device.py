@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headrace.envs.catch import CATCH, CatchConfig
-from headrace.envs.device import DeviceEnv
+from headrace.envs.device import DeviceEnv, Moved, State
 from headrace.envs.device_catch import DeviceCatch
 from headrace.envs.gymnasium import GYMNASIUM
 from headrace.errors import ConfigError
@@ -131,6 +131,39 @@ def test_tensors_that_stay_in_place_are_nobody_elses() -> None:
     assert_same(play(pool, 60), play(other, 60))
     pool.restore(other.snapshot())
     assert {name: value.data_ptr() for name, value in named(pool.state, pool.rows)} == places
+
+
+class Remembering(DeviceCatch):
+    """Keeps where the paddle was, in the tensor that had it then."""
+
+    def begin(self) -> State:
+        state = super().begin()
+        return {**state, "before": state["paddle"].clone(), "long_before": state["paddle"].clone()}
+
+    def step(self, state: State, action: torch.Tensor) -> Moved:
+        moved = super().step(state, action)
+        older = {"before": state["paddle"], "long_before": state["before"]}
+        return moved._replace(state={**moved.state, **older})
+
+    def restart(self, state: State, ended: torch.Tensor) -> State:
+        kept = {name: state[name] for name in ("before", "long_before")}
+        return {**super().restart(state, ended), **kept}
+
+
+def test_in_place_a_tensor_may_move_from_name_to_name() -> None:
+    spec = CATCH.spec("catch", CONFIG)
+    pool, other = (
+        DevicePool(Remembering(spec, num_envs=2, truncate_after=5, seed=1), batch_size=1)
+        for _ in range(2)
+    )
+    pool.stay_in_place(finals=True)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        action = torch.from_numpy(rng.integers(3, size=2))
+        for each in (pool, other):
+            each.advance(action, finals=True)
+        for name, value in other.state.items():
+            assert torch.equal(pool.state[name], value), name
 
 
 def test_environments_that_mask_actions_are_refused() -> None:

@@ -39,6 +39,11 @@ class FakeListener:
         self.tenant = tenant
         self.counters = {"lost": 0, "bytes_in": 0, "bytes_out": 0}
         self.closed: list[str] = []
+        self.fault: Exception | None = None
+
+    def check(self) -> None:
+        if self.fault is not None:
+            raise self.fault
 
     def close(self, reason: str, *, retry: bool) -> None:
         self.closed.append(reason)
@@ -430,6 +435,14 @@ def test_what_hosts_report_is_counted_and_shown_but_not_for_ever(
     pool.close()
 
 
+def test_what_hosts_report_moves_no_cursor(make: Make, said: list[str]) -> None:
+    pool = make()
+    host = Peer(pool).come()
+    pool.take(host, wire.decode(wire.encode(Kind.REPORT, text={"note": "a\x1b[2J\nb"})))
+    assert said[-1] == "worker host node1: a?[2J\nb"
+    pool.close()
+
+
 def test_close_says_that_the_run_is_over(make: Make, said: list[str]) -> None:
     pool = make()
     host = Peer(pool).come()
@@ -443,6 +456,17 @@ def test_close_says_that_the_run_is_over(make: Make, said: list[str]) -> None:
         Peer(pool).come()
     with pytest.raises(PeerLost):
         pool.receive(0.0)
+
+
+def test_a_fault_in_the_listeners_thread_ends_the_run(make: Make) -> None:
+    pool = make()
+    host = Peer(pool).come()
+    host.step(0, 0)
+    listener: Any = pool._listener
+    listener.fault = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        pool.receive(0.0)
+    pool.close()
 
 
 def test_what_others_connect_to(monkeypatch: pytest.MonkeyPatch) -> None:

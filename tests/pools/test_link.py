@@ -161,6 +161,19 @@ def test_no_welcome_in_time_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) 
             Link.open(config, HELLO)
 
 
+def test_who_is_stopped_does_not_wait_for_a_welcome() -> None:
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 2
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        config = LinkConfig(connect=f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout_s=3600.0)
+        assert list(sessions(config, HELLO, stop=stop, on_message=lambda line: None)) == []
+
+
 def test_a_server_of_something_else_is_named() -> None:
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
@@ -221,11 +234,38 @@ def test_sessions_wait_for_a_server_and_say_why_once(listen: Listen) -> None:
     assert "trying again for 30 s" in said[0]
 
 
-def test_sessions_give_up_with_the_last_reason(listen: Listen, book: Any) -> None:
-    book.refusal = Refused("every block is taken", retry=True)
-    config = LinkConfig(connect=listen().address, give_up_s=0.2)
-    with pytest.raises(PeerLost, match=r"no server for 0.2 s; .*every block is taken"):
+def test_sessions_give_up_with_the_last_reason(book: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        config = LinkConfig(connect=f"127.0.0.1:{free.getsockname()[1]}", give_up_s=0.2)
+    with pytest.raises(PeerLost, match=r"no server for 0.2 s; .*nobody listens there"):
         next(sessions(config, HELLO, stop=lambda: False, on_message=book.said.append))
+
+
+def test_who_waits_for_room_does_not_give_up(listen: Listen, book: Any) -> None:
+    listener = listen()
+    book.refusal = Refused("every block is taken", retry=True)
+    said: list[str] = []
+
+    def stop() -> bool:
+        if listener.counters["refused"] == 5:
+            book.refusal = None
+        return False
+
+    config = LinkConfig(connect=listener.address, give_up_s=1e-9)
+    link = next(sessions(config, HELLO, stop=stop, on_message=said.append))
+    assert link.welcome == {"run": "r1"}
+    assert said == [f"{listener.address}: every block is taken; trying again until there is room"]
+    assert sum("every block is taken" in line for line in book.said) == 1  # of five
+    link.close()
+
+
+def test_who_comes_when_the_run_is_over_ends_well(listen: Listen, book: Any) -> None:
+    listener = listen()
+    book.refusal = Refused("the run is over", over=True)
+    said: list[str] = []
+    config = LinkConfig(connect=listener.address)
+    assert list(sessions(config, HELLO, stop=lambda: False, on_message=said.append)) == []
+    assert said == [f"{listener.address}: the run is over"]
 
 
 def test_sessions_end_at_once_where_nothing_helps(listen: Listen, book: Any) -> None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools import transport, wire
 from headrace.pools.link import Link, LinkConfig
-from headrace.pools.listener import COUNTERS, Listener
+from headrace.pools.listener import COUNTERS, Listener, check_listen
 from headrace.pools.peers import MAX_QUEUED_NBYTES, Refused
 from headrace.pools.settings import RemoteConfig
 
@@ -266,6 +266,81 @@ def test_garbage_later_ends_that_stream_alone(
     assert book.says("closed bad?[2J", words)
     check_served(good)
     good.close()
+
+
+@pytest.mark.parametrize("method", ["welcome", "take", "gone"])
+def test_a_fault_of_the_tenant_reaches_who_asks(
+    book: Any, tools: Any, listen: Listen, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    listener = listen()
+    good = join(listener, "good")
+    listener.check()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(book, method, fail)
+    with contextlib.suppress(PeerLost):
+        bad = join(listener, "bad")
+        bad.send(step())
+        bad.close()
+
+    def raised() -> bool:
+        try:
+            listener.check()
+        except ZeroDivisionError:
+            return True
+        return False
+
+    tools.wait_until(raised)
+    monkeypatch.undo()
+    check_served(good)
+    good.close()
+
+
+def test_what_peers_say_moves_no_cursor_and_fills_no_log(
+    book: Any, tools: Any, listen: Listen
+) -> None:
+    listener = listen()
+    link = join(listener)
+    link.close("bye\x1b[2J" + 5000 * "!")
+    book.welcome = lambda peer: (_ for _ in ()).throw(Refused("no\x1b[2J" + 10_000_000 * "!"))
+    with pytest.raises(ConfigError, match=r"no\?\[2J!") as refused:
+        join(listener)
+    tools.wait_until(lambda: book.left)
+    assert book.left[0][1].startswith("bye?[2J!")
+    assert book.says("no?[2J")
+    sentences = [book.left[0][1], *book.said, str(refused.value)]
+    assert max(map(len, sentences)) < 1100
+
+
+def test_compression_that_is_not_installed_is_named_and_no_fault(
+    book: Any, listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lz4")
+    listener = listen()
+    link = join(listener)
+    message = wire.encode(wire.Kind.STEP, arrays=(np.zeros(9),), compression="lz4")
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    link.send(message)
+    with pytest.raises(PeerLost, match="needs an extra on every machine: pip install"):
+        link.receive(20)
+    link.close()
+    with Raw(listener, message) as raw:
+        assert "needs an extra" in raw.end()[1]
+    listener.check()
+    assert listener.counters["garbage"] == 2
+    with pytest.raises(ConfigError, match="needs an extra on every machine"):
+        listen(message_compression="lz4")
+
+
+def test_what_cannot_be_listened_with_is_known_before_anything_starts(listen: Listen) -> None:
+    taken = listen().address
+    with pytest.raises(ConfigError, match=f"cannot listen at {taken}: another program listens"):
+        check_listen(RemoteConfig(listen=taken))
+    with pytest.raises(ConfigError, match="needs a token"):
+        check_listen(RemoteConfig(listen="0.0.0.0:0"))
+    check_listen(RemoteConfig())
 
 
 def test_a_message_that_is_too_large_is_not_taken(

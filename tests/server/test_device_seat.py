@@ -176,6 +176,18 @@ def test_its_unrolls_are_those_of_the_other_seat(case: str, captured: bool, dept
     assert len(expected.ended) - len(heard.ended) <= NUM_ENVS * 2
 
 
+def test_a_checkpoint_loses_no_episode_that_is_on_its_way_to_the_host() -> None:
+    heard = Episodes()
+    seat = make("device", heard, **CASES["catch, truncated, lstm"]).training
+    assert isinstance(seat, DeviceSeat)
+    seat._device = torch.device("cuda")  # logs are then told a round later
+    for _ in range(3 * STEPS):
+        seat.serve(lambda: 0, 1.0, Waits())
+    told = len(heard.ended)
+    seat.state_dict()
+    assert len(heard.ended) > told
+
+
 def test_a_warm_up_leaves_no_trace_even_if_it_fails() -> None:
     seat = make("device", **CASES["catch, truncated, lstm"]).training
     assert isinstance(seat, DeviceSeat)

@@ -289,7 +289,11 @@ def outlook(
     ]
     top = max(point.agent_steps_per_s for point in points)
     fastest = next(p for p in points if math.isclose(p.agent_steps_per_s, top, rel_tol=1e-9))
-    return Outlook(arrangement, points, min(points, key=lambda point: point.cost), fastest)
+    least = min(point.cost for point in points)
+    # Where accelerators cost nothing, several cost the same: then the one that takes least time.
+    cheap = [point for point in points if math.isclose(point.cost, least, rel_tol=1e-9)]
+    cheapest = max(cheap, key=lambda point: point.agent_steps_per_s)
+    return Outlook(arrangement, points, cheapest, fastest)
 
 
 def saving(outlooks: Sequence[Outlook]) -> float | None:

@@ -63,7 +63,8 @@ def measured_rates(result: Mapping[str, Any], source: str) -> MeasuredRates:
     On an accelerator the environments were measured on all cores, else each stage on one thread.
 
     Raises:
-        ConfigError: it is of another benchmark, or holds what no rate can be.
+        ConfigError: it is of another benchmark, or holds what no rate can be, or no core stepped
+            the environments.
     """
     try:
         ceiling, cores = result["ceiling"], int(result["cores"])
@@ -81,6 +82,11 @@ def measured_rates(result: Mapping[str, Any], source: str) -> MeasuredRates:
         raise ConfigError(
             f"{source} is not what `headrace bench end-to-end --json` prints"
         ) from error
+    if on_accelerator and result.get("pool") == "device":
+        raise ConfigError(
+            f"in {source} the accelerator stepped the environments, so no cores are to be planned: "
+            "measure without --pool device"
+        )
     measured = {
         f"{source}: cores": cores,
         f"{source}: environment": environment,

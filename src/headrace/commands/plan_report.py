@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -100,10 +101,17 @@ def rates_table(plan: Plan) -> Table:
 def table(each: Outlook, env_frames: float, present: set[int]) -> Table:
     """Returns the rows of one arrangement; `present` has the ids of points at present cores."""
     title = f"{CUTS[each.name]}: {_number(env_frames)} frames"
-    shown = Table(title=title, caption="c cores + a accelerators, and the share of time they work")
+    shown = Table(
+        title=title,
+        caption="c cores + a accelerators, and the share of time they work",
+        # In 80 columns a number is never cut: lines between columns would take three for each.
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     shown.add_column("")
     for name in ("c + a", "busy, %", "limits", "frames/s", "cost/h", "cost", "hours"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=name != "limits")
     for point in each.points:
         devices = [share for name, share in point.busy.items() if name.startswith(ACCELERATOR)]
         shown.add_row(

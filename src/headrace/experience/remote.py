@@ -89,6 +89,7 @@ class CreditSlots:
         self._owner = [-1] * self.num_slots  # host whose unroll a slot holds
         self._hosts: dict[int, _Account] = {}
         self._woken = False
+        self._refused = False  # slots are free that were not divided yet
         self._grant, self._at_rest = grant, at_rest
 
     def __len__(self) -> int:
@@ -180,17 +181,18 @@ class CreditSlots:
         until_s = time.monotonic() + timeout_s
         while True:
             with self._slots:
-                stale = self.stale
                 is_ready = ready()
                 self._woken = False  # before `_at_rest`, which sees what was wanted until here
-                grants = self._settle() if self.stale != stale else []
+                grants = self._settle() if self._refused else []
+                self._refused = False
             self._tell(grants)
             left_s = until_s - time.monotonic()
             if is_ready or left_s <= 0.0:
                 return is_ready
             self._at_rest()
             with self._slots:
-                self._slots.wait_for(lambda: self._woken or ready(), left_s)
+                # What was refused meanwhile is free: its hosts may be out of credits.
+                self._slots.wait_for(lambda: ready() or self._refused or self._woken, left_s)
 
     def _kept(self, keep: Callable[[int], bool]) -> int:
         """Frees the full slots that `keep` refuses; returns how many are left."""
@@ -198,6 +200,7 @@ class CreditSlots:
         if stale:
             self._full = deque(slot for slot in self._full if slot not in stale)
             self.stale += len(stale)
+            self._refused = True
             self._give_back(sorted(stale))
         return len(self._full)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.errors import ConfigError
+from headrace.pools.settings import RemoteConfig
 
 MIN_TOKEN = 16
 """Characters of a token, at least."""
@@ -171,6 +172,37 @@ def server_tls(cert: str, key: str, client_ca: str) -> ServerTls | None:
         return None
     pem_cert, pem_key = _read_pair(cert, key)
     return ServerTls(pem_key, pem_cert, _read_ca(client_ca) if client_ca else b"")
+
+
+class ServerAccess(NamedTuple):
+    """Where a listener listens, and who may come."""
+
+    address: Address
+    token: bytes  # empty: nobody is asked for one
+    tls: ServerTls | None
+
+
+def server_access(config: RemoteConfig, address: str = "") -> ServerAccess:
+    """Reads and checks what the settings of a listener name.
+
+    Args:
+        config: The settings.
+        address: HOST:PORT; empty for that of the settings, or if there is none, 127.0.0.1:0.
+
+    Raises:
+        ConfigError: it is open to others without token and TLS, or a file is no good.
+    """
+    wanted = parse_address(address or config.listen or "127.0.0.1:0", flag="--listen")
+    token = read_token(config.token_file)
+    tls = server_tls(config.tls_cert, config.tls_key, config.tls_client_ca)
+    check_exposure(
+        wanted,
+        token=token,
+        tls=tls is not None,
+        insecure=config.insecure,
+        tls_flags="--tls-cert and --tls-key",
+    )
+    return ServerAccess(wanted, token, tls)
 
 
 def client_tls(ca: str, cert: str, key: str) -> ClientTls | None:

@@ -148,8 +148,12 @@ class DevicePool:
         if not self._in_place:
             self.state, self.rows = state, rows
             return
-        new = dict(named(state, rows))
-        for name, into in named(self.state, self.rows):
+        new, kept = dict(named(state, rows)), dict(named(self.state, self.rows))
+        places = {_place(into) for into in kept.values()}
+        for name, value in new.items():
+            if value is not kept.get(name) and _place(value) in places:
+                new[name] = _own(value)  # else it may be written over before it is copied
+        for name, into in kept.items():
             if name in new:
                 into.copy_(new[name])
 
@@ -182,6 +186,10 @@ def unnamed(whole: dict[str, Tensor]) -> tuple[State, DeviceRows]:
         kind, _, own = name.partition("/")
         (state if kind == "env" else rows)[own] = value
     return state, DeviceRows(**rows)
+
+
+def _place(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _own(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from typing import NamedTuple
@@ -127,3 +128,23 @@ def _over_plain(plain: socket.socket) -> Diagnosis:
     if speaks_tls:
         return Diagnosis("it speaks TLS: give --tls-ca", retry=False)
     return Diagnosis("", retry=True)
+
+
+def bind_fault(address: Address) -> str:
+    """Returns why nobody can listen there now, which gRPC does not say; empty if one can."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: connections of a run before that have not quite ended do not matter.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)  # with the option, only this finds another listener everywhere
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "another program listens there; choose another port, or 0 for any free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return "this machine has no such address"
+        return str(error.strerror or error)
+    return ""

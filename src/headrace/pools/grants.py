@@ -182,8 +182,8 @@ class Grants:
             > (max(start_timeout_s, host_timeout_s) if host.starting else host_timeout_s)
         ]
 
-    def span(self, host: Host) -> str:
-        """Says which environments a host has: "0..31, 64..95"."""
+    def span(self, host: Host, *, first_env: int = 0) -> str:
+        """Says which environments a host has: "0..31, 64..95"; they count from `first_env`."""
         bounds: list[list[int]] = []
         for number in host.blocks:
             block = self.blocks[number]
@@ -191,7 +191,7 @@ class Grants:
                 bounds[-1][1] = block.end
             else:
                 bounds.append([block.first, block.end])
-        return ", ".join(f"{first}..{end - 1}" for first, end in bounds)
+        return ", ".join(f"{first_env + first}..{first_env + end - 1}" for first, end in bounds)
 
     def _wanted(self, hello: Mapping[str, Any]) -> int:
         """Returns how many environments a host may have at most."""
@@ -201,7 +201,7 @@ class Grants:
             raise Refused(f"{envs!r} environments on {cores!r} cores make no sense")
         if 0 < envs < largest:
             raise Refused(
-                f"this host takes {envs} environments, and those of the run come in blocks of "
+                f"--envs is {envs} at this host, and the run's environments come in blocks of "
                 f"{largest}: say --envs {largest} or more, or --envs-per-message {envs} at the run"
             )
         if not envs:

@@ -42,6 +42,7 @@ from headrace.pools.messages import (
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.pools.shm_layout import Table, layout, read_rows, read_step, with_ends
+from headrace.pools.transport import printable
 from headrace.pools.wire import Kind, Message, WireError, encode
 from headrace.steps import EnvStep
 
@@ -82,7 +83,7 @@ class GrpcPool:
             now_s: the clock.
 
         Raises:
-            ConfigError: the sizes do not fit, or the address cannot be had.
+            ConfigError: the sizes do not fit, the address cannot be had, or a package is missing.
         """
         num_envs = recipe.num_envs
         if not 1 <= batch_size <= num_envs:
@@ -149,6 +150,7 @@ class GrpcPool:
         until_s = self._now_s() + timeout_s
         while True:
             table = self._open_table()
+            self._listener.check()
             if self._lent:
                 raise RuntimeError("receive came twice: reply to the last batch first")
             self._look()
@@ -212,14 +214,15 @@ class GrpcPool:
         """Grants a host its blocks; see `listener.Tenant`."""
         with self._changed:
             if self._table is None:
-                raise Refused("the run is over")
+                raise Refused("the run is over", over=True)
             host = self._grants.grant(peer, self._now_s())
             granted = [
                 [number, self._recipe.first_env + block.first, block.size, block.generation]
                 for number, block in enumerate(self._grants.blocks)
                 if number in host.blocks
             ]
-            total, span = self._grants.envs_granted(), self._grants.span(host)
+            total = self._grants.envs_granted()
+            span = self._grants.span(host, first_env=self._recipe.first_env)
         missing = f"; {self.num_envs - total} have no host yet" if total < self.num_envs else ""
         self._on_message(f"worker host {peer.name} steps environments {span}{missing}")
         return {
@@ -257,7 +260,7 @@ class GrpcPool:
             alone = not self._grants.hosts
             if alone:
                 self._alone_since_s = self._now_s()
-            span = self._grants.span(host)
+            span = self._grants.span(host, first_env=self._recipe.first_env)
             self._changed.notify_all()
         self._on_message(
             f"worker host {peer.name} is gone: {reason}; environments {span} wait for another, and "
@@ -302,7 +305,7 @@ class GrpcPool:
             host.notes += bool(note)
         if note and host.notes <= _NOTES_TOLD:
             last = " (no more of this host is shown)" if host.notes == _NOTES_TOLD else ""
-            self._on_message(f"worker host {host.peer.name}: {note[:_MAX_NOTE]}{last}")
+            self._on_message(f"worker host {host.peer.name}: {printable(note[:_MAX_NOTE])}{last}")
 
     def _write(self, table: Table, block: Block, step: Any) -> None:
         write_host_step(

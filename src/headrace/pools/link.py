@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from headrace.errors import ConfigError, PeerLost
@@ -22,16 +21,23 @@ from headrace.pools.credentials import (
     token_metadata,
 )
 from headrace.pools.diagnosis import diagnose
+from headrace.pools.peers import OVER
+from headrace.pools.settings import LinkConfig
 from headrace.pools.transport import (
     LOOP,
     METHOD,
     MISMATCH,
     RETRY_KEY,
     Outbox,
+    RunOver,
+    ServerBusy,
     call,
     channel_options,
+    cut,
     import_grpc,
 )
+
+__all__ = ["Link", "LinkConfig", "RunOver", "ServerBusy", "sessions"]
 
 _MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 """Bytes that may wait on this end, in each direction."""
@@ -42,33 +48,6 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _STOP_S = 0.1
 """Seconds between two questions whether to stop."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinkConfig:
-    """The server to which a worker host connects, and how it proves who it is."""
-
-    connect: str
-    """HOST:PORT of the server (its listen)."""
-    token_file: str = ""
-    """File with the secret that the server asks for; empty for the variable HEADRACE_TOKEN."""
-    tls_ca: str = ""
-    """File with certificates (PEM), one of which signed the server's. Needed beyond loopback."""
-    tls_cert: str = ""
-    """File with this host's own certificate chain (PEM), for servers that ask for one."""
-    tls_key: str = ""
-    """File with the private key of tls_cert (PEM)."""
-    insecure: bool = False
-    """Connect beyond loopback without TLS: whoever sees the network reads token and data."""
-    connect_timeout_s: float = 60.0
-    """Seconds that one attempt to connect may take, welcome included."""
-    give_up_s: float = 600.0
-    """Seconds without a connection after which the worker host ends."""
-
-    def __post_init__(self) -> None:
-        for name in ("connect_timeout_s", "give_up_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 class Link:
@@ -106,21 +85,30 @@ class Link:
         self._outbox = Outbox(self._loop, max_nbytes=_MAX_QUEUED_NBYTES)
 
     @classmethod
-    def open(cls, config: LinkConfig, hello: Mapping[str, Any]) -> Link:
+    def open(
+        cls,
+        config: LinkConfig,
+        hello: Mapping[str, Any],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Link:
         """Connects, says hello, and waits for the welcome.
 
         Args:
             config: Where to, and by what right.
             hello: Text of the HELLO.
+            stop: Whether to wait no longer; asked several times a second.
 
         Raises:
             ConfigError: no second attempt would mend it: wrong token, other version, certificate,
                 or the server says that this host can never fit.
-            PeerLost: it may pass: nobody listens yet, or there is no room now.
+            ServerBusy: there is no room now.
+            RunOver: the run ends at this moment.
+            PeerLost: it may pass: nobody listens yet; or `stop()` was true.
         """
         link = cls(config)
         try:
-            link._begin(hello)
+            link._begin(hello, stop)
         except BaseException:
             link.close()
             raise
@@ -212,14 +200,20 @@ class Link:
             self._lose(f"this end closed the link: {reason}")
             LOOP.release()
 
-    def _begin(self, hello: Mapping[str, Any]) -> None:
+    def _begin(self, hello: Mapping[str, Any], stop: Callable[[], bool]) -> None:
         timeout_s = self._config.connect_timeout_s
         deadline_s = time.monotonic() + timeout_s
         data = wire.encode(wire.Kind.HELLO, text=hello)
         call(self._loop, self._start(data), timeout_s=_START_TIMEOUT_S)
+        message = None
         try:
-            message = self.receive(max(deadline_s - time.monotonic(), 0.0))
+            while message is None and (left_s := _until(deadline_s)):
+                if stop():
+                    raise PeerLost(f"stopped before {self.server} had answered")
+                message = self.receive(min(left_s, _STOP_S))
         except PeerLost as error:
+            if stop():
+                raise
             raise self._explained(error) from error
         if message is None:
             raise self._explained(PeerLost(f"no welcome from {self.server} in {timeout_s:g} s"))
@@ -272,7 +266,7 @@ class Link:
         self._code = code.name
         if not self._said and self._code != "OK":
             details = f"the connection broke: {details or self._code}"
-        self._lose(f"{self.server}: {details or 'the session has ended'}")
+        self._lose(f"{self.server}: {cut(details or 'the session has ended')}")
 
     async def _write(self, hello: bytes) -> None:
         # What ends the stream is what the reader hears.
@@ -292,10 +286,12 @@ class Link:
 
     def _explained(self, error: PeerLost) -> ConfigError | PeerLost:
         """Returns why there was no welcome, and by its type whether another attempt may help."""
+        if self._final and self._code == OVER:
+            return RunOver(str(error))
         if self._final:
             return ConfigError(f"refused by {error}")
         if self._said:
-            return error
+            return ServerBusy(str(error))
         config = self._config
         found = diagnose(self._server, ca=config.tls_ca, cert=config.tls_cert, key=config.tls_key)
         if found.speaks_plain:
@@ -327,32 +323,41 @@ def sessions(
 
     The caller uses the link until it is lost and asks for the next; the one before is closed here.
     Ends when `stop()` is true, which is asked several times a second, or when the server has ended
-    a link and said not to come again (`Link.final`).
+    a link and said not to come again (`Link.final`), or says that the run is over.
 
     Args:
-        config: Where to; `give_up_s` is counted from the end of the last link.
+        config: Where to; `give_up_s` is counted from the last time that the server was there, be it
+            only to say that it has no room now.
         hello: Text of every HELLO.
         stop: Whether the worker host should end.
         on_message: Is told why there is no link, when the reason changes.
 
     Raises:
         ConfigError: what no second attempt mends.
-        PeerLost: `give_up_s` have passed without a link, with the last reason; or the server took
-            what this host said for garbage.
+        PeerLost: the server was away for `give_up_s`, with the last reason; or it took what this
+            host said for garbage.
     """
     pause_s, reason = _FIRST_PAUSE_S, ""
     give_up_s = time.monotonic() + config.give_up_s
     while not stop():
         try:
-            link = Link.open(config, hello)
+            link = Link.open(config, hello, stop=stop)
+        except RunOver as over:
+            on_message(str(over))
+            return
         except PeerLost as error:
-            if time.monotonic() >= give_up_s:
+            if stop():
+                return
+            until = f"for {config.give_up_s:g} s"
+            if isinstance(error, ServerBusy):
+                give_up_s, until = time.monotonic() + config.give_up_s, "until there is room"
+            elif time.monotonic() >= give_up_s:
                 raise PeerLost(
                     f"no server for {config.give_up_s:g} s; the last attempt: {error}"
                 ) from error
             if str(error) != reason:
                 reason = str(error)
-                on_message(f"{reason}; trying again for {config.give_up_s:g} s")
+                on_message(f"{reason}; trying again {until}")
         else:
             reason, began_s = "", time.monotonic()
             try:

@@ -6,29 +6,19 @@ What the messages say is the tenant's business. This file knows who may come in,
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.errors import ConfigError
 from headrace.pools import wire
-from headrace.pools.credentials import (
-    Address,
-    ServerTls,
-    check_exposure,
-    parse_address,
-    read_token,
-    server_tls,
-    token_fault,
-)
+from headrace.pools.credentials import Address, ServerTls, server_access, token_fault
+from headrace.pools.diagnosis import bind_fault
 from headrace.pools.doorstep import Doorstep, Notices, connected
 from headrace.pools.health import add_health, set_health
-from headrace.pools.peers import End, Peer, Refused, Stream, Tenant, check_hello
+from headrace.pools.peers import NO_ROOM, OVER, End, Peer, Refused, Stream, Tenant, check_hello
 from headrace.pools.settings import RemoteConfig
 from headrace.pools.transport import (
     LOOP,
@@ -59,6 +49,8 @@ _WATCH_S = 0.5
 _FAREWELL_S = 1.0
 """Seconds in which a peer that is closed can still read what was sent to it."""
 _CONNECTION_BROKE = "its connection broke"
+_MOST_TOLD = 1024  # machines that wait for room, each of which is told of once
+_T = TypeVar("_T")
 
 
 class _TurnedAway(Exception):
@@ -66,7 +58,7 @@ class _TurnedAway(Exception):
 
     def __init__(self, end: End) -> None:
         super().__init__(end.reason)
-        self.end = end
+        self.end = end._replace(reason=cut(end.reason))
 
 
 class Listener:
@@ -91,25 +83,19 @@ class Listener:
 
         Raises:
             ConfigError: the address cannot be had, or is open to others without token and TLS, or
-                a certificate is no good.
+                a certificate is no good, or a package is missing.
         """
-        wanted = parse_address(address or config.listen or "127.0.0.1:0", flag="--listen")
         self._config, self._tenant = config, tenant
-        self._token = read_token(config.token_file)
-        self._tls = server_tls(config.tls_cert, config.tls_key, config.tls_client_ca)
-        check_exposure(
-            wanted,
-            token=self._token,
-            tls=self._tls is not None,
-            insecure=config.insecure,
-            tls_flags="--tls-cert and --tls-key",
-        )
+        wanted, self._token, self._tls = server_access(config, address)
         self._grpc = import_grpc()
+        wire.check_compression(config.message_compression)
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._streams: set[Stream] = set()
         self._server: Any = None  # of gRPC
         self._health: Any = None
         self._closing: End | None = None
+        self._fault: BaseException | None = None  # the tenant's first
+        self._waiting: set[str] = set()  # machines whose hosts wait for room, and that was said
         self._notices = Notices(on_message, now_s=time.monotonic())
         self._doorstep = Doorstep(patience_s=config.hello_timeout_s)
         self._close_lock = threading.Lock()  # guards _open
@@ -131,6 +117,11 @@ class Listener:
         """What `COUNTERS` names: hosts now, and the others since the start."""
         return MappingProxyType(self._counters)
 
+    def check(self) -> None:
+        """Raises what a method of the tenant raised that it should not; for any thread."""
+        if self._fault is not None:
+            raise self._fault
+
     def close(self, reason: str = "the server has ended", *, retry: bool = True) -> None:
         """Tells every peer the reason, waits two seconds at most, and gives the port back.
 
@@ -145,7 +136,7 @@ class Listener:
                 return
             self._open = False
         try:
-            call(self._loop, self._stop(End(reason, retry=retry)), timeout_s=10.0)
+            call(self._loop, self._stop(End(reason, OVER, retry)), timeout_s=10.0)
         finally:
             self._server = self._health = None
             LOOP.release()
@@ -166,7 +157,8 @@ class Listener:
             else:
                 port = self._server.add_secure_port(str(wanted), self._credentials(self._tls))
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen at {wanted}: {_why_not_bound(wanted)}") from error
+            fault = bind_fault(wanted) or "another program took it"
+            raise ConfigError(f"cannot listen at {wanted}: {fault}") from error
         self._port = port
         await self._server.start()
         await set_health(self._health, serving=True)
@@ -228,10 +220,11 @@ class Listener:
             stream.finish(end)
             self._streams.discard(stream)
             self._counters["hosts"] -= 1
-            self._tenant.gone(stream, end.reason)
             if end.counter:
                 self._counters[end.counter] += 1
+            if end.counter == "garbage":  # of the others the tenant tells
                 self._say(f"closed {stream.name}: {end.reason}")
+            self._ask(self._tenant.gone, stream, end.reason)
         if end.code != "OK":
             await self._abort(context, end)
 
@@ -257,11 +250,12 @@ class Listener:
             name, hello = check_hello(data)
             self._check_room()  # others came meanwhile
             stream = Stream(f"{name}, {address}", hello, self._loop)
-            text = self._tenant.welcome(stream)
-        except wire.WireError as error:
+            text = self._ask(self._tenant.welcome, stream)
+        except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             raise _TurnedAway(End(str(error), "INVALID_ARGUMENT", False, "garbage")) from error
         except Refused as error:
-            raise _TurnedAway(End(str(error), "FAILED_PRECONDITION", error.retry)) from error
+            code = OVER if error.over else NO_ROOM
+            raise _TurnedAway(End(str(error), code, error.retry)) from error
         self._streams.add(stream)
         self._counters["hosts"] += 1
         return stream, text
@@ -300,10 +294,10 @@ class Listener:
                 self._count_in(data)
                 message = wire.decode(data)
                 if message.kind is wire.Kind.BYE:
-                    end = End(cut(str(message.text.get("reason", "it said goodbye"))), "OK")
+                    end = End(str(message.text.get("reason", "it said goodbye")), "OK")
                     break
-                self._tenant.take(stream, message)
-        except wire.WireError as error:
+                self._ask(self._tenant.take, stream, message)
+        except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             end = End(str(error), "INVALID_ARGUMENT", False, "garbage")
         except self._grpc.aio.BaseError:
             end = End(_CONNECTION_BROKE, counter="lost")
@@ -333,7 +327,7 @@ class Listener:
         """Ends a stream with the sentence; raises what gRPC wants to see."""
         code = getattr(self._grpc.StatusCode, end.code)
         retry = ((RETRY_KEY, "yes" if end.retry else "no"),)
-        await context.abort(code, cut(end.reason), retry)
+        await context.abort(code, end.reason, retry)
 
     async def _watch(self) -> None:
         """Looks for peers that do not read, and for connections that never said a word."""
@@ -355,11 +349,26 @@ class Listener:
                     "text, or one side did not accept the other's certificate"
                 )
 
+    def _ask(self, method: Callable[..., _T], *args: Any) -> _T:
+        """Calls a method of the tenant, and notes what it should not have raised."""
+        try:
+            return method(*args)
+        except (wire.WireError, Refused):
+            raise
+        except BaseException as error:
+            self._fault = self._fault or error
+            raise
+
     def _token_fault(self, context: Any) -> str:
         return token_fault(self._token, context.invocation_metadata())
 
     def _turned_away(self, address: str, end: End) -> None:
         self._counters[end.counter or "refused"] += 1
+        if end.code == NO_ROOM and end.retry:  # it asks every few seconds, perhaps for hours
+            machine = address.rpartition(":")[0]
+            if machine in self._waiting:
+                return
+            self._waiting = {*self._waiting, machine} if len(self._waiting) < _MOST_TOLD else set()
         self._say(f"refused {address}: {end.reason}")
 
     def _say(self, line: str) -> None:
@@ -370,24 +379,21 @@ class Listener:
         self._counters["bytes_in"] += len(data)
 
 
+def check_listen(config: RemoteConfig) -> None:
+    """Checks that one could listen, before anything is started.
+
+    Raises:
+        ConfigError: see `Listener`.
+    """
+    address = server_access(config).address
+    import_grpc()
+    wire.check_compression(config.message_compression)
+    fault = bind_fault(address)
+    if fault:
+        raise ConfigError(f"cannot listen at {address}: {fault}")
+
+
 def _peer_address(context: Any) -> str:
     """Returns HOST:PORT of the other end; gRPC says ipv4:HOST:PORT or ipv6:%5BHOST%5D:PORT."""
     _, _, address = str(context.peer()).partition(":")
     return address.replace("%5B", "[").replace("%5D", "]")
-
-
-def _why_not_bound(address: Address) -> str:
-    """Returns why nobody can listen there now, which gRPC does not say."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(place)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return "another program listens there; choose another port, or 0 for any free one"
-        if error.errno == errno.EADDRNOTAVAIL:
-            return "this machine has no such address"
-        return str(error.strerror or error)
-    return os.strerror(errno.EADDRINUSE)

@@ -28,6 +28,7 @@ from headrace.steps import EnvStep, EpisodeInfo
 
 RUN_IDS = 1 << 32
 """Run ids of one session of a host; the server adds them to those of the block's generation."""
+_FLOAT32, _BOOL, _INT64 = np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.int64)
 _MAX_DIFFERENCE = 500  # characters
 _MAX_INT = 1 << 63  # longer ones are no float
 
@@ -134,35 +135,38 @@ def decode_step(message: Message, spec: EnvSpec, rows: int) -> HostStep:
     Raises:
         WireError: it is not exactly what environments of that spec can have shown.
     """
-    observation = (spec.observation_space.dtype, spec.observation_space.shape)
+    space = spec.observation_space
     wanted: list[tuple[Any, tuple[int, ...]]] = [
-        (observation[0], (rows, *observation[1])),
-        (np.float32, (rows,)),
-        (np.bool_, (3, rows)),
-        (np.int64, (rows,)),
+        (space.dtype, (rows, *space.shape)),
+        (_FLOAT32, (rows,)),
+        (_BOOL, (3, rows)),
+        (_INT64, (rows,)),
     ]
     if spec.action_mask_size:
-        wanted.append((np.bool_, (rows, spec.action_mask_size)))
+        wanted.append((_BOOL, (rows, spec.action_mask_size)))
     arrays = message.arrays
     _check_arrays(arrays[: len(wanted)], wanted)
-    shown, reward, (reset, terminated, truncated), run_id, *mask = arrays[: len(wanted)]
+    shown, reward, flags, run_id, *masks = arrays[: len(wanted)]
+    mask = masks[0] if masks else None
+    reset, terminated, truncated = flags
+    if run_id.any() and ((run_id < 0) | (run_id >= RUN_IDS)).any():
+        raise WireError(f"run ids outside 0..{RUN_IDS - 1}")
+    if not (flags.any() or len(arrays) > len(wanted) or message.text):  # nearly always
+        return HostStep(shown, reward, reset, terminated, truncated, run_id, mask, None, {})
     if (truncated & (terminated | ~reset)).any():
         raise WireError("a step that met the clock and did not end by it")
-    if ((run_id < 0) | (run_id >= RUN_IDS)).any():
-        raise WireError(f"run ids outside 0..{RUN_IDS - 1}")
     ended = np.flatnonzero(reset & (terminated | truncated))
     final = None
     if len(arrays) > len(wanted) and len(ended):
         finals = arrays[len(wanted) :]
-        _check_arrays(finals, [(observation[0], (len(ended), *observation[1]))])
+        _check_arrays(finals, [(space.dtype, (len(ended), *space.shape))])
         final = finals[0]
     elif len(arrays) > len(wanted):
         raise WireError("final observations of episodes that did not end")
     elif truncated.any():
         raise WireError("a step was truncated and has no final observation")
     infos = _infos(message.text, ended.tolist())
-    mask_rows = mask[0] if mask else None
-    return HostStep(shown, reward, reset, terminated, truncated, run_id, mask_rows, final, infos)
+    return HostStep(shown, reward, reset, terminated, truncated, run_id, mask, final, infos)
 
 
 def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
@@ -212,9 +216,9 @@ def _check_arrays(
     arrays: Sequence[NDArray[Any]], wanted: Sequence[tuple[Any, tuple[int, ...]]]
 ) -> None:
     got = [(array.dtype, array.shape) for array in arrays]
-    if got != [(np.dtype(dtype), shape) for dtype, shape in wanted]:
+    if got != wanted:
         said = ", ".join(f"{dtype} {shape}" for dtype, shape in got)
-        expected = ", ".join(f"{np.dtype(dtype)} {shape}" for dtype, shape in wanted)
+        expected = ", ".join(f"{dtype} {shape}" for dtype, shape in wanted)
         raise WireError(f"a step of {said or 'nothing'}, and not of {expected}")
 
 

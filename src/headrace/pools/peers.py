@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from headrace import __version__
 from headrace.errors import HeadraceError
 from headrace.pools import wire
-from headrace.pools.transport import Outbox
+from headrace.pools.transport import Outbox, cut, printable
 
 MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 """Bytes that may wait for one peer before it is closed because it does not read."""
@@ -19,15 +19,16 @@ MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 class Refused(HeadraceError):
     """A host is turned away; the sentence reaches it."""
 
-    def __init__(self, reason: str, *, retry: bool = False) -> None:
-        """Args are the sentence, and whether the host should wait and try again.
+    def __init__(self, reason: str, *, retry: bool = False, over: bool = False) -> None:
+        """Args are the sentence, and what the host should make of it.
 
         Args:
             reason: What the host is told.
             retry: There is no room now (the host tries again), or it can never fit (it ends).
+            over: It is nobody's fault: there is nothing left to do (the host ends well).
         """
         super().__init__(reason)
-        self.retry = retry
+        self.retry, self.over = retry, over
 
 
 class Peer(Protocol):
@@ -59,7 +60,8 @@ class Tenant(Protocol):
     """What is served.
 
     Called in the one thread of all peers, so one call at a time; none may wait for anything,
-    because the others wait meanwhile.
+    because the others wait meanwhile. What a method raises that it should not ends the peer's
+    stream, and reaches whoever calls `Listener.check`.
     """
 
     def welcome(self, peer: Peer) -> Mapping[str, Any]:
@@ -82,6 +84,12 @@ class Tenant(Protocol):
 
     def gone(self, peer: Peer, reason: str) -> None:
         """Called once for every peer that was welcomed, when it is gone or the listener closes."""
+
+
+NO_ROOM = "FAILED_PRECONDITION"
+"""Status of a stream whose host does not fit in, now or ever."""
+OVER = "UNAVAILABLE"
+"""Status of a stream that ends, and is not to be opened again, by no fault of the host's."""
 
 
 class End(NamedTuple):
@@ -120,7 +128,7 @@ class Stream:
         with self._end_lock:
             if self.end is not None:
                 return
-            self.end = end
+            self.end = end._replace(reason=cut(end.reason))  # part of it may be the peer's
         self.outbox.finish()
         # The loop outlives every stream that somebody waits for.
         if not self._loop.is_closed():
@@ -146,5 +154,4 @@ def check_hello(data: bytes) -> tuple[str, dict[str, Any]]:
             f"it speaks protocol {str(protocol)[:20]}, this server (headrace {__version__}) "
             f"{wire.VERSION}: install the same headrace on both"
         )
-    # Into logs it goes: nothing that moves a cursor.
-    return "".join(each if each.isprintable() else "?" for each in name[:64]), message.text
+    return printable(name[:64]).replace("\n", "?"), message.text  # into logs it goes

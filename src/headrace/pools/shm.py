@@ -62,6 +62,8 @@ class WorkerEnvs:
     num_envs: int
     """Of all workers together."""
     seed: int
+    first_env: int = 0
+    """Number of the first one within the run, where there are others elsewhere."""
 
 
 def blocks_of(
@@ -268,6 +270,7 @@ class ShmPool:
             "env": self._recipe.env,
             "settings": self._recipe.settings,
             "seed": self._recipe.seed,
+            "first_env": self._recipe.first_env,
             "num_envs": self.num_envs,
             "groups": self._groups[worker],
             "worker": worker,
@@ -288,7 +291,8 @@ class ShmPool:
         self._line.drop([block for block, place in enumerate(self._whose) if place[0] == worker])
 
     def _label(self, worker: int) -> str:
-        first, end = self._groups[worker][0][0], self._groups[worker][-1][1]
+        before = self._recipe.first_env
+        first, end = self._groups[worker][0][0] + before, self._groups[worker][-1][1] + before
         return f"worker {worker} (environments {first}..{end - 1} of {self._recipe.env})"
 
     def _open_table(self) -> Table:

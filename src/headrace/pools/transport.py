@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, PeerLost
 from headrace.pools import wire
 
 METHOD = "/headrace.Hosts/Session"
@@ -45,6 +45,14 @@ _JOIN_S = 10.0
 
 Options = list[tuple[str, int]]
 _T = TypeVar("_T")
+
+
+class ServerBusy(PeerLost):
+    """The server is there, and has no room for this host now."""
+
+
+class RunOver(PeerLost):
+    """The server is there, and its run is over."""
 
 
 def import_grpc() -> Any:
@@ -107,9 +115,14 @@ def channel_options() -> Options:
     ]
 
 
+def printable(text: str) -> str:
+    """Returns what another machine says without what moves a cursor, but for new lines."""
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+
+
 def cut(reason: str) -> str:
     """Returns the sentence, short enough for the metadata of a stream, and on one line."""
-    line = " ".join(reason.split())
+    line = printable(" ".join(reason[: 4 * MAX_REASON].split()))
     return line if len(line) <= MAX_REASON else line[: MAX_REASON - 1] + "…"
 
 

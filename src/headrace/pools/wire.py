@@ -174,6 +174,16 @@ def decode(data: bytes) -> Message:
     return Message(kind, block, sequence, text, tuple(arrays))
 
 
+def check_compression(compression: Compression) -> None:
+    """Checks that messages can be compressed so on this machine.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    if compression == "lz4":
+        _lz4()
+
+
 def example_message() -> bytes:
     """Returns a message as worker hosts send them: for tests, and to feed a fuzzer."""
     frames = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
@@ -231,6 +241,7 @@ def _lz4() -> Any:
         from lz4 import block  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigError(
-            "compressed messages need an extra: pip install 'headrace[cluster]'"
+            "this run's messages are compressed (--message-compression lz4), which needs an extra "
+            "on every machine: pip install 'headrace[cluster]'"
         ) from error
     return block

@@ -14,7 +14,7 @@ from headrace.config import RunConfig, from_dict
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
 from headrace.pools.messages import describe, spec_difference
-from headrace.pools.wire import Compression
+from headrace.pools.wire import Compression, check_compression
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.system import choose_precision
 from headrace.specs import EnvSpec
@@ -63,6 +63,7 @@ def read_mandate(welcome: Mapping[str, Any], *, cores: int, trust_code: bool) ->
             f"the run's settings make no sense here ({type(error).__name__}: {error}): install the "
             "same headrace on both"
         ) from error
+    check_compression(compression)
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
     difference = spec_difference(describe(spec), theirs)

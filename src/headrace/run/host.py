@@ -29,7 +29,7 @@ from headrace.pools.link import Link, LinkConfig, sessions
 from headrace.pools.messages import describe, spec_difference
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.settings import WorkerConfig
-from headrace.pools.wire import Compression, Kind, WireError, encode
+from headrace.pools.wire import Compression, Kind, WireError, check_compression, encode
 from headrace.run.host_blocks import POLL_S, BlockThread, Granted, LinkLost, Task
 from headrace.run.system import keep_memory, usable_cores
 from headrace.run.worker import as_tuples
@@ -196,6 +196,7 @@ def read_welcome(welcome: Mapping[str, Any], *, cores: int, trust_code: bool) ->
             f"the run's settings make no sense here ({type(error).__name__}: {error}): install the "
             "same headrace on both"
         ) from error
+    check_compression(compression)
     spec: EnvSpec = family.spec(env, settings)
     difference = spec_difference(describe(spec), theirs)
     if difference:

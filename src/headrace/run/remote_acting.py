@@ -38,6 +38,7 @@ from headrace.pools.grpc import reachable
 from headrace.pools.listener import Listener, Peer, Refused
 from headrace.pools.messages import describe
 from headrace.pools.settings import RemoteConfig
+from headrace.pools.transport import printable
 from headrace.pools.wire import Kind, Message, WireError
 from headrace.run.acting_workers import Turnarounds, make_table
 from headrace.run.host_reports import HostReport
@@ -206,6 +207,8 @@ class ActingHosts:
         Raises:
             PeerLost: there was no host for too long.
         """
+        if self._listener is not None:
+            self._listener.check()
         self.weights.attend()
         while not self._reports.empty():
             self._tell(*self._reports.get(), waits)
@@ -251,7 +254,7 @@ class ActingHosts:
         most = min(envs or ENVS_PER_CORE * cores, self._config.remote.max_envs_per_host)
         with self._hosts_lock:
             if not self._is_open:
-                raise Refused("the run is over")
+                raise Refused("the run is over", over=True)
             first, count = free_stretch(self._owner < 0, most)
             if not count:
                 raise Refused("all environments have a host; wait until one is free", retry=True)
@@ -345,7 +348,7 @@ class ActingHosts:
             ids = np.array(env, np.int32) + host.first_env
             self._on_episodes(ids, np.array(returns), np.array(lengths), list(infos))
         if report.note:
-            self._on_message(f"worker host {host.peer.name}: {report.note}")
+            self._on_message(f"worker host {host.peer.name}: {printable(report.note)}")
 
     def _total(self) -> HostReport:
         with self._hosts_lock:

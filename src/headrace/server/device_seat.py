@@ -195,6 +195,7 @@ class DeviceSeat:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a bit-equal resume needs, the pool apart."""
+        self._tell_episodes()  # what is on its way to the host is in no tensor that is saved
         policy = self._policy
         return {
             "stack": policy.stack,
