@@ -142,6 +142,17 @@ def test_tables_and_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     assert "yours" in out
 
 
+def test_no_number_is_cut_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ("--inference-per-core", "200", "--accelerators", "4", "--cores", "100", "--apart")
+    main(["plan", *STAGES, *PRICES, *argv])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "frames/s" in out
+
+
 def test_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, "--smoke", "--device", "cpu", "--price-per-core-hour", "1")
     (alone,) = plan["arrangements"].values()
@@ -183,6 +194,7 @@ def test_a_mistake_is_one_sentence(
         ("{", "is not JSON"),
         ({**ON_GPU, "cores": 0}, "cores must be a positive number, not 0"),
         ({**ON_GPU, "ceiling": {**ON_GPU["ceiling"], "model": "tpu"}}, "is not what"),
+        ({**ON_GPU, "pool": "device"}, "the accelerator stepped the environments"),
     ],
 )
 def test_a_file_of_something_else(

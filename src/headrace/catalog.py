@@ -35,6 +35,8 @@ ENVIRONMENTS = {  # a name that ends in / or : stands for all names that begin w
 GYMNASIUM = "headrace.envs.gymnasium:GYMNASIUM"
 """Family of every other name, and of a user's "module:factory"."""
 POOLS = {
+    "device": "headrace.pools.device:DevicePool",
+    "grpc": "headrace.pools.grpc:GrpcPool",
     "inline": "headrace.pools.inline:InlinePool",
     "native": "headrace.pools.native:NativePool",
     "shm": "headrace.pools.shm:ShmPool",

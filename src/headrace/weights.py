@@ -111,9 +111,9 @@ class SharedWeights:
             block: Writable buffer of `shared_nbytes(model)` zeroed bytes.
             local: Weights of a server in this process (evaluation), published along with these.
         """
-        self._flat = _Flat(model)
+        self._flat = FlatWeights(model)
         self._header, self._shared = _parts(block)
-        self._header[_LAYOUT] = _fingerprint(model)
+        self._header[_LAYOUT] = fingerprint(model)
         self._local = local
 
     def publish(self, learner_model: nn.Module, version: int) -> None:
@@ -126,7 +126,7 @@ class SharedWeights:
         flat.version[0] = version
         self._header[_SEQUENCE] += 1
         np.copyto(self._shared, flat.row)
-        self._header[_SUM] = _sum(flat.row)
+        self._header[_SUM] = checksum(flat.row)
         self._header[_SEQUENCE] += 1
 
     def pull(self) -> int:
@@ -145,10 +145,10 @@ class WeightsCopy:
         Raises:
             RuntimeError: the block holds another network.
         """
-        self._flat = _Flat(model)
+        self._flat = FlatWeights(model)
         self._target = acting_tensors(model)
         self._header, self._shared = _parts(block)
-        if int(self._header[_LAYOUT]) != _fingerprint(model):
+        if int(self._header[_LAYOUT]) != fingerprint(model):
             raise RuntimeError("the shared weights are of another network, or of other dtypes")
         self._seen = 0  # sequence of the copy that the model has
         self._version = -1
@@ -167,7 +167,7 @@ class WeightsCopy:
             if (
                 sequence % 2 == 0
                 and sequence == int(self._header[_SEQUENCE])
-                and _sum(self._flat.row) == int(self._header[_SUM])
+                and checksum(self._flat.row) == int(self._header[_SUM])
             ):
                 with torch.no_grad():
                     torch._foreach_copy_(self._target, self._flat.tensors)
@@ -177,7 +177,7 @@ class WeightsCopy:
         return self._version
 
 
-class _Flat:
+class FlatWeights:
     """Version and tensors of a model in one row of bytes, in memory of this process."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -197,7 +197,7 @@ def _offsets(model: nn.Module) -> list[int]:
     return list(itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
 
 
-def _fingerprint(model: nn.Module) -> int:
+def fingerprint(model: nn.Module) -> int:
     """Of the shapes and dtypes; equal in processes that built the same network."""
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in acting_tensors(model)]
     return zlib.crc32(repr(shapes).encode())
@@ -208,5 +208,6 @@ def _parts(block: Any) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     return row[:_ALIGNMENT].view(np.uint64), row[_ALIGNMENT:]
 
 
-def _sum(row: NDArray[np.uint8]) -> int:
+def checksum(row: NDArray[np.uint8]) -> int:
+    """Returns the sum of a row's bytes, eight at a time, modulo 2**64."""
     return int(row.view(np.uint64).sum())

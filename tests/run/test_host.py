@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from headrace import catalog
+from headrace.config import from_dict
 from headrace.errors import ConfigError, HeadraceError, PeerLost
 from headrace.pools import wire
 from headrace.pools.base import Pool
@@ -22,7 +25,8 @@ from headrace.pools.messages import RUN_IDS, describe, encode_action
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.pools.wire import Kind, Message
-from headrace.run import host_blocks
+from headrace.run import host, host_blocks
+from headrace.run.api import prepare
 from headrace.run.host import HostConfig, read_welcome, run_host
 from headrace.run.host_blocks import BlockThread, Granted, RunIds, Task
 from headrace.specs import EnvSpec
@@ -231,6 +235,36 @@ def test_code_of_others_is_not_imported_unasked(make: Make, hosts: Hosts) -> Non
 
 
 @pytest.mark.net
+def test_what_is_not_installed_at_a_host_is_said_on_both_sides(
+    make: Make, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    pool = make(on_message=told.append)
+    missing = "Atari needs an extra: pip install 'headrace[atari]'"
+
+    def family(*_: object, **__: object) -> None:
+        raise ConfigError(missing)
+
+    monkeypatch.setattr(host, "catalog", SimpleNamespace(environment_family=family))
+    hosts.start(pool).join(20.0)
+    assert [str(error) for error in hosts.errors] == [missing]
+    assert isinstance(hosts.errors[0], ConfigError)
+    wait_until(lambda: any("is gone" in line for line in told))
+    assert [line.count(missing) for line in told if missing in line] == [1]
+    assert pool.deaths == 1
+
+
+@pytest.mark.net
+def test_a_host_that_comes_as_the_run_ends_ends_well(make: Make, hosts: Hosts) -> None:
+    pool = make()
+    table, pool._table = pool._table, None  # it is about to close its port
+    hosts.start(pool).join(20.0)
+    pool._table = table
+    assert hosts.errors == []
+    assert hosts.said == [f"{pool.address}: the run is over"]
+
+
+@pytest.mark.net
 def test_a_host_that_is_stopped_says_so(make: Make, hosts: Hosts) -> None:
     told: list[str] = []
     pool = make(on_message=told.append)
@@ -303,6 +337,32 @@ def test_a_welcome_says_all_that_a_host_needs() -> None:
 def test_a_welcome_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="make no sense"):
         read_welcome(welcome_of(**changes), cores=1, trust_code=False)
+
+
+@pytest.mark.parametrize("inference", ["server", "worker"])
+def test_where_a_run_may_not_listen_is_known_before_it_has_a_directory(
+    inference: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = from_dict(
+        {
+            "env": "catch",
+            "algorithm": "impala",
+            "inference": inference,
+            "device": "cpu",
+            "out": str(out),
+            "remote": {"listen": "0.0.0.0:0"},
+        }
+    )
+    with pytest.raises(ConfigError, match="needs a token"):
+        prepare(config)
+    assert not out.exists()
+
+
+def test_compression_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    with pytest.raises(ConfigError, match=r"needs an extra on every machine: .*headrace\[cluster"):
+        read_welcome(welcome_of(compression="lz4"), cores=1, trust_code=False)
 
 
 def test_run_ids_count_from_0_whatever_the_pool_has() -> None:

@@ -393,3 +393,20 @@ def test_time_limits_of_the_rewards_are_those_of_the_logs(tmp_path: Path) -> Non
     assert result.metrics["length_mean"] == 9
     assert result.metrics["return_max"] == 1
     assert np.isfinite(result.metrics["return_mean"])
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timeout(1) signals the process, and then its group."""
+    now_s = 100.0
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop = local.Stop(lambda: now_s)
+    assert not stop.requested
+    for moment_s in (100.0, 100.001, 100.4):
+        now_s = moment_s
+        stop(signal.SIGINT, None)
+        assert stop.requested
+    assert codes == []
+    now_s = 100.6
+    stop(signal.SIGTERM, None)
+    assert codes == [128 + signal.SIGTERM]

@@ -281,7 +281,11 @@ def test_where_a_replay_lies_may_change_on_resume(tmp_path: Path) -> None:
 def build_place(config: RunConfig) -> experience.Place:
     parts = build(config, **NOBODY)
     place = experience.place_replay(
-        config, parts.algorithm, parts.spec, parts.server_model, torch.device("cpu")
+        config,
+        parts.algorithm,
+        parts.spec,
+        model=parts.server_model,
+        device=torch.device("cpu"),
     )
     parts.close()
     assert place is not None

@@ -190,7 +190,7 @@ def hosting(*pairs: Pair) -> Iterator[list[HostThread]]:
 def acting_hosts(algorithm: str = "impala", **settings: Any) -> tuple[ActingHosts, Any]:
     source, model = a_source(a_config(algorithm, listen="127.0.0.1:0", **settings))
     assert isinstance(source, ActingHosts)
-    source._listener = SimpleNamespace(address="here:1", counters={"lost": 0})
+    source._listener = SimpleNamespace(address="here:1", counters={"lost": 0}, check=lambda: None)
     return source, model
 
 
@@ -299,6 +299,18 @@ def test_unrolls_are_those_of_a_worker_on_this_machine(
     assert "server_for_slots" in waits.read()
     assert hosts.turnaround_s.read()[0] > 0
     assert 0 <= hosts.unfinished() <= NUM_ENVS
+
+
+def test_a_fault_in_the_listeners_thread_ends_the_run() -> None:
+    hosts, _ = acting_hosts()
+
+    def check() -> None:
+        raise ZeroDivisionError("a bug")
+
+    listener: Any = hosts._listener
+    listener.check = check
+    with pytest.raises(ZeroDivisionError):
+        hosts.check(Waits())
 
 
 def test_versions_grow_and_credits_bound_the_lag() -> None:

@@ -74,6 +74,17 @@ class Stages:
         return self.reporter.row(None)
 
 
+def test_agent_steps_are_asked_for_at_every_step_and_count_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stages = Stages(monkeypatch, samples=0, stale=0)
+    stages.source.agent_steps = 7
+    stages.parts.queue = None  # whose length takes a lock
+    assert stages.reporter.agent_steps - 7 == stages.reporter._agent_steps_before
+    stages.reporter.others = lambda: report.Counts(agent_steps=5)
+    assert stages.reporter.agent_steps - 12 == stages.reporter._agent_steps_before
+
+
 def test_rates_are_those_of_the_interval_also_after_a_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,7 +7,7 @@ An algorithm is a config, `act` and `update`: no process, clock or file. The sys
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -133,6 +133,30 @@ def in_turn(work: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: result
 
 
+class Learners(Protocol):
+    """All learners of a run, as a learning rule sees them. Each has an equal share of a batch."""
+
+    count: int
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors, in place, by their means over all learners: in the same order by all.
+
+        Every learner gets the same bits.
+        """
+
+
+class OneLearner:
+    """`Learners` without others."""
+
+    count = 1
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Leaves the tensors as they are."""
+
+
+ALONE = OneLearner()
+
+
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Takes what is done again and again on fixed tensors; returns how to do it again, and the tensors
 that it always writes."""
@@ -158,6 +182,9 @@ class Algorithm(Protocol):
     - `on_policy` (class): True if server and learner should take turns.
     - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
     - `beside`: a `Beside`, which the system may replace by one that has a thread.
+    - `learners`: the `Learners`, which the system may replace by several: the rule then averages
+      its gradients and statistics over them. A rule without it learns alone.
+    - `draw_apart(seed)`: gives what it draws for its share of a batch a seed of its own.
     - `target_model`: a second network, compiled where `model` is.
     - `compile(capture, *, graphs)`: makes the whole update one graph, in place of `model`, or
       without `graphs` takes that back; on a GPU `capture` records it (see `Capture`).

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.algorithms.base import ALONE, Learners
 from headrace.algorithms.optimizers import OptimizerConfig
 
 _FLOOR = 1e-30
@@ -26,6 +27,8 @@ class FunctionalAdam:
 
     def __init__(self, params: Mapping[str, Tensor], config: OptimizerConfig) -> None:
         """Takes the parameters: what they hold, not their gradients."""
+        self.learners: Learners = ALONE
+        """Over whom gradients are averaged; several cannot be part of a graph."""
         self.params = {name: param.detach() for name, param in params.items()}
         self.first = {name: torch.zeros_like(param) for name, param in self.params.items()}
         self.second = {name: torch.zeros_like(param) for name, param in self.params.items()}
@@ -40,6 +43,9 @@ class FunctionalAdam:
             scale: `scales` of this update, [2].
         """
         grad = [grads[name] for name in self.params]
+        if self.learners.count > 1:
+            grad = [part.clone() for part in grad]  # a gradient may be a view of fewer numbers
+            self.learners.average(grad)
         norm = torch.stack([part.square().sum() for part in grad]).sum().sqrt()
         if self._max_norm > 0:
             grad = list(torch._foreach_mul(grad, (self._max_norm / (norm + 1e-12)).clamp(max=1.0)))

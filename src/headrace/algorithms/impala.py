@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Model
+from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
@@ -126,6 +126,15 @@ class Impala:
             params.append(self._log_alpha)
         self._optimizer = make_optimizer(params, config.optimizer)
 
+    @property
+    def learners(self) -> Learners:
+        """Who learns together."""
+        return self._rewards.learners
+
+    @learners.setter
+    def learners(self, learners: Learners) -> None:
+        self._rewards.learners = learners
+
     def act(
         self,
         model: Model,
@@ -193,7 +202,11 @@ class Impala:
         total, metrics = self.loss(batch)
         learning_rate = learning_rate_at(config, progress)
         norm = clipped_step(
-            self._optimizer, total, learning_rate=learning_rate, max_norm=config.max_gradient_norm
+            self._optimizer,
+            total,
+            learning_rate=learning_rate,
+            max_norm=config.max_gradient_norm,
+            learners=self.learners,
         )
         self._bound_alpha()
         # Last: the policy that acted saw by the statistics that the loss has just seen by.

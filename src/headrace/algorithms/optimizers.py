@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from headrace.algorithms.base import ALONE, Learners
 from headrace.errors import ConfigError
 
 
@@ -163,11 +164,20 @@ def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
 
 
 def clipped_step(
-    optimizer: Optimizer, loss: Tensor, *, learning_rate: float, max_norm: float
+    optimizer: Optimizer,
+    loss: Tensor,
+    *,
+    learning_rate: float,
+    max_norm: float,
+    learners: Learners = ALONE,
 ) -> Tensor:
-    """Differentiates, clips the global norm (0: not), steps; returns the norm before."""
+    """Differentiates, clips the global norm (0: not), steps; returns the norm before.
+
+    Gradients are averaged over `learners` before the clip, as one batch would have them.
+    """
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
+    learners.average([param.grad for param in _params_of(optimizer) if param.grad is not None])
     return _clipped_step(optimizer, learning_rate=learning_rate, max_norm=max_norm)
 
 

@@ -5,6 +5,10 @@ as in Huang et al. 2022, "The 37 implementation details of proximal policy optim
 
 Advantages assume that the policy that acted is the one that learns: run it in turns.
 
+Of several learners each shuffles its own columns, so that a minibatch has as many of every learner;
+that apart they take the steps that one learner with the whole batch would take. Advantages are
+normalised over the minibatch of all.
+
 Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls. A sample is
 [R, C]: one row of a column where the network has no recurrent state (R = 1, C = T B), else a whole
 unroll (R = T, C = B); M of the C columns are a minibatch.
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Model
+from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
@@ -34,6 +38,7 @@ from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
 from headrace.ops.gae import gae_targets
+from headrace.ops.normalization import moments_of
 from headrace.ops.rewards import RewardTransform
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
@@ -163,6 +168,15 @@ class Ppo:
         self._generator = torch.Generator(device)
         self._generator.manual_seed(0)
 
+    @property
+    def learners(self) -> Learners:
+        """Who learns together."""
+        return self._rewards.learners
+
+    @learners.setter
+    def learners(self, learners: Learners) -> None:
+        self._rewards.learners = learners
+
     def act(
         self,
         model: Model,
@@ -215,8 +229,7 @@ class Ppo:
         log_ratio = self._distribution.log_prob(parameters, samples.action) - samples.log_prob
         advantage = samples.advantage
         if config.normalize_advantage:
-            centred = advantage - advantage.mean()
-            advantage = centred / (advantage.std(correction=0) + 1e-8)
+            advantage = self._normalized(advantage)
         policy_loss = losses.clipped_surrogate_loss(log_ratio, advantage, clip_range)
         if config.value_clip_range:
             value_loss = losses.clipped_value_loss(
@@ -257,6 +270,7 @@ class Ppo:
                     total,
                     learning_rate=learning_rate,
                     max_norm=config.optimizer.max_gradient_norm,
+                    learners=self.learners,
                 )
                 steps.append(metrics)
         # Last: the policy that acted saw by the statistics that the passes have just seen by; new
@@ -292,6 +306,12 @@ class Ppo:
         if len(drawn) == len(self._generator.get_state()):  # else of another kind of device
             self._generator.set_state(drawn)
         self._rewards.load_state_dict(state["rewards"])
+
+    def _normalized(self, advantage: Tensor) -> Tensor:
+        if self.learners.count == 1:
+            return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+        mean, variance = moments_of(advantage.double().flatten(), self.learners)
+        return (advantage - mean.float()) / (variance.sqrt().float() + 1e-8)
 
     def _forward(self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]) -> Any:
         with torch.autocast(

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from headrace.algorithms import sequences
 from headrace.algorithms.base import (
+    ALONE,
     ActionMode,
     Beside,
     ExperienceSpec,
+    Learners,
     Model,
     ReplaySpec,
     in_turn,
@@ -139,6 +141,7 @@ class R2d2:
         self._optimizer = make_optimizer(model.parameters(), config.optimizer)
         self._updates = 0
         self.beside: Beside = in_turn
+        self.learners: Learners = ALONE
 
     def exploration(self, num_envs: int) -> Tensor:
         """Epsilon of each environment that trains, float32 [num_envs]."""
@@ -222,6 +225,7 @@ class R2d2:
             total,
             learning_rate=learning_rate,
             max_norm=config.optimizer.max_gradient_norm,
+            learners=self.learners,
         )
         if isinstance(self.model, Observer):  # last: the loss saw by the statistics of before
             learned = batch.inputs.observation[config.burn_in_steps :][: config.unroll_steps]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.algorithms.base import ALONE, Learners
 from headrace.ops.normalization import Moments, deviation, merged, no_moments
 from headrace.ops.returns import returns_so_far
 from headrace.ops.rewards import RewardTransform, transform_reward
@@ -40,6 +41,8 @@ class RewardRule:
         self._transform = transform
         self._scale = scale
         self._discount = discount
+        self.learners: Learners = ALONE
+        """Whose rewards are observed together."""
         self._moments: Moments | None = None
         if transform == "normalize":
             self._moments = no_moments((), device)
@@ -58,7 +61,7 @@ class RewardRule:
         return_TB, self._return_B = returns_so_far(
             self._scale * batch.reward.double(), discount_TB, self._return_B
         )
-        self._moments = merged(self._moments, return_TB.flatten())
+        self._moments = merged(self._moments, return_TB.flatten(), self.learners)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns transformed rewards, with what lies past the clock, and discounts, both [T, B].
@@ -83,4 +86,7 @@ class RewardRule:
         if self._moments is not None:
             device = self._return_B.device
             self._moments = Moments(*(state[name].to(device) for name in Moments._fields))
-            self._return_B.copy_(state["return"])
+            if state["return"].shape == self._return_B.shape:
+                self._return_B.copy_(state["return"])
+            else:  # of another number of learners: each has other columns now
+                self._return_B.zero_()

@@ -28,6 +28,7 @@ from headrace.algorithms.base import (
     Beside,
     Capture,
     ExperienceSpec,
+    Learners,
     Model,
     ReplaySpec,
     in_turn,
@@ -113,6 +114,21 @@ class Sac:
         self._generator = torch.Generator(self._device)
         self._generator.manual_seed(0)
         self._put(self._device, self._device, order=config.update_order)
+
+    @property
+    def learners(self) -> Learners:
+        """Who learns together: only without graphs, and with both sides in one thread."""
+        return self._critics.optimizer.learners
+
+    @learners.setter
+    def learners(self, learners: Learners) -> None:
+        for side in (self._critics, self._actor):
+            side.optimizer.learners = learners
+        self._actor.alpha_optimizer.learners = learners
+
+    def draw_apart(self, seed: int) -> None:
+        """Draws other noise than other learners do."""
+        self._generator.manual_seed(seed)
 
     @staticmethod
     def worth_compiling(config: SacConfig, agent_steps: int) -> bool:

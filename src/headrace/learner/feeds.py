@@ -24,12 +24,12 @@ from torch import Tensor
 
 from headrace.algorithms.base import Beside, ExperienceSpec
 from headrace.errors import DeadlineExceeded
-from headrace.experience.fifo import Slots
+from headrace.experience.fifo import Slots, any_slot
 from headrace.experience.limiter import SampleLimiter
 from headrace.experience.replay import Replay, Sample
-from headrace.experience.unrolls import UnrollTable
+from headrace.experience.segments import Segment
 from headrace.learner.batches import align, moved
-from headrace.records import Batch, Update
+from headrace.records import Batch, Unrolls, Update
 from headrace.rows import read_later
 from headrace.telemetry.metrics import Waits
 
@@ -53,12 +53,25 @@ class Feed(Protocol):
         """Returns counts and means for a row of metrics."""
 
 
+class Filled(Protocol):
+    """Where full slots lie, such as an `experience.unrolls.UnrollTable`."""
+
+    def gather(self, slots: list[int]) -> Unrolls:
+        """See `UnrollTable.gather`."""
+
+    def segments(self, slots: list[int]) -> Segment:
+        """See `UnrollTable.segments`."""
+
+    def oldest_version(self, slot: int) -> int:
+        """See `UnrollTable.oldest_version`."""
+
+
 class FifoFeed:
     """Every unroll once, oldest first."""
 
     def __init__(
         self,
-        unrolls: UnrollTable,
+        unrolls: Filled,
         queue: Slots,
         *,
         batch_unrolls: int,
@@ -85,7 +98,9 @@ class FifoFeed:
         before_s = time.perf_counter()
         try:
             with self._queue.reading(
-                self._batch_unrolls, timeout_s=timeout_s, keep=is_fresh
+                self._batch_unrolls,
+                timeout_s=timeout_s,
+                keep=any_slot if self._max_policy_lag is None else is_fresh,
             ) as slots:
                 waits.add("learner_for_unrolls", time.perf_counter() - before_s)
                 self._learned_unrolls += len(slots)
@@ -121,7 +136,7 @@ class ReplayFeed:
 
     def __init__(
         self,
-        unrolls: UnrollTable,
+        unrolls: Filled,
         queue: Slots,
         replay: Replay,
         limiter: SampleLimiter,

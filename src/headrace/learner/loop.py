@@ -10,7 +10,8 @@ from torch import Tensor
 from headrace.algorithms.base import Algorithm
 from headrace.errors import TrainingDiverged
 from headrace.learner.feeds import Feed
-from headrace.records import Update
+from headrace.learner.group import Group
+from headrace.records import Batch, Update
 from headrace.rows import read_later
 from headrace.telemetry.metrics import Waits
 from headrace.weights import WeightsEnd
@@ -31,18 +32,41 @@ class Learner:
         device: torch.device,
         version: int = 0,
         samples: int = 0,
+        group: Group | None = None,
     ) -> None:
-        """Goes on from `version` updates and publishes the weights that the model has."""
+        """Goes on from `version` updates and publishes the weights that the model has.
+
+        Args:
+            algorithm: What learns; shares gradients already, where there is a group.
+            feed: Gives batches.
+            weights: Where weights go.
+            device: Of the algorithm.
+            version: Updates so far.
+            samples: Rows through a gradient so far, of all learners.
+            group: The other learners; None for one that is alone.
+        """
         self.algorithm = algorithm
         self.feed = feed
         self.version = version
         self.samples = samples
         self.lag_counts = torch.zeros(LAG_BINS, dtype=torch.int64, device=device)
         self._weights = weights
+        self._group = group
+        self._held: Batch | None = None
         # On a GPU the check is read one update later, when it has long been computed.
         self._defer_check = device.type == "cuda"
         self._unchecked: Callable[[], bool] | None = None
         weights.publish(algorithm.model, version)
+
+    def ready(self) -> bool:
+        """Whether `hold` has something to do at once, or has done it."""
+        return self._held is not None or self.feed.ready()
+
+    def hold(self, *, timeout_s: float, waits: Waits) -> bool:
+        """Takes a batch, and keeps it for the next `learn`; False: none came within `timeout_s`."""
+        if self._held is None:
+            self._held = self.feed.next(version=self.version, timeout_s=timeout_s, waits=waits)
+        return self._held is not None
 
     def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
         """Takes one update, or as many as the algorithm takes at once.
@@ -54,9 +78,12 @@ class Learner:
                 published.
         """
         experience = self.algorithm.experience
-        batch = self.feed.next(version=self.version, timeout_s=timeout_s, waits=waits)
+        self.hold(timeout_s=timeout_s, waits=waits)
+        batch, self._held = self._held, None
         if batch is None:
             return None
+        if self._group is not None and batch.weight is not None:
+            batch = batch._replace(weight=batch.weight / self._group.largest(batch.weight.amax()))
         update = self.algorithm.update(batch, progress=progress)
         self._check(update.finite)
         self.feed.learned(update)
@@ -65,7 +92,8 @@ class Learner:
             # Not bincount: on a GPU it waits, to learn how many bins there are.
             self.lag_counts.scatter_add_(0, lag, torch.ones_like(lag))
         self.version += experience.updates_per_call
-        self.samples += experience.samples_per_update * experience.updates_per_call
+        learners = 1 if self._group is None else self._group.count
+        self.samples += experience.samples_per_update * experience.updates_per_call * learners
         self._weights.publish(self.algorithm.model, self.version)
         return update
 

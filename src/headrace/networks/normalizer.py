@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from headrace.algorithms.base import ALONE, Learners
 from headrace.ops.normalization import Moments, merged, no_moments, normalized
 
 
@@ -37,6 +38,7 @@ class ObservationNormalizer(nn.Module):
     def __init__(self, shape: tuple[int, ...]) -> None:
         """Takes the shape of one frame."""
         super().__init__()
+        self.learners: Learners = ALONE  # whose frames are observed together; see `Algorithm`
         for name, value in no_moments(shape)._asdict().items():
             self.register_buffer(name, value)
 
@@ -48,7 +50,8 @@ class ObservationNormalizer(nn.Module):
     def observe(self, frames: Tensor) -> None:
         """Merges frames [..., *shape] into the statistics, in place."""
         rows = frames.reshape(-1, *self.mean.shape)
-        for buffer, value in zip(self._moments(), merged(self._moments(), rows), strict=True):
+        new = merged(self._moments(), rows, self.learners)
+        for buffer, value in zip(self._moments(), new, strict=True):
             buffer.copy_(value)
 
     def _moments(self) -> Moments:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headrace.algorithms.base import ALONE, Learners
+
 LIMIT = 10.0
 """Normalised numbers are clipped to this on both sides, as in Huang et al. 2022, "The 37
 implementation details of proximal policy optimization", for continuous actions."""
@@ -35,11 +37,11 @@ def no_moments(shape: tuple[int, ...], device: torch.device | None = None) -> Mo
     return Moments(total, mean, torch.ones_like(mean))
 
 
-def merged(moments: Moments, rows: Tensor) -> Moments:
-    """Moments of what was seen before and of `rows` [N, ...] together."""
+def merged(moments: Moments, rows: Tensor, learners: Learners = ALONE) -> Moments:
+    """Moments of what was seen before and of `rows` [N, ...] of all learners together."""
     rows = rows.double()
-    added = rows.shape[0]
-    mean, variance = rows.mean(dim=0), rows.var(dim=0, correction=0)
+    added = rows.shape[0] * learners.count
+    mean, variance = moments_of(rows, learners)
     total = moments.total + added
     share = added / total
     apart = mean - moments.mean
@@ -49,6 +51,20 @@ def merged(moments: Moments, rows: Tensor) -> Moments:
         moments.mean + share * apart,
         (1 - share) * moments.variance + share * variance + share * (1 - share) * apart.square(),
     )
+
+
+def moments_of(rows: Tensor, learners: Learners = ALONE) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) [...] of `rows` [N, ...] of all learners together.
+
+    Learners have as many rows each. What they exchange should be float64: variances come from
+    means of squares.
+    """
+    mean, variance = rows.mean(dim=0), rows.var(dim=0, correction=0)
+    if learners.count == 1:
+        return mean, variance
+    shared = torch.stack((mean, variance + mean.square()))
+    learners.average([shared])
+    return shared[0], (shared[1] - shared[0].square()).clamp(min=0.0)
 
 
 def normalized(x: Tensor, moments: Moments) -> Tensor:

@@ -23,6 +23,7 @@ from headrace.config import (
     to_toml,
 )
 from headrace.errors import ConfigError
+from headrace.pools.listener import check_listen
 from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
@@ -94,6 +95,8 @@ def prepare(
     full = completed(config)
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
+    if (full.remote.listen or full.pool == "grpc") and not full.cluster.cluster:
+        check_listen(full.remote)
     on_cluster = bool(full.cluster.cluster)
     if on_cluster:
         _cluster().check_cluster(full)

@@ -7,9 +7,10 @@ nothing there, since most operations are small (docs/log.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,16 +21,18 @@ from headrace.run.system import usable_cores
 
 
 @contextmanager
-def more_threads(parts: Parts, *, lockstep: bool = False) -> Iterator[None]:
+def more_threads(parts: Parts, *, lockstep: bool = False, learners: int = 1) -> Iterator[None]:
     """Lends algorithm and feed a thread each for the block, if that serves.
 
     In lockstep batches are not drawn ahead: they would not know the newest priorities, and with one
-    core they would.
+    core they would. Where the machine's cores are of several `learners`, an algorithm of two sides
+    gets no thread: both share gradients, which must come in one order.
     """
-    algorithm, feed, compute = parts.algorithm, parts.feed, parts.compute
+    algorithm: Any = parts.algorithm
+    feed, compute = parts.feed, parts.compute
     # What is compiled by networks would compile anew in each thread that calls it.
     by_networks = compute.compiled and not hasattr(algorithm, "compile")
-    serves = compute.device.type == "cpu" and not by_networks and usable_cores() > 1
+    serves = compute.device.type == "cpu" and not by_networks and usable_cores() > learners
     if not serves or not hasattr(algorithm, "beside"):
         yield
         return
@@ -39,9 +42,14 @@ def more_threads(parts: Parts, *, lockstep: bool = False) -> Iterator[None]:
         initializer=torch.set_num_threads,
         initargs=(compute.threads,),
     ) as threads:
-        algorithm.beside = lambda work: threads.submit(work).result
+
+        def beside(work: Callable[[], Any]) -> Callable[[], Any]:
+            return threads.submit(work).result
+
+        if learners == 1 or not hasattr(algorithm, "place"):
+            algorithm.beside = beside
         if isinstance(feed, ReplayFeed) and not lockstep:
-            feed.beside = algorithm.beside
+            feed.beside = beside
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
+from headrace.experience.device_unrolls import DeviceUnrolls
 from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import Feed
@@ -21,12 +22,16 @@ from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import HEADS_OF
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
-from headrace.run.acting_workers import ActingWorkers
+from headrace.run.acting_source import ActingSource, make_acting_source
 from headrace.run.compute import Compute, choose_compute, compile_update, place_sides
+from headrace.run.device_pool import make_device_pool
+from headrace.run.device_seat import check_device_pool, make_device_seat
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import derived_seed, make_pool, pool_name
+from headrace.run.share import WHOLE, Share, learner_devices, share_config
 from headrace.run.system import choose_precision
 from headrace.server.acting import Actor, initial_state
+from headrace.server.device_seat import AnySeat
 from headrace.server.server import OnEpisodes, Seat
 from headrace.specs import EnvSpec
 from headrace.weights import Weights, WeightsEnd
@@ -41,21 +46,21 @@ class Parts(NamedTuple):
     server_model: nn.Module
     weights: WeightsEnd
     queue: Slots
-    unrolls: UnrollTable
+    unrolls: UnrollTable | DeviceUnrolls
     feed: Feed
-    source: Seat | ActingWorkers  # what acts for the environments that train
+    source: AnySeat | ActingSource  # what acts for the environments that train
     evaluation: Seat | None
     generator: torch.Generator  # of the actions
 
     @property
-    def seats(self) -> list[Seat]:
+    def seats(self) -> list[AnySeat]:
         """All pools of the server in this process, training first."""
-        return [seat for seat in (self.source, self.evaluation) if isinstance(seat, Seat)]
+        return [seat for seat in (self.source, self.evaluation) if isinstance(seat, AnySeat)]
 
     @property
-    def training(self) -> Seat:
+    def training(self) -> AnySeat:
         """The training environments' seat at the server in this process."""
-        if not isinstance(self.source, Seat):
+        if not isinstance(self.source, AnySeat):
             raise RuntimeError("the workers act themselves")
         return self.source
 
@@ -63,25 +68,25 @@ class Parts(NamedTuple):
     def dropped_unrolls(self) -> int:
         """Unrolls that were never finished, since their environment was started anew."""
         source = self.source
-        return (self.unrolls if isinstance(source, Seat) else source).dropped_unrolls
+        return (self.unrolls if isinstance(source, AnySeat) else source).dropped_unrolls
 
     @property
     def unfinished_unrolls(self) -> int:
         """Unrolls under construction: what a run that stops here loses."""
         source = self.source
-        return (self.unrolls if isinstance(source, Seat) else source).unfinished()
+        return (self.unrolls if isinstance(source, AnySeat) else source).unfinished()
 
     @property
     def worker_deaths(self) -> int:
         """Worker processes that have died so far, of training and of evaluation."""
         pools = [getattr(seat.pool, "deaths", 0) for seat in self.seats]
-        return sum(pools) + (0 if isinstance(self.source, Seat) else self.source.deaths)
+        return sum(pools) + (0 if isinstance(self.source, AnySeat) else self.source.deaths)
 
     def close(self) -> None:
         """Ends pools and workers."""
         for seat in self.seats:
             seat.pool.close()
-        if not isinstance(self.source, Seat):
+        if not isinstance(self.source, AnySeat):
             self.source.close()
 
 
@@ -154,21 +159,28 @@ def make_algorithm(
     return algorithm
 
 
-def check(config: RunConfig, *, trust_code: bool = True) -> None:
+def check(config: RunConfig, *, trust_code: bool = True, elsewhere: bool = False) -> None:
     """Finds what can be wrong before a run directory is made or an environment started.
+
+    `elsewhere`: the learner's memory is another machine's, and cannot be looked at.
 
     Raises:
         ConfigError: settings that do not fit each other or this machine.
     """
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
+    share = Share(0, len(learner_devices(config)))
+    config = share_config(config, share)
     compute = choose_compute(config, spec)
     model = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     place_sides(config, algorithm)
     queue_capacity(config, algorithm)
     pool_name(config, family.pool)
-    place_replay(config, algorithm, spec, model, compute.device)
+    if config.pool == "device":
+        check_device_pool(config, family)
+    if not elsewhere:
+        place_replay(config, algorithm, spec, model, compute.device, learners=share.size)
 
 
 def build(
@@ -179,8 +191,11 @@ def build(
     on_eval_episodes: OnEpisodes,
     on_message: Callable[[str], None] = lambda _: None,
     trust_code: bool = True,
+    share: Share = WHOLE,
 ) -> Parts:
     """Builds everything; starts the pools last, so that a mistake costs no environment.
+
+    `config` is one learner's, and `share` says which one it is.
 
     Raises:
         ConfigError: settings that do not fit each other.
@@ -188,13 +203,14 @@ def build(
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
     compute = choose_compute(config, spec)
-    if compute.device.type == "cuda":
-        torch.cuda.set_device(compute.device)  # where events and streams are made
+    for device in (compute.acting, compute.device):  # where events and streams are made
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     if compute.compiled:
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
         # Two networks, a burn-in, and three sizes of batches of training and of evaluation.
         torch._dynamo.config.recompile_limit = 32
-    for notice in getattr(family, "notices", _none)(config.env, config.environment):
+    for notice in getattr(family, "notices", lambda *_: ())(config.env, config.environment):
         on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
@@ -203,49 +219,69 @@ def build(
             f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
             "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
         )
-    server_model: Any = copy.deepcopy(model).requires_grad_(False)
-    lower_precision(server_model, compute.precision)
+    server_model: Any = copy.deepcopy(model).requires_grad_(False).to(compute.acting)
+    lower_precision(server_model, compute.acting_precision)
     place_sides(config, algorithm)
     if compute.compiled:
         compile_update(algorithm, server_model, compute.device)
-    generator = torch.Generator(compute.device)
-    generator.manual_seed(derived_seed(config.seed, 1, resume_count))
+    generator = torch.Generator(compute.acting)
+    generator.manual_seed(derived_seed(config.seed, 1, resume_count, *share.draws(config)))
+    actor = Actor(algorithm=algorithm, model=server_model, generator=generator)
+    num_envs = config.server.num_envs
     local = Weights(server_model)
-    place = place_replay(config, algorithm, spec, server_model, compute.device)
+    place = place_replay(
+        config, algorithm, spec, server_model, compute.device, learners=share.to_fill
+    )
     if place is not None:
         on_message(str(place))
+    where = compute.device if place is None else place.device
+    ours: dict[str, Any] = {
+        "num_envs": num_envs,
+        "seed": derived_seed(config.seed, 2, resume_count),
+        "first_env": share.rank * num_envs,
+    }
     weights: WeightsEnd = local
-    source: Seat | ActingWorkers
+    source: AnySeat | ActingSource
+    unrolls: UnrollTable | DeviceUnrolls
     if config.inference == "worker":
-        source = _acting_workers(
-            config, algorithm, spec, resume_count, local, trust_code=trust_code
+        source = _acting(
+            config,
+            algorithm,
+            spec=spec,
+            resume_count=resume_count,
+            local=local,
+            on_episodes=on_episodes,
+            on_message=on_message,
+            trust_code=trust_code,
         )
-        weights = source.weights
+        weights, unrolls = source.weights, source.unrolls
         queue: Slots = source.queue
-        unrolls = source.unrolls
-        source.start(on_episodes, on_message)
+    elif config.pool == "device":
+        source = make_device_seat(
+            config,
+            algorithm,
+            pool=make_device_pool(config, batch_size=num_envs, device=compute.acting, **ours),
+            model=server_model,
+            actor=share.actor(actor, config),
+            exploration=exploration(algorithm, num_envs, share),
+            on_episodes=on_episodes,
+            reader=where,
+        )
+        queue, unrolls = source.unrolls.queue, source.unrolls
     else:
         # Half of them step while the other half is answered. In turns all are answered at once, or
         # one half would run ahead into unrolls that the next update makes old.
-        num_envs = config.server.num_envs
         batch = config.server.inference_batch or (num_envs + 1) // 2
         batch = num_envs if takes_turns(config) else batch
-        where = compute.device if place is None else place.device
         queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, where)
         source = Seat(
-            make_pool(
-                config,
-                num_envs=num_envs,
-                batch_size=batch,
-                seed=derived_seed(config.seed, 2, resume_count),
-                on_message=on_message,
-            ),
-            Actor(algorithm=algorithm, model=server_model, generator=generator),
-            initial_state(spec, server_model, 1, compute.device),
+            make_pool(config, batch_size=batch, on_message=on_message, **ours),
+            share.actor(actor, config),
+            initial_state(spec, server_model, 1, compute.acting),
             unrolls=unrolls,
             on_episodes=on_episodes,
-            device=compute.device,
-            exploration=exploration(algorithm, num_envs),
+            device=compute.acting,
+            exploration=exploration(algorithm, num_envs, share),
         )
     try:
         feed = make_feed(
@@ -255,7 +291,7 @@ def build(
             queue=queue,
             unrolls=unrolls,
             device=compute.device,
-            resume_count=resume_count,
+            seed=derived_seed(config.seed, 6, resume_count, *share.own),
         )
         evaluation = _evaluation(
             config,
@@ -267,7 +303,7 @@ def build(
             on_message=on_message,
         )
     except BaseException:
-        (source.pool if isinstance(source, Seat) else source).close()
+        (source.pool if isinstance(source, AnySeat) else source).close()
         raise
     return Parts(
         spec,
@@ -325,38 +361,40 @@ def _evaluation(
     )
 
 
-def exploration(algorithm: Algorithm, num_envs: int) -> Tensor | None:
-    """Returns the epsilon of each environment that trains, if the algorithm knows any."""
+def exploration(algorithm: Algorithm, num_envs: int, share: Share = WHOLE) -> Tensor | None:
+    """Returns the epsilon of each environment that trains here, if the algorithm knows any."""
     ladder: Callable[[int], Tensor] | None = getattr(algorithm, "exploration", None)
-    return None if ladder is None else ladder(num_envs)
+    first = share.rank * num_envs
+    return None if ladder is None else ladder(share.size * num_envs)[first:][:num_envs]
 
 
-def _none(*_: object) -> tuple[str, ...]:
-    return ()
-
-
-def _acting_workers(
+def _acting(
     config: RunConfig,
     algorithm: Algorithm,
+    *,
     spec: EnvSpec,
     resume_count: int,
     local: Weights,
-    *,
+    on_episodes: OnEpisodes,
+    on_message: Callable[[str], None],
     trust_code: bool,
-) -> ActingWorkers:
-    """Reserves what acting workers share; they act on processors, whatever learns."""
+) -> ActingSource:
+    """Starts those who act beside their environments: on processors, whatever learns."""
     cpu = torch.device("cpu")
     model: Any = make_model(config, spec, cpu, trust_code=trust_code).requires_grad_(False)
     lower_precision(model, choose_precision(config.precision, cpu))
-    family = catalog.environment_family(config.env)
-    return ActingWorkers(
+    source = make_acting_source(
         config,
         spec,
         model,
         experience=algorithm.experience,
         capacity=queue_capacity(config, algorithm),
-        # Environments with threads of their own step while their worker answers the others.
-        groups=2 if pool_name(config, family.pool) == "native" else 1,
         resume_count=resume_count,
-        local=local if config.server.eval_envs else None,
+        local=local,
     )
+    try:
+        source.start(on_episodes, on_message)
+    except BaseException:
+        source.close()
+        raise
+    return source

@@ -19,8 +19,10 @@ from headrace.specs import EnvSpec
 class Compute(NamedTuple):
     """Where and how the networks run."""
 
-    device: torch.device
+    device: torch.device  # of the learner
+    acting: torch.device  # of the server
     precision: torch.dtype
+    acting_precision: torch.dtype
     threads: int  # of each compute stage
     compiled: bool
     must_compile: bool = False  # the user has said so; else what cannot be compiled runs as it is
@@ -28,16 +30,25 @@ class Compute(NamedTuple):
     @property
     def needs_warm_up(self) -> bool:
         """Whether there is something to compile or capture before other threads start."""
-        return self.compiled or self.device.type == "cuda"
+        return self.compiled or "cuda" in (self.device.type, self.acting.type)
 
 
 def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
-    """Resolves device, precision, threads and compilation for this machine."""
+    """Resolves devices, precision, threads and compilation for one learner of this machine.
+
+    Raises:
+        ConfigError: there is no such device, or the settings are of several (`run.share`).
+    """
+    if config.learner_devices:
+        raise ConfigError("this is about one learner: leave out --learner-devices, or say --device")
     device = choose_device(config.device)
-    threads = config.compute_threads or _compute_threads(config, spec, usable_cores())
+    acting = choose_device(config.inference_devices) if config.inference_devices else device
+    threads = config.compute_threads or fitting_threads(config, spec, usable_cores())
     return Compute(
         device=device,
+        acting=acting,
         precision=choose_precision(config.precision, device),
+        acting_precision=choose_precision(config.precision, acting),
         threads=threads,
         compiled=config.compile == "on"
         or (config.compile == "auto" and (device.type == "cuda" or _pays_on_cpu(config, spec))),
@@ -54,7 +65,8 @@ def _pays_on_cpu(config: RunConfig, spec: EnvSpec) -> bool:
     return worth(config.learning, config.total_frames // spec.action_repeat)
 
 
-def _compute_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
+def fitting_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
+    """Returns the threads of each compute stage for a learner that has so many cores."""
     if config.lockstep:
         return 1
     if takes_turns(config):

@@ -20,9 +20,8 @@ from headrace.experience.limiter import SampleLimiter
 from headrace.experience.replay import Replay
 from headrace.experience.replay_layout import ReplayLayout
 from headrace.experience.unrolls import UnrollTable
-from headrace.learner.feeds import Feed, FifoFeed, ReplayFeed, insert_sizes
+from headrace.learner.feeds import Feed, FifoFeed, Filled, ReplayFeed, insert_sizes
 from headrace.records import Batch
-from headrace.run.pools import derived_seed
 from headrace.run.system import free_memory_nbytes, is_in_memory
 from headrace.specs import EnvSpec
 
@@ -56,7 +55,9 @@ def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
         # All environments fill theirs at the same time, and the learner may be in a long update.
         return config.server.queue_unrolls or 2 * config.server.num_envs
     wanted = experience.batch_unrolls
-    capacity = config.server.queue_unrolls or wanted
+    # Environments in torch fill theirs together; one of each may wait while the next is filled.
+    together = config.server.num_envs if config.pool == "device" else 0
+    capacity = config.server.queue_unrolls or wanted + together
     if capacity < wanted:
         raise ConfigError(
             f"queue_unrolls={capacity} can never hold a batch of batch_unrolls={wanted}: "
@@ -92,9 +93,18 @@ def make_unrolls(
 
 
 def place_replay(
-    config: RunConfig, algorithm: Algorithm, spec: EnvSpec, model: Any, device: torch.device
+    config: RunConfig,
+    algorithm: Algorithm,
+    spec: EnvSpec,
+    model: Any,
+    device: torch.device,
+    *,
+    learners: int = 1,
 ) -> Place | None:
     """Decides where the replay goes; None if the algorithm has none.
+
+    Of several `learners` who are yet to start, each takes as much main memory or disk. A GPU is
+    taken to be one learner's.
 
     Raises:
         ConfigError: it does not fit where it should, or settings contradict each other.
@@ -126,16 +136,18 @@ def place_replay(
         raise ConfigError("--replay-place cuda needs a run on a GPU: say cpu or auto")
     for place in wanted:
         needs = layout.frame_nbytes if place == "disk" else layout.nbytes
-        beside = layout.nbytes - needs  # only frames lie in the file
+        beside = learners * (layout.nbytes - needs)  # only frames lie in the file
+        needs *= 1 if place == "cuda" else learners
         if _has_room(needs, room[place]) and _has_room(beside, memory):
             return Place(
                 layout,
                 device if place == "cuda" else torch.device("cpu"),
                 folder if place == "disk" else None,
             )
+    each = f" for each of {learners} learners" if learners > 1 else ""
     sizes = ", ".join(f"{place} {(room[place] or 0) / _GIB:.1f} GiB" for place in wanted)
     raise ConfigError(
-        f"a replay of {layout.capacity} sequences takes {layout.nbytes / _GIB:.1f} GiB, and "
+        f"a replay of {layout.capacity} sequences{each} takes {layout.nbytes / _GIB:.1f} GiB, and "
         f"{_SHARE:.0%} of what is free must hold it ({sizes}): lower --replay-capacity, or name a "
         "larger disk by --replay-place disk --replay-folder"
     )
@@ -184,9 +196,9 @@ def make_feed(
     place: Place | None,
     *,
     queue: Slots,
-    unrolls: UnrollTable,
+    unrolls: Filled,
     device: torch.device,
-    resume_count: int,
+    seed: int,
 ) -> Feed:
     """Builds what gives the learner its batches; allocates the replay, if there is one."""
     experience = algorithm.experience
@@ -221,7 +233,7 @@ def make_feed(
         ),
         experience=experience,
         device=device,
-        seed=derived_seed(config.seed, 6, resume_count),
+        seed=seed,
         initial_priority=first_priority(algorithm),
     )
 

@@ -38,13 +38,16 @@ from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
 from headrace.records import Update
 from headrace.run import saving
-from headrace.run.acting_workers import ActingWorkers
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
+from headrace.run.learners import OtherLearners, other_learners
+from headrace.run.meeting import Meeting, in_turns_together, learn_together
 from headrace.run.report import Reporter, Row
 from headrace.run.roles import Roles
+from headrace.run.share import Share, learner_devices, share_config
 from headrace.run.system import keep_memory
 from headrace.run.warmup import own_stream, warm_up
+from headrace.server.device_seat import AnySeat
 from headrace.server.server import run_server
 from headrace.telemetry.metrics import EpisodeStats, Waits
 from headrace.telemetry.record import MetricsWriter, RunDirectory
@@ -53,6 +56,7 @@ from headrace.telemetry.wandb_log import WandbLog
 _POLL_S = 0.2  # how often a waiting learner looks after the server and the clock
 _SILENCE_S = 120.0  # longest that a native pool may take for one batch
 _JOIN_S = 10.0
+_SAME_SIGNAL_S = 0.5
 
 
 class TrainResult(NamedTuple):
@@ -70,19 +74,22 @@ class Hooks(NamedTuple):
     on_update: Callable[[int, Mapping[str, Tensor]], None]  # updates so far, metrics on the device
     on_checkpoint: Callable[[Path], None]  # after every checkpoint
     on_message: Callable[[str], None]  # things worth a line: a resume, a damaged checkpoint
+    on_listen: Callable[[str], None] = lambda _: None  # HOST:PORT, where worker hosts may come
 
 
 class Stop:
     """Whether the run was asked to end. The first signal saves and ends; a second ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
+        self._now_s, self._since_s = now_s, 0.0
 
     def __call__(self, signum: int, _frame: object) -> None:
-        """Handles a signal."""
-        if self.requested:
+        """Handles a signal; one that comes at once again is the same: timeout(1) sends it twice."""
+        if not self.requested:
+            self.requested, self._since_s = True, self._now_s()
+        elif self._now_s() - self._since_s >= _SAME_SIGNAL_S:
             os._exit(128 + signum)
-        self.requested = True
 
 
 @contextmanager
@@ -121,23 +128,35 @@ def run_training(
         episodes = EpisodeStats(before.episodes, before.return_max, on_message=messages.put)
         eval_episodes, waits = EpisodeStats(), Waits()
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        share = Share(0, len(learner_devices(config)))
+        own = share_config(config, share)  # first of all: it refuses what cannot be
+        others = stack.enter_context(
+            other_learners(
+                config, run.path, before, trust_code=trust_code, told=messages.put, add=episodes.add
+            )
+        )
         parts = build(
-            config,
+            own,
             resume_count=before.resume_count,
             on_episodes=lambda _, *ended: episodes.add(*ended),
             on_eval_episodes=lambda _, *ended: eval_episodes.add(*ended),
             on_message=messages.put,
             trust_code=trust_code,
+            share=share,
         )
         stack.callback(parts.close)
+        sources = [parts.source, *(seat.pool for seat in parts.seats)]
+        for address in filter(None, (getattr(source, "address", "") for source in sources)):
+            hooks.on_listen(address)
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
             parts = warm_up(parts, hooks.on_message)
         if checkpoint is not None:  # after the warm-up, which draws random numbers
-            saving.restore(parts, checkpoint, hooks.on_message)
+            saving.restore(parts, checkpoint, hooks.on_message, alone=others is None)
             run.rewrite_config(to_toml(config))
             checkpoint = None  # its files are mapped, and would keep their place on the disk
+        group = None if others is None else others.connect(parts)
         learner = Learner(
             parts.algorithm,
             parts.feed,
@@ -145,6 +164,7 @@ def run_training(
             device=parts.compute.device,
             version=before.updates,
             samples=before.samples,
+            group=group,
         )
         reporter = Reporter(
             parts,
@@ -156,6 +176,10 @@ def run_training(
             agent_steps=before.agent_steps,
             elapsed_s=before.elapsed_s,
         )
+        meeting = None
+        if group is not None:
+            meeting = Meeting(group, parts, config=config, agent_steps=before.agent_steps)
+            reporter.others = meeting.read_others
         resumed_at = reporter.env_frames if resume else None
         wandb = None
         if config.wandb:
@@ -178,12 +202,13 @@ def run_training(
             hooks=hooks,
             before=before,
             messages=messages,
+            others=others,
+            meeting=meeting,
         )
         if not resume:
             session.save()  # so that there is something to go back to, however early the end
-        drive = train_in_turns if takes_turns(config) else train_overlapped
-        with more_threads(parts, lockstep=config.lockstep):
-            drive(session)
+        with more_threads(parts, lockstep=config.lockstep, learners=share.size):
+            session.drive()
         roles.close()  # before the last row, which has what they had yet to tell
         session.save()
         session.report()
@@ -222,6 +247,8 @@ class Session:
     hooks: Hooks
     before: saving.Before
     messages: SimpleQueue[str]
+    others: OtherLearners | None = None
+    meeting: Meeting | None = None
     last_row: Row = field(default_factory=dict)
     _newest: Update | None = None
     _saved_s: float = field(default_factory=time.monotonic)
@@ -232,17 +259,39 @@ class Session:
 
     def over(self) -> bool:
         """Whether the run is complete, or was asked to end."""
+        if self.meeting is not None:  # then all end together
+            return self.meeting.over
         return self.stop.requested or self.progress() >= 1.0
+
+    def drive(self) -> None:
+        """Trains until it is over."""
+        if not takes_turns(self.config):
+            train_overlapped(self)
+        elif self.meeting is None:
+            train_in_turns(self)
+        else:
+            in_turns_together(self)
+        if self.others is not None:
+            self.others.finish()
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`."""
-        update = self.learner.learn(progress=self.progress(), timeout_s=timeout_s, waits=self.waits)
+        learner, waits, wanted = self.learner, self.waits, self.stop.requested
+        if self.meeting is None or self.others is None:
+            update = learner.learn(progress=self.progress(), timeout_s=timeout_s, waits=waits)
+        else:
+            with self.others.blamed():
+                update = learn_together(
+                    learner, self.meeting, timeout_s=timeout_s, waits=waits, stop=wanted
+                )
         if update is not None:
             self._newest = update
             self.hooks.on_update(self.learner.version, update.metrics)
 
     def attend(self) -> None:
         """Tells, reports and saves what is due."""
+        if self.others is not None:
+            self.others.attend()
         tell(self.messages, self.hooks.on_message)
         if self.roles.due():
             self.roles.attend(self.learner.version, self.reporter.agent_steps)
@@ -306,7 +355,7 @@ def train_overlapped(session: Drivable) -> None:
     def serve() -> None:
         torch.set_num_threads(parts.compute.threads)
         try:
-            with own_stream(parts.compute.device):
+            with own_stream(parts.compute.acting):
                 run_server(parts.seats, parts.weights, parts.queue, ended, waits=session.waits)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
             failed.set_exception(error)
@@ -322,7 +371,7 @@ def train_overlapped(session: Drivable) -> None:
                 failed.result()
             for seat in parts.seats:
                 check_alive(seat.pool)
-            if isinstance(parts.source, ActingWorkers):
+            if not isinstance(parts.source, AnySeat):
                 parts.source.check(session.waits)
     finally:
         ended.set()

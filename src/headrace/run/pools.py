@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from headrace import catalog
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.pools.base import Pool
 from headrace.pools.inline import InlinePool
-from headrace.pools.shm import ShmPool, WorkerEnvs
+from headrace.pools.shm import WorkerEnvs
+from headrace.run.device_pool import make_device_pool
 from headrace.run.system import usable_cores
 
 
@@ -47,21 +49,37 @@ def make_pool(
     family = catalog.environment_family(config.env)  # trusted, or its spec would not be known
     settings = family.evaluation(config.environment) if evaluation else config.environment
     kind = pool_name(config, family.pool)
-    if kind == "shm" and not in_process:
+    if kind == "device":  # seen from the host; the server's own is made in run/device_seat.py
+        return make_device_pool(
+            config,
+            num_envs=num_envs,
+            batch_size=batch_size,
+            seed=seed,
+            device=torch.device("cpu"),
+            evaluation=evaluation,
+            first_env=first_env,
+        )
+    if kind == "grpc" and (evaluation or in_process):
+        kind = family.pool  # who judges plays here, and who acts elsewhere has his own
+    if kind in ("grpc", "shm") and not in_process:
         recipe = WorkerEnvs(
             env=config.env,
             settings=dataclasses.asdict(settings),
             spec=family.spec(config.env, settings),
             num_envs=num_envs,
             seed=seed,
+            first_env=first_env,
         )
-        return ShmPool(
+        remote = {"remote": config.remote} if kind == "grpc" else {}
+        pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(
             recipe,
             batch_size=batch_size,
             workers=config.workers,
             on_message=on_message,
             full_batches=takes_turns(config) and batch_size == num_envs,
+            **remote,
         )
+        return pool
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
     envs = family.make(
         config.env,
@@ -73,18 +91,45 @@ def make_pool(
         **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
     )
     kind = "inline" if kind == "shm" else kind
-    pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
+    pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
     if isinstance(pool, InlinePool):
         pool.on_message = on_message
     return pool
 
 
+def inference_batch(config: RunConfig) -> int:
+    """Returns how many environments of a run are answered at once, at most."""
+    if takes_turns(config):
+        return config.server.num_envs
+    return config.server.inference_batch or (config.server.num_envs + 1) // 2
+
+
 def pool_name(config: RunConfig, own: str) -> str:
     """Returns the catalog name of the pool for environments whose own is `own`.
 
+    That is the pool of the process which acts for them: on worker hosts that act, their own.
+
     Raises:
-        ConfigError: they step themselves, and another pool was asked for.
+        ConfigError: another pool was asked for than can be.
     """
+    if config.pool == "grpc" or config.remote.listen:
+        if config.pool not in ("auto", "grpc"):
+            raise ConfigError(
+                f"--listen has worker hosts step the environments: leave out --pool {config.pool}, "
+                "or --listen"
+            )
+        if config.lockstep:
+            raise ConfigError(
+                "--lockstep steps environments in this process: leave out --listen and --pool grpc"
+            )
+        if config.inference == "worker":
+            return own
+        if config.remote.envs_per_message > inference_batch(config):
+            raise ConfigError(
+                "envs_per_message must be at most the environments answered at once, "
+                f"{inference_batch(config)}, not {config.remote.envs_per_message}"
+            )
+        return "grpc"
     if config.pool == "auto":
         return "inline" if config.lockstep and own == "shm" else own
     if own == "native":

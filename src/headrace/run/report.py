@@ -17,6 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from headrace.learner.loop import Learner
 from headrace.records import Update
@@ -25,6 +27,45 @@ from headrace.telemetry.load import LoadMeter
 from headrace.telemetry.metrics import EpisodeStats, Rate, Waits
 
 Row = dict[str, float | int | str]
+
+
+class Counts(NamedTuple):
+    """What one learner, or several together, have counted in this session."""
+
+    agent_steps: int = 0
+    dropped_unrolls: int = 0
+    stale_unrolls: int = 0
+    unrolls_waiting: int = 0
+    worker_deaths: int = 0
+
+
+def counts_of(parts: Parts) -> Counts:
+    """Returns the counts of this process."""
+    return Counts(
+        parts.source.agent_steps,
+        parts.dropped_unrolls,
+        parts.queue.stale,
+        len(parts.queue),
+        parts.worker_deaths,
+    )
+
+
+def hosts_row(parts: Parts) -> dict[str, int]:
+    """Returns what there is of worker hosts on other machines; nothing where none are asked for.
+
+    worker_hosts and worker_host_envs are as of now, and bytes_received and bytes_sent of the
+    session.
+    """
+    source = parts.source
+    counters = getattr(source, "counters", getattr(getattr(source, "pool", None), "counters", {}))
+    names = {
+        "worker_hosts": "hosts",
+        "worker_host_envs": "envs",
+        "bytes_received": "bytes_in",
+        "bytes_sent": "bytes_out",
+    }
+    return {name: counters[count] for name, count in names.items() if count in counters}
+
 
 # Where a stage waits for less than this share of the time, nothing holds the others up.
 _IDLE_SHARE = 0.15
@@ -46,6 +87,8 @@ class Reporter:
         elapsed_s: float,
     ) -> None:
         """Goes on from `agent_steps` and `elapsed_s` of earlier sessions of the run."""
+        self.others: Callable[[], Counts] = Counts
+        """What other learners have counted; rows are of all, but for waits, losses and replay."""
         self._parts, self._learner, self._waits = parts, learner, waits
         self._episodes, self._eval_episodes = episodes, eval_episodes
         self._interval_s = interval_s
@@ -64,7 +107,9 @@ class Reporter:
     @property
     def agent_steps(self) -> int:
         """Agent steps of the whole run."""
-        return self._agent_steps_before + self._parts.source.agent_steps
+        # Asked for at every step of the loops: counts nothing else.
+        session = self._parts.source.agent_steps + self.others().agent_steps
+        return self._agent_steps_before + session
 
     @property
     def env_frames(self) -> int:
@@ -95,7 +140,8 @@ class Reporter:
         interval_s = max(now_s - self._last_s, 1e-9)
         self._last_s = now_s
         parts, learner = self._parts, self._learner
-        steps = parts.source.agent_steps  # once: the server's thread goes on
+        counts = self._counts()  # once: the server's thread goes on
+        steps = counts.agent_steps
         agent_steps = self._agent_steps_before + steps
         self._steps.add(steps - self._steps.total)
         self._updates.add(learner.version - self._updates_seen - self._updates.total)
@@ -117,10 +163,11 @@ class Reporter:
             **self._episodes.read(),
             "server_turnaround_ms_p50": median_s * 1000,
             "server_turnaround_ms_p99": slow_s * 1000,
-            "unrolls_waiting": len(parts.queue),
-            "unrolls_dropped": parts.dropped_unrolls,
-            "unrolls_too_old": parts.queue.stale,
-            "worker_deaths": parts.worker_deaths,
+            "unrolls_waiting": counts.unrolls_waiting,
+            "unrolls_dropped": counts.dropped_unrolls,
+            "unrolls_too_old": counts.stale_unrolls,
+            "worker_deaths": counts.worker_deaths,
+            **hosts_row(parts),
             "precision": str(parts.compute.precision).removeprefix("torch."),
             **self._load.read(now_s),
         }
@@ -136,14 +183,19 @@ class Reporter:
             row |= {name: float(value) for name, value in update.metrics.items()}
         return row
 
+    def _counts(self) -> Counts:
+        pairs = zip(counts_of(self._parts), self.others(), strict=True)
+        return Counts(*(own + other for own, other in pairs))
+
     def _lost_unrolls(self) -> int:
-        return self._parts.dropped_unrolls + self._parts.queue.stale
+        counts = self._counts()
+        return counts.dropped_unrolls + counts.stale_unrolls
 
     def _transmission_loss(self) -> float:
         return transmission_loss(
             self._lost_unrolls() - self._lost_seen,
             unroll_steps=self._learner.algorithm.experience.unroll_steps,
-            agent_steps=self._parts.source.agent_steps - self._steps_seen,
+            agent_steps=self.agent_steps - self._agent_steps_before - self._steps_seen,
         )
 
     def _count_lags(self) -> list[int]:

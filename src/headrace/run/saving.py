@@ -27,6 +27,7 @@ from headrace.learner.loop import Learner
 from headrace.pools.base import Restorable
 from headrace.run.build import Parts
 from headrace.run.report import Reporter
+from headrace.run.share import learner_devices
 from headrace.server.acting import Actor
 from headrace.telemetry.record import RunDirectory
 
@@ -114,27 +115,33 @@ def save(
 
 
 def is_bit_equal(config: RunConfig, parts: Parts) -> bool:
-    """Whether a checkpoint can hold everything that the run depends on."""
-    return config.lockstep and all(
-        isinstance(seat.pool, Restorable) and seat.pool.restorable for seat in parts.seats
+    """Whether a checkpoint can hold everything that the run depends on: not of several learners."""
+    alone = len(learner_devices(config)) == 1
+    return (
+        alone
+        and config.lockstep
+        and all(isinstance(seat.pool, Restorable) and seat.pool.restorable for seat in parts.seats)
     )
 
 
-def restore(parts: Parts, saved: Checkpoint, on_message: Callable[[str], None]) -> None:
-    """Puts back what a checkpoint holds.
+def restore(
+    parts: Parts, saved: Checkpoint, on_message: Callable[[str], None], *, alone: bool = True
+) -> None:
+    """Puts back what a checkpoint holds; environments and replay only for a learner that is alone.
 
     Raises:
         ConfigError: its network is not the one that the settings build.
     """
     load_weights(parts.algorithm.model, saved)
     parts.algorithm.load_state_dict(unflatten(saved.tensors["training"], saved.meta["training"]))
-    has_system = saved.meta["system"] is not None
+    has_system = alone and saved.meta["system"] is not None
     if isinstance(parts.feed, ReplayFeed):
-        if saved.meta.get("replay") is not None:
+        if alone and saved.meta.get("replay") is not None:
             kept = unflatten(saved.tensors["replay"], saved.meta["replay"])
             parts.feed.load_state_dict(kept, streams_go_on=has_system)
         else:
-            on_message("the replay was not saved (--save-replay): it fills anew")
+            why = "was not saved (--save-replay)" if alone else "is not that of several learners"
+            on_message(f"the replay {why}: it fills anew")
     if has_system:
         _load_system_state(parts, unflatten(saved.tensors["system"], saved.meta["system"]))
         on_message(f"resumed from {saved.path}")

@@ -39,7 +39,7 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not supported: say auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs; say --device auto"
+            f"no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs; say auto or cpu"
         )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 

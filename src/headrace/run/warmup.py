@@ -16,6 +16,7 @@ from headrace.errors import ConfigError
 from headrace.run.build import Parts
 from headrace.run.compute import compile_update
 from headrace.server.acting import Actor, initial_state
+from headrace.server.device_seat import DeviceSeat
 from headrace.server.graphs import GraphedActor, cuda_capture
 
 logger = logging.getLogger("headrace")
@@ -65,12 +66,19 @@ def _reason(text: str) -> str:
 
 
 def _run_all(parts: Parts) -> None:
-    device = parts.compute.device
+    device = parts.compute.acting
     parts.algorithm.warm_up(parts.feed.example())
     server_model: Any = parts.server_model
     example = initial_state(parts.spec, server_model, 1, device)
     for seat in parts.seats:
         actor = seat.actor
+        if isinstance(seat, DeviceSeat):
+            capture = None
+            if device.type == "cuda" and isinstance(actor, Actor):
+                capture = cuda_capture(actor.generator)
+            seat.pool.compile(parts.compute.compiled)
+            seat.warm_up(capture)
+            continue
         if device.type == "cuda" and isinstance(actor, Actor):
             capture = cuda_capture(actor.generator)
             seat.actor = GraphedActor(
@@ -90,8 +98,9 @@ def _run_all(parts: Parts) -> None:
                 mask = torch.ones(size, parts.spec.action_mask_size, dtype=torch.bool).to(device)
             epsilon = torch.zeros(size, device=device) if seat.explores else None
             seat.actor.act(state, state.stack[:, -1], reward, reset, mask, epsilon)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for used in {device, parts.compute.device}:
+        if used.type == "cuda":
+            torch.cuda.synchronize(used)
 
 
 @contextmanager

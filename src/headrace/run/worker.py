@@ -183,7 +183,7 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
         batch_size=end - first,
         threads=1,
         seed=generation_seed(settings["seed"], settings["generation"]),
-        first_env=first,
+        first_env=settings.get("first_env", 0) + first,
     )
     plan = layout(env.spec, settings["num_envs"])
     if plan.nbytes != settings["nbytes"]:

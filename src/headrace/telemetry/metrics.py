@@ -103,14 +103,19 @@ class EpisodeStats:
             infos: N times the numbers of the final `info`; nothing for none. Numbers that are not
                 finite are left out, as are names beyond the first 64 of the run.
         """
-        given = infos or [{}] * len(returns)
+        newest = slice(-_EPISODES_AVERAGED, None)
         with self._lock:
-            for value, length, info in zip(returns, lengths, given, strict=True):
-                self._returns.append(float(value))
-                self._lengths.append(float(length))
-                self._infos.append(self._kept(info))
+            # Thousands may end at once, and these forget all but the newest.
+            self._returns.extend(map(float, returns[newest]))
+            self._lengths.extend(map(float, lengths[newest]))
+            if infos:
+                for _, _, info in zip(returns, lengths, infos, strict=True):
+                    self._infos.append(self._kept(info))
+            else:
+                self._infos.extend([{}] * len(returns[newest]))
+            if len(returns):
                 # fmax: the first maximum is NaN, and any number replaces it.
-                self._return_max = float(np.fmax(self._return_max, value))
+                self._return_max = float(np.fmax(self._return_max, np.fmax.reduce(returns)))
             self._episodes += len(returns)
 
     def read(self) -> dict[str, float | int]:
