@@ -1,7 +1,11 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

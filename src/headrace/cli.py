@@ -38,7 +38,7 @@ usage: headrace COMMAND …
   presets       named settings, and where their numbers come from
   plan [ENV]    what frames cost, and how many cores go with an accelerator
   bench NAME    measure this machine: end-to-end, pools, inference, learner,
-                replay
+                replay, wire
 
 `headrace COMMAND --help` explains a command."""
 
