@@ -189,6 +189,24 @@ def test_a_server_of_something_else_is_named() -> None:
         server.stop(None).wait(10)
 
 
+def test_an_answer_that_grpc_hides_is_asked_for_again(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, begin, hidden = listen(), Link._begin, []
+
+    def begin_badly(link: Link, *arguments: Any) -> None:
+        if not hidden:
+            hidden.append(1)
+            link._code = "INTERNAL"
+            raise PeerLost("Internal error from Core")
+        begin(link, *arguments)
+
+    monkeypatch.setattr(Link, "_begin", begin_badly)
+    link = Link.open(LinkConfig(connect=listener.address), HELLO)
+    assert hidden
+    link.close()
+
+
 # -- sessions
 
 

@@ -44,6 +44,7 @@ _MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 _START_TIMEOUT_S = 30.0
 _FAREWELL_S = 1.0
 _FULL_S = 0.01
+_UNCLEAR_ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _STOP_S = 0.1
@@ -106,13 +107,24 @@ class Link:
             RunOver: the run ends at this moment.
             PeerLost: it may pass: nobody listens yet; or `stop()` was true.
         """
-        link = cls(config)
-        try:
-            link._begin(hello, stop)
-        except BaseException:
-            link.close()
-            raise
-        return link
+        attempts = _UNCLEAR_ATTEMPTS
+        while True:
+            link = cls(config)
+            try:
+                link._begin(hello, stop)
+            except PeerLost:
+                link.close()
+                # gRPC puts an error of its own in place of the server's answer where that comes
+                # while the hello is being written.
+                unclear = link._code == "INTERNAL" and not link._said
+                attempts -= 1
+                if not (unclear and attempts):
+                    raise
+            except BaseException:
+                link.close()
+                raise
+            else:
+                return link
 
     @property
     def welcome(self) -> dict[str, Any]:
