@@ -13,7 +13,8 @@ import torch
 from headrace import catalog
 from headrace.config import RunConfig, from_dict
 from headrace.errors import PeerLost
-from headrace.run import evaluator, pools
+from headrace.pools import shm
+from headrace.run import evaluator
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.evaluate import evaluate
 from headrace.run.evaluator import Patience, judge
@@ -141,7 +142,7 @@ def test_no_process_is_started_for_an_evaluation_in_process(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker process")
 
-    monkeypatch.setattr(pools, "ShmPool", refuse)
+    monkeypatch.setattr(shm, "ShmPool", refuse)
     policy = a_policy(pool="shm")
     with pytest.raises(AssertionError, match="worker process"):
         evaluate(policy, episodes=2)

@@ -139,7 +139,7 @@ class Loop:
         """Returns the loop, which runs until `release` was called as often as this."""
         with self._users_lock:
             if self._loop is None:
-                self._loop = _new_loop()
+                self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
                     target=_run_loop, args=(self._loop,), name="headrace-grpc", daemon=True
                 )
@@ -162,16 +162,6 @@ class Loop:
             loop.call_soon_threadsafe(loop.stop)
             if threading.current_thread() is not thread:
                 thread.join(_JOIN_S)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """Returns uvloop's where it is installed: a fifth more round trips of one stream."""
-    try:
-        import uvloop  # noqa: PLC0415 - an extra
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
