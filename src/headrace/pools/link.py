@@ -107,24 +107,19 @@ class Link:
             RunOver: the run ends at this moment.
             PeerLost: it may pass: nobody listens yet; or `stop()` was true.
         """
-        attempts = _UNCLEAR_ATTEMPTS
-        while True:
+        for left in reversed(range(_UNCLEAR_ATTEMPTS)):
             link = cls(config)
             try:
                 link._begin(hello, stop)
-            except PeerLost:
+                break
+            except BaseException as error:
                 link.close()
                 # gRPC puts an error of its own in place of the server's answer where that comes
                 # while the hello is being written.
                 unclear = link._code == "INTERNAL" and not link._said
-                attempts -= 1
-                if not (unclear and attempts):
+                if not (unclear and left and isinstance(error, PeerLost)):
                     raise
-            except BaseException:
-                link.close()
-                raise
-            else:
-                return link
+        return link
 
     @property
     def welcome(self) -> dict[str, Any]:
