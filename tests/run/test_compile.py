@@ -58,7 +58,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert counters["stats"]["unique_graphs"] == graphs[0]
 
 
-@pytest.mark.parametrize("algorithm", ["sac", "impala"])
+@pytest.mark.parametrize("algorithm", [pytest.param("sac", marks=pytest.mark.slow), "impala"])
 @pytest.mark.parametrize("wish", ["auto", "on"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiler_that_fails_is_named_and_costs_no_run(
