@@ -8,6 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+RUN_IDS = 1 << 32
+"""Run ids of one life of a worker, or of one grant to a worker host; an environment may use them up
+by itself, and who starts the next life adds that many."""
+
 EpisodeInfo = Mapping[int, Mapping[str, float]]
 """Numeric scalars of the final `info`, by row of the step."""
 

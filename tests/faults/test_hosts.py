@@ -17,12 +17,11 @@ from headrace import catalog
 from headrace.cli import main
 from headrace.pools.grpc import GrpcPool
 from headrace.pools.link import LinkConfig
-from headrace.pools.messages import RUN_IDS
 from headrace.pools.processes import WorkerProcess
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.run.host import HostConfig, run_host
-from headrace.steps import EnvStep
+from headrace.steps import RUN_IDS, EnvStep
 
 pytestmark = pytest.mark.net
 

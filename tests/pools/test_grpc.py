@@ -13,11 +13,11 @@ from headrace.pools import wire
 from headrace.pools.grants import ENVS_PER_CORE, Grants
 from headrace.pools.grpc import LOOK_S, GrpcPool, reachable
 from headrace.pools.listener import Refused
-from headrace.pools.messages import RUN_IDS, encode_step
+from headrace.pools.messages import encode_step
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.pools.wire import Kind, WireError
-from headrace.steps import EnvStep
+from headrace.steps import RUN_IDS, EnvStep
 
 ENV = "worker_envs:ECHO"
 ENV_ID, COUNT, ACTION = range(3)

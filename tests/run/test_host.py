@@ -21,7 +21,7 @@ from headrace.pools import wire
 from headrace.pools.base import Pool
 from headrace.pools.grpc import GrpcPool
 from headrace.pools.link import LinkConfig
-from headrace.pools.messages import RUN_IDS, describe, encode_action
+from headrace.pools.messages import describe, encode_action
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.pools.wire import Kind, Message
@@ -30,7 +30,7 @@ from headrace.run.api import prepare
 from headrace.run.host import HostConfig, read_welcome, run_host
 from headrace.run.host_blocks import BlockThread, Granted, RunIds, Task
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
+from headrace.steps import RUN_IDS, EnvStep
 
 ENV = "worker_envs:ECHO"
 ENV_ID, COUNT, ACTION, SEED = range(4)

@@ -8,7 +8,20 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.errors import ConfigError
 from headrace.specs import ActionSpace
+
+
+def check_batch(batch_size: int, num_envs: int, *, full: bool = False) -> None:
+    """Refuses batches that no pool of `num_envs` environments can give.
+
+    Raises:
+        ConfigError: none or more than there are; or, where all are given at once, not all.
+    """
+    if not 1 <= batch_size <= num_envs:
+        raise ConfigError(f"batch_size must be in [1, num_envs={num_envs}], not {batch_size}")
+    if full and batch_size != num_envs:
+        raise ConfigError(f"full batches need batch_size = num_envs = {num_envs}")
 
 
 def check_action(action: NDArray[Any], rows: int, space: ActionSpace) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headrace.envs.device import DeviceEnv, DeviceRows, State, advance, first_rows
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.checks import check_action
+from headrace.pools.checks import check_action, check_batch
 from headrace.steps import EnvStep
 
 
@@ -30,10 +30,7 @@ class DevicePool:
 
     def __init__(self, env: DeviceEnv, *, batch_size: int) -> None:
         """Starts the environments; `receive` gives `batch_size` rows of them at a time."""
-        if not 1 <= batch_size <= env.num_envs:
-            raise ConfigError(
-                f"batch_size must be in [1, num_envs={env.num_envs}], not {batch_size}"
-            )
+        check_batch(batch_size, env.num_envs)
         if env.spec.has_action_mask:
             raise ConfigError(f"{env.spec.name}: environments in torch cannot mask actions")
         self.spec = env.spec

@@ -27,13 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import ConfigError, PeerLost
+from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action
+from headrace.pools.checks import check_action, check_batch
 from headrace.pools.grants import Block, Grants, Host
 from headrace.pools.listener import Listener, Peer, Refused
 from headrace.pools.messages import (
-    RUN_IDS,
     decode_step,
     describe,
     encode_action,
@@ -44,7 +43,7 @@ from headrace.pools.shm import WorkerEnvs
 from headrace.pools.shm_layout import Table, layout, read_rows, read_step, with_ends
 from headrace.pools.transport import printable
 from headrace.pools.wire import Kind, Message, WireError, encode
-from headrace.steps import EnvStep
+from headrace.steps import RUN_IDS, EnvStep
 
 LOOK_S = 0.25
 """Seconds between two looks at hosts that say nothing."""
@@ -86,10 +85,7 @@ class GrpcPool:
             ConfigError: the sizes do not fit, the address cannot be had, or a package is missing.
         """
         num_envs = recipe.num_envs
-        if not 1 <= batch_size <= num_envs:
-            raise ConfigError(f"batch_size must be in [1, num_envs={num_envs}], not {batch_size}")
-        if full_batches and batch_size != num_envs:
-            raise ConfigError(f"full batches need batch_size = num_envs = {num_envs}")
+        check_batch(batch_size, num_envs, full=full_batches)
         self.spec = recipe.spec
         self.num_envs = num_envs
         self.max_batch = batch_size

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.envs.base import BatchEnv, Closable
-from headrace.errors import ConfigError, PeerLost
+from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action
+from headrace.pools.checks import check_action, check_batch
 from headrace.steps import EnvStep
 
 _PER_ROW = ("run_id", "observation", "reward", "reset", "terminated", "truncated")
@@ -32,10 +32,7 @@ class InlinePool:
         batch_size: int,
     ) -> None:
         """Starts the environments, and gives `batch_size` rows of them at a time."""
-        if not 1 <= batch_size <= env.num_envs:
-            raise ConfigError(
-                f"batch_size must be in [1, num_envs={env.num_envs}], not {batch_size}"
-            )
+        check_batch(batch_size, env.num_envs)
         self.spec = env.spec
         self.num_envs = env.num_envs
         self.max_batch = batch_size

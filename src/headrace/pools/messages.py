@@ -24,10 +24,8 @@ from headrace.pools.checks import check_action
 from headrace.pools.shm_layout import INFO_NBYTES, Rows, write_infos
 from headrace.pools.wire import Compression, Kind, Message, WireError, encode
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep, EpisodeInfo
+from headrace.steps import RUN_IDS, EnvStep, EpisodeInfo
 
-RUN_IDS = 1 << 32
-"""Run ids of one session of a host; the server adds them to those of the block's generation."""
 _FLOAT32, _BOOL, _INT64 = np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.int64)
 _MAX_DIFFERENCE = 500  # characters
 _MAX_INT = 1 << 63  # longer ones are no float

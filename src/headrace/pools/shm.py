@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import ConfigError, PeerLost
+from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action
+from headrace.pools.checks import check_action, check_batch
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
@@ -118,10 +118,7 @@ class ShmPool:
             ConfigError: the sizes do not fit, or there is too little memory.
         """
         num_envs = recipe.num_envs
-        if not 1 <= batch_size <= num_envs:
-            raise ConfigError(f"batch_size must be in [1, num_envs={num_envs}], not {batch_size}")
-        if full_batches and batch_size != num_envs:
-            raise ConfigError(f"full batches need batch_size = num_envs = {num_envs}")
+        check_batch(batch_size, num_envs, full=full_batches)
         self.spec = recipe.spec
         self.num_envs = num_envs
         self.max_batch = batch_size

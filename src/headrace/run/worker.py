@@ -38,10 +38,8 @@ from headrace.pools.shm_layout import (
     write_infos,
     write_step,
 )
-from headrace.steps import EnvStep, EpisodeInfo
+from headrace.steps import RUN_IDS, EnvStep, EpisodeInfo
 
-RUN_IDS = 1 << 32
-"""Run ids of one generation of workers; an environment may use them up by itself."""
 TOGETHER_S = 100e-6
 """Groups whose actions are there are stepped as one if that takes no longer. A call and a message
 cost about as much as 16 environments that do nothing; a slow group would keep the server waiting
