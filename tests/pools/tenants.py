@@ -3,14 +3,17 @@
 import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import trustme
 
 from headrace.pools import wire
+from headrace.pools.listener import Listener
 from headrace.pools.peers import Peer, Refused
+from headrace.pools.settings import RemoteConfig
 
 HELLO = {"protocol": wire.VERSION, "name": "node7", "envs": 4}
 
@@ -53,6 +56,19 @@ class Book:
     def says(self, *words: str) -> bool:
         """Whether one line of the log has all the words."""
         return any(all(word in line for word in words) for line in self.said)
+
+
+@contextmanager
+def listening(book: Book) -> Iterator[Callable[..., Listener]]:
+    """Lends what starts listeners for the book by fields of `RemoteConfig`, and closes them."""
+    with ExitStack() as stack:
+
+        def listener(**config: Any) -> Listener:
+            made = Listener(RemoteConfig(**config), book, on_message=book.said.append)
+            stack.callback(made.close)
+            return made
+
+        yield listener
 
 
 def wait_until(fact: Callable[[], Any], seconds: float = 20.0) -> Any:

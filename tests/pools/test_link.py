@@ -17,7 +17,6 @@ from headrace.pools import wire
 from headrace.pools.link import Link, LinkConfig, sessions
 from headrace.pools.listener import Listener
 from headrace.pools.peers import Refused
-from headrace.pools.settings import RemoteConfig
 
 pytestmark = pytest.mark.net
 
@@ -45,15 +44,8 @@ def no_token_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def listen(book: Any) -> Iterator[Listen]:
-    made = []
-
-    def listener(**config: Any) -> Listener:
-        made.append(Listener(RemoteConfig(**config), book, on_message=book.said.append))
-        return made[-1]
-
-    yield listener
-    for each in made:
-        each.close()
+    with importlib.import_module("tenants").listening(book) as listener:
+        yield listener
 
 
 def step(sequence: int) -> bytes:

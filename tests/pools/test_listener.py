@@ -44,15 +44,8 @@ def book(tools: Any) -> Any:
 @pytest.fixture
 def listen(book: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen]:
     monkeypatch.delenv("HEADRACE_TOKEN", raising=False)
-    made = []
-
-    def listener(**config: Any) -> Listener:
-        made.append(Listener(RemoteConfig(**config), book, on_message=book.said.append))
-        return made[-1]
-
-    yield listener
-    for each in made:
-        each.close()
+    with importlib.import_module("tenants").listening(book) as listener:
+        yield listener
 
 
 class Raw:
