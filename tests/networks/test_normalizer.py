@@ -8,10 +8,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from headrace.networks import models
 from headrace.networks.models import NetworkConfig
-from headrace.networks.normalizer import ObservationNormalizer, Observer
+from headrace.networks.normalizer import ObservationNormalizer, Observer, PixelNormalizer
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
 
@@ -64,10 +66,79 @@ def test_the_network_sees_normalised_floats() -> None:
     torch.testing.assert_close(model(inputs_of(far), ())[0], expected)
 
 
-def test_bytes_are_never_normalised() -> None:
-    model = models.nature(make_spec(36, 36, dtype=np.uint8), CONFIG)
-    assert model.normalizer is None
-    model.observe(torch.zeros(2, 36, 36, dtype=torch.uint8))
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Frames whose pixels differ in mean and deviation; some never change."""
+    rng = np.random.default_rng(seed)
+    mean, spread = rng.uniform(0, 255, shape[-2:]), rng.uniform(0, 40, shape[-2:])
+    spread[: shape[-2] // 2] = 0.0
+    frames = rng.normal(mean, spread, shape).round().clip(0, 255)
+    return torch.from_numpy(frames.astype(np.uint8))
+
+
+def test_statistics_of_images_are_those_of_two_passes() -> None:
+    normalizer = PixelNormalizer((9, 7))
+    frames = images(700, 9, 7)  # more than are summed at a time
+    for start, end in ((0, 3), (3, 303), (303, 700)):
+        normalizer.observe(frames[start:end].reshape(end - start, 1, 9, 7))
+    rows = frames.numpy().astype(np.float64)
+    assert normalizer.total == 700
+    np.testing.assert_allclose(normalizer.mean.numpy(), rows.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(normalizer.variance.numpy(), rows.var(axis=0), atol=1e-9)
+    new = images(5, 9, 7, seed=1)
+    deviation = np.sqrt(rows.var(axis=0) + 1e-5 * 255**2)
+    expected = ((new.numpy() - rows.mean(axis=0)) / deviation).clip(-5, 5)
+    np.testing.assert_allclose(normalizer(new).numpy(), expected, atol=1e-5)
+
+
+def test_before_anything_was_seen_numbers_stay_and_bytes_are_scaled() -> None:
+    numbers = torch.tensor([[-1e6, 0.5, 1e6]])
+    torch.testing.assert_close(ObservationNormalizer((3,))(numbers), numbers)
+    frames = images(2, 4, 4)
+    torch.testing.assert_close(PixelNormalizer((4, 4))(frames), frames / 255)
+
+
+@pytest.mark.parametrize("name", ["nature", "impala_shallow", "impala_deep", "football"])
+@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "colours"])
+def test_a_normalised_image_network_is_the_plain_one_on_normalised_frames(
+    name: str, colours: tuple[int, ...]
+) -> None:
+    spec = make_spec(40, 36, *colours, dtype=np.uint8, stack=2)
+    model = getattr(models, name)(spec, CONFIG)
+    frames = images(30, *colours, 40, 36)
+    frames = frames.movedim(1, -1) if colours else frames
+    model.observe(frames)
+    torso = model.torso
+    stacks = frames[:10].unflatten(0, (5, 2))
+    # The first layer by its definition: a convolution of floats, channels as they are stacked.
+    plain = torso.normalizer(stacks)
+    plain = plain.permute(0, 1, 4, 2, 3).flatten(1, 2) if colours else plain
+    conv = torso.convs[0]
+    expected = F.conv2d(plain, conv.weight, conv.bias, conv.stride, conv.padding)
+    merged = stacks.permute(0, 1, 4, 2, 3).flatten(1, 2) if colours else stacks
+    torch.testing.assert_close(conv(merged, torso.normalizer), expected, atol=5e-6, rtol=1e-5)
+    with torch.no_grad():
+        low = copy.deepcopy(conv).bfloat16()(merged, torso.normalizer)
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(low.float(), expected, atol=0.02 * scale, rtol=0.05)
+
+
+def test_small_images_and_bytes_are_normalised_before_an_mlp() -> None:
+    model = models.mlp(make_spec(6, dtype=np.uint8), CONFIG)
+    assert isinstance(model.normalizer, PixelNormalizer)
+    assert model.torso.scale == 1.0
+    integers = models.mlp(make_spec(6, dtype=np.int64), CONFIG)
+    assert type(integers.normalizer) is ObservationNormalizer
+    integers.observe(torch.arange(60).reshape(10, 6))
+    assert integers.normalizer.mean.tolist() == [27, 28, 29, 30, 31, 32]
+
+
+def test_a_network_of_the_users_is_given_normalised_images() -> None:
+    class Torso(nn.Module):
+        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+            return observation.flatten(1).mean(dim=1, keepdim=True).expand(-1, 4)
+
+    model = models.assemble(Torso, 4, make_spec(36, 36, dtype=np.uint8), CONFIG)
+    assert isinstance(model.normalizer, PixelNormalizer)
 
 
 def test_statistics_go_wherever_weights_go() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from headrace import tree
 from headrace.networks.models import NetworkConfig, default_network, lower_precision
+from headrace.networks.normalizer import ObservationNormalizer
 from headrace.networks.structured import (
     IMAGE_FEATURES,
     StructuredTorso,
@@ -89,18 +90,19 @@ def by_hand(torso: StructuredTorso, rows: torch.Tensor) -> torch.Tensor:
     n = len(rows)
     multi = parts["nested/1"].reshape(n, -1, 4)
     eye = [torch.eye(count)[multi[:, :, i]] for i, count in enumerate((3, 2, 2, 5))]
-    image = torso.encoders[0](parts["camera"])
+    image = torso.encoders[0](parts["camera"])  # its own part of the statistics: test_normalizer
     floats = torch.cat((parts["nested/4"][..., None], parts["position"]), dim=-1)
     if torso.normalizer is not None:
         floats = torso.normalizer(floats)
-    numbers = [
-        floats,
+    others = [
         torch.eye(4)[parts["nested/0"]],
         torch.cat(eye, dim=-1),
         parts["nested/2"].flatten(2).float(),
         parts["nested/3"].float() / 9,
         parts["nested/5"].flatten(2).float(),
     ]
+    normalizers = torso.integer_normalizers
+    numbers = [floats, *(f(x) for f, x in zip(normalizers, others, strict=True))]
     return torso.mlp(torch.cat((image, *(x.flatten(1) for x in numbers)), dim=1))
 
 
@@ -112,6 +114,8 @@ def test_features_are_those_of_the_parts(normalize: bool) -> None:
         torso.observe(packed(spec, 40, 1, seed=3)[:, 0])
         assert torso.normalizer is not None
         assert torso.normalizer.total == 40
+        kept = [part for part in torso.modules() if isinstance(part, ObservationNormalizer)]
+        assert [int(part.total) for part in kept] == [40] * len(kept)
     rows = packed(spec, 6, 2)
     torch.testing.assert_close(torso(rows), by_hand(torso, rows))
 

@@ -60,7 +60,7 @@ class ActionValueNet(nn.Module):
             )
         self.num_actions = spec.num_actions
         self.normalizer: ObservationNormalizer | None = frame_normalizer(
-            spec.observation_space, wanted=config.normalize_observations
+            spec, torso, wanted=config.normalize_observations
         )
         self.torso = torso
         self.core: ResetLSTM | None = None

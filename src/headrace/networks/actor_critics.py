@@ -186,10 +186,10 @@ class ActorCriticsNet(nn.Module):
                 "to 0, or use --algorithm impala or ppo"
             )
         components = math.prod(space.shape)
-        self.normalizer: ObservationNormalizer | None = frame_normalizer(
-            spec.observation_space, wanted=config.normalize_observations
-        )
         own = torso()
+        self.normalizer: ObservationNormalizer | None = frame_normalizer(
+            spec, own, wanted=config.normalize_observations
+        )
         self.actor = Actor(own, features, components, initial_log_std=config.initial_log_std)
         if isinstance(own, MlpTorso):
             self.critics = Critics(None, math.prod(spec.stacked_shape) + components, config)

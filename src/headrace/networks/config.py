@@ -40,7 +40,8 @@ class NetworkConfig:
     separate_value: bool = False
     """Whether the value has a torso of its own."""
     normalize_observations: bool = False
-    """Whether observations that are floats are normalised by what was seen so far."""
+    """Whether observations are normalised by what was seen so far: every number by its own mean and
+    deviation, images by those of every pixel of a single frame."""
     initial_log_std: float = 0.0
     """Continuous actions: log standard deviation at the start, before the squash."""
     state_dependent_std: bool = False

@@ -23,7 +23,13 @@ from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import NetworkConfig
 from headrace.networks.heads import policy_head, value_head
-from headrace.networks.normalizer import ObservationNormalizer, Observer, frame_normalizer
+from headrace.networks.normalizer import (
+    ObservationNormalizer,
+    Observer,
+    PixelNormalizer,
+    frame_normalizer,
+    pixel_normalizer,
+)
 from headrace.networks.recurrent import ResetLSTM
 from headrace.networks.torsos import (
     FOOTBALL_CHANNELS,
@@ -96,7 +102,7 @@ class PolicyValueNet(nn.Module):
             )
         self.distribution = make_distribution(spec.action_space)
         self.normalizer: ObservationNormalizer | None = frame_normalizer(
-            spec.observation_space, wanted=config.normalize_observations
+            spec, torso, wanted=config.normalize_observations
         )
         self.torso = torso
         self.value_torso: nn.Module | None = None
@@ -217,33 +223,48 @@ def default_network(spec: EnvSpec) -> str:
 def nature(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Three convolutions and 512 features (Mnih et al. 2015, "Human-level control")."""
     shape = _image_shape(spec, "nature", 36)
-    return assemble(lambda: ConvTorso(shape, NATURE_CONVS, features=512), 512, spec, config)
+
+    def torso() -> ConvTorso:
+        return ConvTorso(shape, NATURE_CONVS, features=512, normalizer=_pixels(spec, config))
+
+    return assemble(torso, 512, spec, config)
 
 
 def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Two convolutions and 256 features (IMPALA, figure 3, left)."""
     shape = _image_shape(spec, "impala_shallow", 20)
-    return assemble(lambda: ConvTorso(shape, SHALLOW_CONVS, features=256), 256, spec, config)
+
+    def torso() -> ConvTorso:
+        return ConvTorso(shape, SHALLOW_CONVS, features=256, normalizer=_pixels(spec, config))
+
+    return assemble(torso, 256, spec, config)
 
 
 def impala_deep(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Fifteen convolutions in residual blocks and 256 features (IMPALA, figure 3, right)."""
     shape = _image_shape(spec, "impala_deep", 8)
-    return assemble(lambda: DeepTorso(shape, features=256), 256, spec, config)
+    return assemble(
+        lambda: DeepTorso(shape, features=256, normalizer=_pixels(spec, config)), 256, spec, config
+    )
 
 
 def football(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """SEED RL's for Google Research Football: a fourth residual section, 256 features."""
     shape = _image_shape(spec, "football", 16)
-    return assemble(
-        lambda: DeepTorso(shape, features=256, channels=FOOTBALL_CHANNELS), 256, spec, config
-    )
+
+    def torso() -> DeepTorso:
+        return DeepTorso(
+            shape, features=256, channels=FOOTBALL_CHANNELS, normalizer=_pixels(spec, config)
+        )
+
+    return assemble(torso, 256, spec, config)
 
 
 def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
-    """Hidden layers over the flattened observation; uint8 is scaled to [0, 1]."""
+    """Hidden layers over the flattened observation; uint8 is scaled to [0, 1], or normalised."""
     space = spec.observation_space
-    scale = 1.0 / max(1.0, float(space.high.max())) if space.dtype == np.uint8 else 1.0
+    is_scaled = space.dtype == np.uint8 and not config.normalize_observations
+    scale = 1.0 / max(1.0, float(space.high.max())) if is_scaled else 1.0
     inputs, sizes = math.prod(spec.stacked_shape), config.hidden_sizes
     return assemble(
         lambda: MlpTorso(inputs, sizes, scale=scale, activation=config.activation),
@@ -251,6 +272,11 @@ def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
         spec,
         config,
     )
+
+
+def _pixels(spec: EnvSpec, config: NetworkConfig) -> PixelNormalizer | None:
+    """A normaliser of the frames of `spec`, if it is wanted: every torso has its own."""
+    return pixel_normalizer(spec.observation_space.shape, wanted=config.normalize_observations)
 
 
 def _image_shape(spec: EnvSpec, network: str, min_pixels: int) -> tuple[int, int, int]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.base import ALONE, Learners
+from headrace.errors import ConfigError
 from headrace.ops.normalization import Moments, merged, no_moments, normalized
+from headrace.specs import EnvSpec
+
+_PIXEL_LIMIT = 5.0
+_PIXEL_EPSILON = 1e-5 * 255.0**2
 
 
 @runtime_checkable
@@ -28,7 +31,7 @@ class Observer(Protocol):
 class ObservationNormalizer(nn.Module):
     """Subtracts the mean and divides by the deviation of every feature of one frame.
 
-    Before anything was observed it is the identity, clipped.
+    Before anything was observed it is the identity.
     """
 
     total: Tensor
@@ -44,7 +47,7 @@ class ObservationNormalizer(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Normalises frames [..., *shape]: statistics are the same for all frames of a stack."""
-        return normalized(frames, self._moments())
+        return torch.where(self.total > 0, normalized(frames, self._moments()), frames.float())
 
     @torch.no_grad()
     def observe(self, frames: Tensor) -> None:
@@ -58,8 +61,63 @@ class ObservationNormalizer(nn.Module):
         return Moments(self.total, self.mean, self.variance)
 
 
-def frame_normalizer(space: gym.spaces.Box, *, wanted: bool) -> ObservationNormalizer | None:
-    """Returns what normalises frames of `space`, where it is wanted and they are floats."""
-    if wanted and np.issubdtype(space.dtype, np.floating):
-        return ObservationNormalizer(space.shape)
-    return None
+class PixelNormalizer(ObservationNormalizer):
+    """The same for frames of bytes, such as images: every pixel has a mean and a deviation.
+
+    What never changes vanishes, and the few pixels that matter stand out. Clipped to +-5, with
+    1e-5 added to the variance of pixels scaled to [0, 1], as rl_games does (Makoviichuk and
+    Makoviychuk, "rl-games", its RunningMeanStd). Before anything was observed it scales to [0, 1].
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Takes the shape of one frame."""
+        super().__init__(shape)
+        self.variance.fill_(255.0**2)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Normalises uint8 [..., *shape] to float32."""
+        return self.normalized(frames.float(), self.constants(torch.float32))
+
+    def constants(self, dtype: torch.dtype) -> Tensor:
+        """Returns center, scale and rest [3, *shape] of a pixel p: (p - center) * scale + rest.
+
+        The center is the mean rounded, so that all 8 bits of bfloat16 are left for what is small.
+        """
+        center = self.mean.round()
+        scale = (self.variance + _PIXEL_EPSILON).rsqrt()
+        return torch.stack((center, scale, (center - self.mean) * scale)).to(dtype)
+
+    @staticmethod
+    def normalized(pixels: Tensor, constants: Tensor) -> Tensor:
+        """Normalises pixels [..., *shape], which it overwrites, by constants [3, *shape]."""
+        center, scale, rest = constants
+        return torch.addcmul(rest, pixels.sub_(center), scale).clamp_(-_PIXEL_LIMIT, _PIXEL_LIMIT)
+
+
+def pixel_normalizer(shape: tuple[int, ...], *, wanted: bool) -> PixelNormalizer | None:
+    """Returns what normalises images of one shape [H, W] or [H, W, colours], where wanted."""
+    return PixelNormalizer(shape) if wanted else None
+
+
+def frame_normalizer(
+    spec: EnvSpec, torso: nn.Module, *, wanted: bool
+) -> ObservationNormalizer | None:
+    """Returns what normalises frames before they reach `torso`, where that is wanted.
+
+    A torso that observes normalises for itself.
+
+    Raises:
+        ConfigError: observations are bytes of several parts, which nothing but a torso can tell
+            apart.
+    """
+    if not wanted or isinstance(torso, Observer):
+        return None
+    if spec.structure is not None:
+        raise ConfigError(
+            f"{spec.name}: observations of several parts are normalised by the network structured, "
+            f"not before a {type(torso).__name__}: leave out --normalize-observations, or give "
+            "that module a method observe(frames)"
+        )
+    space = spec.observation_space
+    kind = PixelNormalizer if space.dtype == "uint8" else ObservationNormalizer
+    return kind(space.shape)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headrace import tree
 from headrace.networks.config import NetworkConfig
 from headrace.networks.models import AnyNet, assemble
-from headrace.networks.normalizer import ObservationNormalizer
+from headrace.networks.normalizer import ObservationNormalizer, pixel_normalizer
 from headrace.networks.torsos import NATURE_CONVS, SHALLOW_CONVS, Activation, ConvTorso, MlpTorso
 from headrace.ops.distributions import one_hot
 from headrace.specs import EnvSpec
@@ -48,7 +48,7 @@ class StructuredTorso(nn.Module):
     """Images through convolutions, everything else as numbers; then hidden layers over both.
 
     A discrete part becomes one-hot. Integers of 8 bits are scaled to [0, 1], other numbers are
-    taken as they are, or normalised where they are floats and it is asked for.
+    taken as they are; or images and numbers are normalised, where it is asked for.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StructuredTorso(nn.Module):
         activation: Activation = "relu",
         normalize: bool = False,
     ) -> None:
-        """Takes a spec with a `structure`, the hidden layers, and whether floats are normalised."""
+        """Takes a spec with a `structure`, the hidden layers, and whether to normalise."""
         super().__init__()
         if spec.structure is None:
             raise ValueError(f"{spec.name} has no structure")
@@ -70,9 +70,15 @@ class StructuredTorso(nn.Module):
         self._others = [
             part_of(leaf) for leaf in leaves if not is_image(leaf) and not is_float(leaf)
         ]
-        self.encoders = nn.ModuleList(_encoder(part, stack) for part in self._images)
+        self.encoders = nn.ModuleList(
+            _encoder(part, stack, normalize=normalize) for part in self._images
+        )
         num_floats = sum(part.size for part in self._floats)
         self.normalizer = ObservationNormalizer((num_floats,)) if normalize and num_floats else None
+        self.integer_normalizers = nn.ModuleList(
+            ObservationNormalizer((part.size,)) if normalize and not part.choices else nn.Identity()
+            for part in self._others
+        )
         numbers_V = num_floats + sum(part.width for part in self._others)
         inputs = IMAGE_FEATURES * len(self._images) + stack * numbers_V
         self.mlp = MlpTorso(inputs, sizes, activation=activation)
@@ -89,14 +95,23 @@ class StructuredTorso(nn.Module):
             if self.normalizer is not None:
                 floats_NKV = self.normalizer(floats_NKV)
             features.append(floats_NKV.flatten(1))
-        features += [numbers(unpacked(rows, part), part).flatten(1) for part in self._others]
+        features += [
+            normalizer(numbers(unpacked(rows, part), part)).flatten(1)
+            for part, normalizer in zip(self._others, self.integer_normalizers, strict=True)
+        ]
         return self.mlp(torch.cat(features, dim=1))  # type: ignore[no-any-return]
 
     def observe(self, frames: Tensor) -> None:
-        """Merges uint8 [..., nbytes] into the statistics of the floats, where they are kept."""
+        """Merges uint8 [..., nbytes] into the statistics, where they are kept."""
+        rows = frames.reshape(-1, 1, frames.shape[-1]).contiguous()
         if self.normalizer is not None:
-            rows = frames.reshape(-1, 1, frames.shape[-1]).contiguous()
             self.normalizer.observe(self._float_features(rows))
+        for part, encoder in zip(self._images, self.encoders, strict=True):
+            if isinstance(encoder, ConvTorso):
+                encoder.observe(unpacked(rows, part).view(-1, *part.shape))
+        for part, normalizer in zip(self._others, self.integer_normalizers, strict=True):
+            if isinstance(normalizer, ObservationNormalizer):
+                normalizer.observe(numbers(unpacked(rows, part), part))
 
     def _float_features(self, rows: Tensor) -> Tensor:
         return torch.cat([unpacked(rows, part).float() for part in self._floats], dim=2)
@@ -139,10 +154,15 @@ def is_float(leaf: tree.Leaf) -> bool:
     return leaf.kind == "box" and leaf.dtype.kind == "f"
 
 
-def _encoder(part: Part, stack: int) -> ConvTorso:
+def _encoder(part: Part, stack: int, *, normalize: bool) -> ConvTorso:
     height, width, *colours = part.shape
     convs = NATURE_CONVS if min(height, width) >= _MIN_NATURE else SHALLOW_CONVS
-    return ConvTorso((stack * math.prod(colours), height, width), convs, IMAGE_FEATURES)
+    return ConvTorso(
+        (stack * math.prod(colours), height, width),
+        convs,
+        IMAGE_FEATURES,
+        normalizer=pixel_normalizer(part.shape, wanted=normalize),
+    )
 
 
 def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:

@@ -11,13 +11,15 @@ folded into the first weight where it is used: each integer up to 255 is exact i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from headrace.networks.normalizer import PixelNormalizer
 
 NATURE_CONVS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 SHALLOW_CONVS = ((16, 8, 4), (32, 4, 2))
@@ -55,6 +57,40 @@ def space_to_depth(image_NCHW: Tensor) -> Tensor:
     return blocks.view(N, H // 4, W // 4, 16 * C).permute(0, 3, 1, 2)
 
 
+def blocks_of(image_NCHW: Tensor) -> Tensor:
+    """`space_to_depth` of any dtype, for what is small."""
+    N, C, H, W = image_NCHW.shape
+    blocks = image_NCHW.reshape(N, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(N, H // 4, W // 4, 16 * C).permute(0, 3, 1, 2)
+
+
+def channels_last(image_NCHW: Tensor) -> Tensor:
+    """Lays an image out channels last."""
+    return image_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+def stacked_constants(constants: Tensor, channels: int) -> Tensor:
+    """Repeats constants [3, H, W] or [3, H, W, colours] for every frame of a stack: [3, C, H, W].
+
+    Colours of one frame lie together, as `merge_channels` lays them.
+    """
+    frame = constants.unsqueeze(1) if constants.ndim == 3 else constants.permute(0, 3, 1, 2)
+    return frame.repeat(1, channels // frame.shape[1], 1, 1)
+
+
+def _prepared(
+    image: Tensor,
+    normalizer: PixelNormalizer | None,
+    channels: int,
+    arrange: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Normalises an image of `channels` that `arrange` has laid out, if it is to be."""
+    if normalizer is None:
+        return image
+    constants = stacked_constants(normalizer.constants(image.dtype), channels)
+    return normalizer.normalized(image, arrange(constants))
+
+
 class ImageConv(nn.Conv2d):
     """`nn.Conv2d` of uint8 images scaled to [0, 1]; parameters and initialisation are its own.
 
@@ -62,15 +98,19 @@ class ImageConv(nn.Conv2d):
     16 times the channels and so fills the matrix units.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolves uint8 [N, C, H, W]."""
+    def forward(self, input: Tensor, normalizer: PixelNormalizer | None = None) -> Tensor:
+        """Convolves uint8 [N, C, H, W], scaled to [0, 1] or normalised."""
         dtype = compute_dtype(self.weight)
-        weight = self.weight * (1.0 / 255.0)
+        weight = self.weight * (1.0 / 255.0) if normalizer is None else self.weight
         if self._is_blocky and input.shape[2] % 4 == 0 and input.shape[3] % 4 == 0:
             # Rearranging this tiny tensor at each use keeps the parameter an ordinary one.
-            blocks = weight.reshape(*weight.shape[:2], 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
-            return F.conv2d(space_to_depth(input).to(dtype), blocks.flatten(1, 3), self.bias)
+            weight = weight.reshape(*weight.shape[:2], 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
+            image = _prepared(
+                space_to_depth(input).to(dtype), normalizer, input.shape[1], blocks_of
+            )
+            return F.conv2d(image, weight.flatten(1, 3), self.bias)
         image = input.to(dtype, memory_format=torch.channels_last)
+        image = _prepared(image, normalizer, input.shape[1], channels_last)
         return F.conv2d(image, weight, self.bias, self.stride, self.padding)
 
     @property
@@ -87,9 +127,12 @@ class ConvTorso(nn.Module):
         image_shape: tuple[int, int, int],
         convs: Sequence[tuple[int, int, int]],
         features: int,
+        *,
+        normalizer: PixelNormalizer | None = None,
     ) -> None:
         """Takes image_shape [C, H, W] and (channels, kernel, stride) per convolution."""
         super().__init__()
+        self.normalizer = normalizer
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         for index, (channels, kernel, stride) in enumerate(convs):
@@ -107,10 +150,16 @@ class ConvTorso(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes uint8 [N, K, H, W] or [N, K, H, W, colours]."""
-        x = merge_channels(observation)
-        for conv in self.convs:
+        first, *others = self.convs
+        x = first(merge_channels(observation), self.normalizer).relu_()
+        for conv in others:
             x = conv(x).relu_()
         return self.hidden(flatten_channels_last(x)).relu_()  # type: ignore[no-any-return]
+
+    def observe(self, frames: Tensor) -> None:
+        """Merges single frames [..., H, W] or [..., H, W, colours] into the statistics, if any."""
+        if self.normalizer is not None:
+            self.normalizer.observe(frames)
 
 
 class ResidualBlock(nn.Module):
@@ -135,9 +184,11 @@ class DeepTorso(nn.Module):
         features: int = 256,
         *,
         channels: Sequence[int] = DEEP_CHANNELS,
+        normalizer: PixelNormalizer | None = None,
     ) -> None:
         """Takes image_shape [C, H, W] and the channels of every section."""
         super().__init__()
+        self.normalizer = normalizer
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         self.blocks = nn.ModuleList()
@@ -152,10 +203,16 @@ class DeepTorso(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes uint8 [N, K, H, W] or [N, K, H, W, colours]."""
-        x = merge_channels(observation)
-        for conv, blocks in zip(self.convs, self.blocks, strict=True):
-            x = blocks(F.max_pool2d(conv(x), 3, stride=2, padding=1))
+        x = self.convs[0](merge_channels(observation), self.normalizer)
+        for index, blocks in enumerate(self.blocks):
+            x = self.convs[index](x) if index else x
+            x = blocks(F.max_pool2d(x, 3, stride=2, padding=1))
         return self.hidden(flatten_channels_last(x.relu())).relu_()  # type: ignore[no-any-return]
+
+    def observe(self, frames: Tensor) -> None:
+        """As `ConvTorso.observe`."""
+        if self.normalizer is not None:
+            self.normalizer.observe(frames)
 
 
 class MlpTorso(nn.Module):

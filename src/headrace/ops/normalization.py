@@ -20,6 +20,9 @@ LIMIT = 10.0
 """Normalised numbers are clipped to this on both sides, as in Huang et al. 2022, "The 37
 implementation details of proximal policy optimization", for continuous actions."""
 _EPSILON = 1e-8
+_EXACT_ROWS = (
+    256  # sums of so many squares of bytes are whole numbers below 2**24: exact in float32
+)
 
 
 class Moments(NamedTuple):
@@ -39,7 +42,6 @@ def no_moments(shape: tuple[int, ...], device: torch.device | None = None) -> Mo
 
 def merged(moments: Moments, rows: Tensor, learners: Learners = ALONE) -> Moments:
     """Moments of what was seen before and of `rows` [N, ...] of all learners together."""
-    rows = rows.double()
     added = rows.shape[0] * learners.count
     mean, variance = moments_of(rows, learners)
     total = moments.total + added
@@ -56,15 +58,30 @@ def merged(moments: Moments, rows: Tensor, learners: Learners = ALONE) -> Moment
 def moments_of(rows: Tensor, learners: Learners = ALONE) -> tuple[Tensor, Tensor]:
     """Mean and variance (divided by the count) [...] of `rows` [N, ...] of all learners together.
 
-    Learners have as many rows each. What they exchange should be float64: variances come from
-    means of squares.
+    Both are float64. Learners have as many rows each; what they exchange is means of squares.
     """
-    mean, variance = rows.mean(dim=0), rows.var(dim=0, correction=0)
+    if rows.dtype == torch.uint8:
+        mean, variance = _moments_of_bytes(rows)
+    else:
+        wide = rows.double()
+        mean, variance = wide.mean(dim=0), wide.var(dim=0, correction=0)
     if learners.count == 1:
         return mean, variance
     shared = torch.stack((mean, variance + mean.square()))
     learners.average([shared])
     return shared[0], (shared[1] - shared[0].square()).clamp(min=0.0)
+
+
+def _moments_of_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `moments_of`, of uint8: exact sums, at a tenth of the time of float64."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    squares = torch.zeros_like(total)
+    for part in torch.split(rows, _EXACT_ROWS):
+        numbers = part.float()
+        total += numbers.sum(dim=0)
+        squares += numbers.square_().sum(dim=0)
+    mean = total / rows.shape[0]
+    return mean, (squares / rows.shape[0] - mean.square()).clamp(min=0.0)
 
 
 def normalized(x: Tensor, moments: Moments) -> Tensor:
