@@ -349,3 +349,60 @@ def test_actions_of_any_shape_and_masks_go_through(action_space: gym.Space) -> N
         assert torch.equal(unrolls.action_mask, torch.stack(masks))
     assert table.oldest_version(full) == 7
     assert np.array_equal(made["frames"][:3, 0], [0, 1, 2]), "storage is what was given"
+
+
+def test_ends_of_unrolls_stay_spread_when_environments_are_killed() -> None:
+    num_envs, unroll_steps, batch_unrolls = 32, 20, 4
+    stream = Stream(num_envs, frame_stack=3, unroll_steps=unroll_steps)
+    table = make_table(stream)
+    table.spread_over = num_envs
+    rng = np.random.default_rng(3)
+    silent_until, restarted = np.zeros(4, np.int64), [False] * 4
+    came: dict[tuple[int, int], list[list[int]]] = {}
+    rows: dict[tuple[int, int], list[Row]] = {}
+    ends = np.zeros(1000, np.int64)
+    for step in range(1000):
+        for group in range(4):  # workers of eight environments each
+            if step >= silent_until[group] and rng.random() < 0.01:
+                silent_until[group], restarted[group] = step + rng.integers(1, 70), True
+            if step < silent_until[group]:
+                continue
+            envs = list(range(8 * group, 8 * group + 8))
+            resets = {env for env in envs if rng.random() < 0.02}
+            made = stream.arrive(envs, resets, set(envs) if restarted[group] else set())
+            restarted[group] = False
+            append(table, envs, made)
+            for env, row in zip(envs, made, strict=True):
+                rows.setdefault((env, row.run_id), []).append(row)
+        if len(table.queue):
+            with table.queue.reading(len(table.queue), timeout_s=0.0) as slots:
+                ends[step] = len(slots)
+                unrolls = table.gather(slots)
+                for column, slot in enumerate(slots):
+                    key = int(table.of_slot["env_id"][slot]), int(table.of_slot["run_id"][slot])
+                    came.setdefault(key, []).append(unrolls.action[:, column].tolist())
+                    by_number = {row.number: row for row in rows[key]}
+                    stacks = unrolls.observation[:, column].tolist()
+                    numbers = [action // 3 for action in unrolls.action[:, column].tolist()]
+                    assert stacks == [by_number[number].stack for number in numbers]
+    assert ends.max() <= batch_unrolls
+    assert ends.sum() == sum(map(len, came.values())) > 900
+    for key, unrolls_of_run in came.items():
+        numbers = [row.number * 3 for row in rows[key]]
+        left_out = numbers.index(unrolls_of_run[0][0])
+        assert left_out < unroll_steps
+        # What follows is every row, once as a step that is learned from.
+        for index, unroll in enumerate(unrolls_of_run):
+            start = left_out + index * unroll_steps
+            assert unroll == numbers[start : start + unroll_steps + 1]
+        last = left_out + len(unrolls_of_run) * unroll_steps
+        assert len(numbers) - last <= unroll_steps + 1, "an unroll is missing"
+
+
+def test_without_spreading_all_unrolls_end_together() -> None:
+    stream = Stream(8, frame_stack=1, unroll_steps=5)
+    table = make_table(stream)
+    for _ in range(6):
+        assert len(table.queue) == 0
+        append(table, list(range(8)), stream.arrive(list(range(8))))
+    assert len(table.queue) == 8

@@ -7,7 +7,10 @@ the first row's stack needs:
     fields   slot 0:       [0 1 2 … T]     slot 1: …   action, log-probability, …
 
 Each environment writes into its own slot. When row T is written, the slot is full and row T is
-copied to be row 0 of the environment's next slot: unrolls overlap by one row. Frames are stored
+copied to be row 0 of the environment's next slot: unrolls overlap by one row. Where a batch takes
+fewer unrolls than there are environments, these do not end their unrolls in the same step, or
+server and learner would wait for each other in turn: environment i of N leaves out its first
+i * T / N rows, and after a new start as many as bring it back to its phase. Frames are stored
 once; `gather` rebuilds the stacks in the one copy that a batch costs, taking the frame of zeros for
 what lies before an episode's start.
 
@@ -94,6 +97,8 @@ class UnrollTable:
         """Number in the run of the environment that is 0 here."""
         self.generation = 0
         """How many wrote here before, for the same environments: their run ids are others."""
+        self.spread_over = 0
+        """N: environments of all tables over which ends of unrolls are spread; 0 not to."""
         self.queue = queue
         for_replay = experience.replay is not None
         self.rows = experience.unroll_steps + 1
@@ -130,6 +135,7 @@ class UnrollTable:
             for i, part in enumerate(recurrent)
         )
         self._slot = np.asarray(queue.acquire(num_envs), np.int64)
+        # The next one; below 0 for rows that are left out, which only fill the prefix of row 0.
         self._row = np.zeros(num_envs, np.int64)
         self._run_id = np.full(num_envs, -1, np.int64)
         # On a GPU writer and reader have a stream each; the later one waits there, not here.
@@ -164,17 +170,19 @@ class UnrollTable:
         fresh = self._run_id[env] != step.run_id
         if fresh.any():
             self.dropped_unrolls += int((self._row[env[fresh]] > 0).sum())
-            self._row[env[fresh]] = 0
+            self._run_id[env[fresh]] = -1
+            self._row[env[fresh]] = self._first_rows(env[fresh])
             self._run_id[env[fresh]] = step.run_id[fresh]
-        slot, row = self._slot[env], self._row[env]
-        self._reset[slot, self.prefix + row] = step.reset
+        slot, true_row = self._slot[env], self._row[env]
+        frame_row, row = np.maximum(true_row, -self.prefix), np.maximum(true_row, 0)
+        self._reset[slot, self.prefix + frame_row] = step.reset
         self.of_slot["env_id"][slot] = self.first_env + env
         self.of_slot["run_id"][slot] = (self.generation << 32) + step.run_id
         self._write_host(slot * self.rows + row, step, version)
         at = self._upload(slot * self.rows + row)
         if frames.device != self._device:  # the host still has them
             frames = self._upload(step.observation)
-        write_rows(self._frames, self._upload(self._frame_row(slot, row)), frames)
+        write_rows(self._frames, self._upload(self._frame_row(slot, frame_row)), frames)
         given = {
             "action": done.action,
             "log_prob": done.log_prob,
@@ -188,10 +196,10 @@ class UnrollTable:
         for name, values in given.items():
             if values is not None:
                 write_rows(self._fields[name], at, values.to(self._device))
-        starts = np.flatnonzero(row == 0)
+        starts = np.flatnonzero(true_row == 0)
         self._store_recurrent(slot[starts], starts, recurrent)
-        self._row[env] = row + 1
-        full = np.flatnonzero(row == self.rows - 1)
+        self._row[env] = true_row + 1
+        full = np.flatnonzero(true_row == self.rows - 1)
         if full.size:
             self._hand_over(env[full], full, recurrent)
 
@@ -256,6 +264,20 @@ class UnrollTable:
         )
         self._mark(self._read, slots)
         return segment
+
+    def _first_rows(self, env: NDArray[np.int32]) -> NDArray[np.int64] | int:
+        """Where environments begin that have just started: at 0, or below if ends are spread.
+
+        The others say where all are in their common round of T steps: most of them, since those
+        who were started at another time, or step more slowly, may be elsewhere.
+        """
+        if not self.spread_over:
+            return 0
+        steps = self.rows - 1
+        phase = (self.first_env + np.arange(len(self._row))) * steps // self.spread_over
+        running = self._run_id >= 0
+        clock = np.bincount((self._row + phase)[running] % steps, minlength=1).argmax()
+        return -((phase[env] - clock) % steps)
 
     def unfinished(self) -> int:
         """Number of unrolls under construction that have rows: what a run that stops here loses."""

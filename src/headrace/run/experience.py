@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace.algorithms.base import Algorithm
-from headrace.config import RunConfig
+from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.fifo import SlotQueue, Slots
 from headrace.experience.limiter import SampleLimiter
@@ -66,6 +66,18 @@ def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
     return capacity
 
 
+def spread_over(config: RunConfig, algorithm: Algorithm) -> int:
+    """Returns over how many environments ends of unrolls are spread; 0 if they are not."""
+    experience, num_envs = algorithm.experience, config.server.num_envs
+    wanted = (
+        config.server.spread_unrolls
+        and experience.replay is None
+        and not takes_turns(config)
+        and experience.batch_unrolls < num_envs
+    )
+    return num_envs if wanted else 0
+
+
 def make_unrolls(
     config: RunConfig,
     algorithm: Algorithm,
@@ -89,6 +101,7 @@ def make_unrolls(
         recurrent=server_model.initial_state(1),
         device=device,
     )
+    unrolls.spread_over = spread_over(config, algorithm)
     return queue, unrolls
 
 

@@ -18,6 +18,11 @@ class ServerConfig:
     queue_unrolls: int = 0
     """Full unrolls that may wait before the server waits; 0 for one learner batch, or, with a
     replay, for two of each environment."""
+    spread_unrolls: bool = True
+    """Whether environments end their unrolls at different steps, where a batch takes fewer unrolls
+    than there are environments: then server and learner need not wait for each other in turn. The
+    first unroll of each starts up to unroll_steps later for it. Not where they take turns anyway,
+    nor with a replay, nor for environments in torch, which keep a whole round in the queue."""
     eval_envs: int = 0
     """Environments that play greedily beside training, in a pool of their own, and never train."""
 
