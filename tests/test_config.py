@@ -25,6 +25,7 @@ from headrace.config import (
 from headrace.envs.catch import CatchConfig
 from headrace.envs.recall import RecallConfig
 from headrace.errors import ConfigError
+from headrace.server.settings import ServerConfig
 
 
 def test_upper_layers_win_setting_by_setting() -> None:
@@ -42,9 +43,7 @@ def test_what_no_layer_sets_has_its_default() -> None:
     config = from_dict({"env": "catch", "server": {"num_envs": 8}})
     assert config.server.num_envs == 8
     assert config.environment == CatchConfig()
-    assert dataclasses.replace(config, server=RunConfig(env="catch").server) == completed(
-        RunConfig(env="catch")
-    )
+    assert dataclasses.replace(config, server=ServerConfig()) == completed(RunConfig(env="catch"))
 
 
 @pytest.mark.parametrize(

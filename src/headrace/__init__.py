@@ -28,6 +28,7 @@ _PUBLIC = {  # imported when first used, so that `import headrace` is quick
     "TrainingDiverged": "headrace.errors",
     "evaluate": "headrace.run.evaluate",
     "load": "headrace.run.policy",
+    "make_config": "headrace.presets.complete",
     "preset": "headrace.run.api",
     "train": "headrace.run.api",
 }

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import tomli_w
 
@@ -24,83 +24,101 @@ from headrace.pools.settings import ClusterConfig, RemoteConfig, WorkerConfig
 from headrace.server.settings import ServerConfig
 from headrace.telemetry.settings import EvaluatorConfig, ViewerConfig
 
+Value = TypeVar("Value")
+
+
+def setting(default: Value) -> Value:
+    """A field that is None until `completed` gives it `default`, or a preset another value.
+
+    So what was given is told apart from what was left, even where it equals the default.
+    """
+    return cast(Value, field(default=None, metadata={"default": default}))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that one training run is made from."""
+    """Everything that one training run is made from.
+
+    What is not given is None, until `train` fills it as the command line does. A section is one
+    that is taken as it stands, or a dict, which is laid over what would be filled in.
+    """
 
     env: str
     """Environment, such as ALE/Pong-v5, catch, or my_module:FAMILY."""
-    algorithm: str = "impala"
+    algorithm: str = setting("impala")
     """Learning rule: a name in the catalog or my_module:MyAlgorithm."""
-    total_frames: int = 50_000_000
+    preset: str = setting("")
+    """Named settings that all others are laid over (`headrace presets`). Empty takes those that are
+    made for the environment and the algorithm, or else those for observations and actions like
+    its."""
+    total_frames: int = setting(1_000_000)
     """Length of the run in env_frames (emulator frames: agent steps times action repeat)."""
-    seed: int = 1
+    seed: int = setting(1)
     """Of networks, environments and actions."""
-    out: str = ""
+    out: str = setting("")
     """Run directory; empty for runs/ENV-ALGORITHM-DATE."""
-    device: str = "auto"
+    device: str = setting("auto")
     """auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."""
-    actor_device: str = ""
+    actor_device: str = setting("")
     """With critic_device: where the actor learns, apart from the critics at the same time (sac);
     both may be cpu, which is a thread for each. Empty: both on `device`."""
-    critic_device: str = ""
+    critic_device: str = setting("")
     """Where the critics learn; see actor_device."""
-    learner_devices: str = ""
+    learner_devices: str = setting("")
     """Several learners, each a process with its own server and its share of the environments, which
     share gradients: a device for each, as in cuda:0,cuda:1 or cpu,cpu; all for every GPU. Empty:
     one learner on `device`. The batch is divided among them."""
-    inference_devices: str = ""
+    inference_devices: str = setting("")
     """Where the servers act, one device or one for each learner; empty: where they learn."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = setting("auto")
     """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = setting("auto")
     """torch.compile for the networks, or for whole updates (sac). auto: on for a GPU; on a CPU for
     whole updates of runs long enough, else off, since it gains nothing; where it fails, the
     networks run as they are."""
-    pool: Literal["auto", "inline", "shm", "grpc", "device"] = "auto"
+    pool: Literal["auto", "inline", "shm", "grpc", "device"] = setting("auto")
     """Where environments step: shm, in worker processes; inline, in the server's own thread; grpc,
     on worker hosts (see `listen`, which chooses it); device, beside the policy, for environments
     written in torch. auto is what suits the environment, and inline with `lockstep`."""
-    inference: Literal["server", "worker"] = "server"
+    inference: Literal["server", "worker"] = setting("server")
     """Where the policy acts: in one server for all, or in each worker on its own copy of the
     weights (IMPALA)."""
-    max_policy_lag: int | None = None
+    max_policy_lag: int | None = setting(None)
     """Updates that the weights behind an unroll may lag when it is learned from; older unrolls are
     dropped and counted. None for no bound but that of the queue."""
-    turns: Literal["auto", "on", "off"] = "auto"
+    turns: Literal["auto", "on", "off"] = setting("auto")
     """on: server and learner take turns, and all environments are answered at once: on-policy, but
     for the one row that two unrolls share. off: they overlap. auto: as the algorithm wants it."""
-    lockstep: bool = False
+    lockstep: bool = setting(False)
     """One order of everything, bit-identical for one seed; for tests and debugging."""
-    compute_threads: int = 0
+    compute_threads: int = setting(0)
     """Threads of each compute stage (server, learner); 0 fits it to the cores."""
-    env_threads: int = 0
+    env_threads: int = setting(0)
     """Threads of a native pool; 0 for one per core."""
-    log_interval_s: float = 2.0
+    log_interval_s: float = setting(2.0)
     """Seconds between rows of metrics.jsonl, TensorBoard and the terminal."""
-    checkpoint_interval_s: float = 300.0
+    checkpoint_interval_s: float = setting(300.0)
     """Seconds between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = setting(3)
     """Newest checkpoints that are kept; 0 for all."""
-    tensorboard: bool = True
+    tensorboard: bool = setting(True)
     """Write curves for TensorBoard."""
-    wandb: str = ""
+    wandb: str = setting("")
     """Project at Weights & Biases to send curves to; empty for none. WANDB_MODE=offline keeps them
     here."""
-    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    workers: WorkerConfig = setting(WorkerConfig())
     """Worker processes."""
-    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    remote: RemoteConfig = setting(RemoteConfig())
     """Worker hosts on other machines."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = setting(ClusterConfig())
     """Ray."""
-    server: ServerConfig = field(default_factory=ServerConfig)
+    server: ServerConfig = setting(ServerConfig())
     """How many environments, and how they are batched."""
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = setting(NetworkConfig())
     """The policy."""
-    evaluator: EvaluatorConfig = field(default_factory=EvaluatorConfig)
+    evaluator: EvaluatorConfig = setting(EvaluatorConfig())
     """Judging the agent beside training."""
-    viewer: ViewerConfig = field(default_factory=ViewerConfig)
+    viewer: ViewerConfig = setting(ViewerConfig())
     """Watching the agent beside training."""
     environment: Any = None
     """Settings of the environment's family (its `config_type`); None for its defaults."""
@@ -109,9 +127,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("total_frames", "log_interval_s", "checkpoint_interval_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        if min(self.compute_threads, self.env_threads, self.keep_checkpoints) < 0:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        if min(self.compute_threads or 0, self.env_threads or 0, self.keep_checkpoints or 0) < 0:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"
             )
@@ -124,16 +143,24 @@ class RunConfig:
                 "workers that act on their own have no common order: leave out "
                 f"{'--lockstep' if self.lockstep else '--turns on'}, or say --inference server"
             )
-        if self.inference == "worker" and self.server.inference_batch:
+        server, evaluator = self.server, self.evaluator
+        if (
+            self.inference == "worker"
+            and isinstance(server, ServerConfig)
+            and server.inference_batch
+        ):
             raise ConfigError(
                 "inference_batch is the server's: leave it out, or --inference server"
             )
-        if self.evaluator.evaluator and self.server.eval_envs:
+        are_whole = isinstance(server, ServerConfig) and isinstance(evaluator, EvaluatorConfig)
+        if are_whole and evaluator.evaluator and server.eval_envs:
             raise ConfigError(
                 "--evaluator and --eval-envs judge the same agent under the same names: leave out "
                 "--eval-envs, or --evaluator"
             )
 
+
+DEFAULT_ALGORITHM: str = RunConfig.__dataclass_fields__["algorithm"].metadata["default"]
 
 FREE_ON_RESUME = frozenset(
     {
@@ -156,13 +183,18 @@ def section_types(env: str, algorithm: str, *, trust_code: bool = True) -> dict[
 
 
 def completed(config: RunConfig, *, trust_code: bool = True) -> RunConfig:
-    """Returns `config` with its environment and learning sections filled by their defaults.
+    """Returns `config` with everything that is None filled by its default, and by no preset.
 
     Raises:
         ConfigError: a section has the type of another environment or algorithm.
     """
-    filled = {}
-    for name, kind in section_types(config.env, config.algorithm, trust_code=trust_code).items():
+    filled = {
+        entry.name: entry.metadata["default"]
+        for entry in dataclasses.fields(config)
+        if "default" in entry.metadata and getattr(config, entry.name) is None
+    }
+    algorithm = filled.get("algorithm", config.algorithm)
+    for name, kind in section_types(config.env, algorithm, trust_code=trust_code).items():
         value = getattr(config, name)
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not a {type(value).__name__}")
@@ -186,17 +218,52 @@ def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfi
     """
     if "env" not in values:
         raise ConfigError("no environment: name it first, as in `headrace train ALE/Pong-v5`")
-    known = {"algorithm": RunConfig.__dataclass_fields__["algorithm"].default, **values}
+    known = {"algorithm": DEFAULT_ALGORITHM, **values}
     for name in ("env", "algorithm"):
         _checked(str, known[name], name)
     sections = section_types(known["env"], known["algorithm"], trust_code=trust_code)
     config = _build(RunConfig, values, "", sections)
-    return completed(typing.cast(RunConfig, config), trust_code=trust_code)
+    return completed(cast(RunConfig, config), trust_code=trust_code)
+
+
+def section(kind: type[Value], values: Any, name: str) -> Value:
+    """Builds the section `name` from plain values; one that is built already stays as it is.
+
+    Raises:
+        ConfigError: it is a section of another kind, or names the key that is wrong.
+    """
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{name} must be a {kind.__name__} or a dict of its settings, not {values!r}"
+        )
+    return cast(Value, _build(kind, values, f"{name}.", {}))
+
+
+def leaf_paths(env: str, algorithm: str) -> dict[str, tuple[str, ...]]:
+    """Returns where each setting lies that has a flag: its own name, and those of its sections.
+
+    A section that has a setting of its own name, such as network, is found by that name too.
+    """
+    paths: dict[str, tuple[str, ...]] = {}
+
+    def walk(kind: type[Any], sections: Mapping[str, type[Any]], path: tuple[str, ...]) -> None:
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            hint = sections.get(entry.name, hints[entry.name])
+            if dataclasses.is_dataclass(hint):
+                walk(cast(type[Any], hint), {}, (*path, entry.name))
+            else:
+                paths[entry.name] = (*path, entry.name)
+
+    walk(RunConfig, section_types(env, algorithm), ())
+    return paths
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns nested plain values; settings that are None are left out, since TOML has no null."""
-    return typing.cast(dict[str, Any], _without_none(dataclasses.asdict(config)))
+    return cast(dict[str, Any], _without_none(dataclasses.asdict(config)))
 
 
 def to_toml(config: RunConfig) -> str:
@@ -243,7 +310,7 @@ def _build(
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}{key} must be a section of settings, not {value!r}")
-            arguments[key] = _build(typing.cast(type[Any], hint), value, f"{where}{key}.", {})
+            arguments[key] = _build(cast(type[Any], hint), value, f"{where}{key}.", {})
         else:
             arguments[key] = _checked(hint, value, f"{where}{key}")
     return kind(**arguments)

@@ -56,7 +56,7 @@ class ImpalaConfig:
     """How fast the adaptive weight moves: k in alpha = exp(k p)."""
     value_cost: float = 0.5
     """Weight of the value loss, which is half the mean squared error."""
-    reward_transform: RewardTransform = "clip"
+    reward_transform: RewardTransform = "none"
     """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
     normalize (by the running deviation of the discounted return)."""
     reward_scale: float = 1.0

@@ -24,7 +24,7 @@ from headrace.errors import ConfigError
 class OptimizerConfig:
     """How gradients become steps."""
 
-    optimizer: Literal["adam", "rmsprop", "rmsprop_tf"] = "rmsprop_tf"
+    optimizer: Literal["adam", "rmsprop", "rmsprop_tf"] = "adam"
     """adam; rmsprop, PyTorch's (eps outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
     """Step size at the start of the run."""
@@ -42,7 +42,7 @@ class OptimizerConfig:
     """Adam's decay of the mean."""
     adam_beta2: float = 0.999
     """Adam's decay of the mean square."""
-    max_gradient_norm: float = 40.0
+    max_gradient_norm: float = 0.5
     """Clip of the global norm; 0 for none."""
 
     def __post_init__(self) -> None:

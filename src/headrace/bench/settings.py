@@ -10,9 +10,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from headrace import catalog, presets
-from headrace.config import RunConfig, from_dict, merged
+from headrace import catalog
+from headrace.config import RunConfig
 from headrace.errors import ConfigError
+from headrace.presets.complete import complete
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +63,10 @@ def run_config(
     Raises:
         ConfigError: the preset that was asked for is that of another learning rule, or none.
     """
-    name = policy.preset or presets.default_for(policy.env, policy.algorithm)
-    values = presets.find(name).values if name else {}
-    if name and values.get("algorithm", "impala") != policy.algorithm:
-        raise ConfigError(f"preset {name} is not one of {policy.algorithm}: say --algorithm too")
     own = {
         "env": policy.env,
         "algorithm": policy.algorithm,
+        "preset": policy.preset or "",
         "device": policy.device,
         "compile": policy.compile,
         "compute_threads": policy.compute_threads,
@@ -84,7 +82,7 @@ def run_config(
     }
     if own["inference"] == "auto":
         del own["inference"]
-    return from_dict(merged(values, own))
+    return complete(own)
 
 
 def has_replay(algorithm: str) -> bool:

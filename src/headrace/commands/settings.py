@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import tyro
 
 from headrace import presets
-from headrace.config import RunConfig, from_dict, merged, read_toml, to_dict
+from headrace.config import RunConfig, merged, read_toml, to_dict
 from headrace.errors import ConfigError
+from headrace.presets.complete import complete
 
 
 class Request(NamedTuple):
@@ -65,31 +65,19 @@ def read_request(
         ConfigError: names what is wrong.
     """
     file = read_toml(Path(chosen.config)) if chosen.config else {}
-    env = chosen.env or file.get("env")
-    wants_help = "-h" in rest or "--help" in rest
-    if not env and wants_help:
-        env = "ALE/Pong-v5"
-    algorithm = chosen.algorithm or file.get("algorithm")
-    name = chosen.preset
-    if not name and isinstance(env, str):
-        name = presets.default_for(env, algorithm)
-    own = presets.find(name).values if name else {}
-    if algorithm and own.get("algorithm", algorithm) != algorithm:
-        raise ConfigError(
-            f"preset {name} is for {own['algorithm']}, not {algorithm}: leave out one of "
-            "--preset and --algorithm"
-        )
-    named = {key: value for key, value in (("env", env), ("algorithm", chosen.algorithm)) if value}
-    base = from_dict(merged(merged(own, file), named))
-    if not (name or chosen.config or wants_help):
-        print(
-            f"no preset is made for {env} with {base.algorithm}: what you do not set is a plain "
-            "default; mind --total-frames, and --reward-transform, which may clip",
-            file=sys.stderr,
-        )
+    named = {key: getattr(chosen, key) for key in ("env", "algorithm", "preset")}
+    if "-h" in rest or "--help" in rest:
+        named["env"] = chosen.env or file.get("env") or "ALE/Pong-v5"
+    given = merged(file, {key: value for key, value in named.items() if value})
+    base = complete(given)
     config = parse_flags(base, rest, prog=prog, description=description)
+    if config.environment != base.environment and not given.get("preset"):
+        # Other observations, perhaps, and so other settings below the flags.
+        base = complete({**given, "environment": config.environment})
+        config = parse_flags(base, rest, prog=prog, description=description)
     flags = difference(to_dict(base), to_dict(config))
-    asked = merged(merged(own if chosen.preset else {}, file), flags)
+    own = presets.find(chosen.preset).values if chosen.preset else {}
+    asked = merged(merged(own, file), flags)
     pinned = {word.partition("=")[0] for word in rest if word.startswith("--")}
     pinned = {word.removeprefix("--").replace("-", "_") for word in pinned}
     return Request(config, asked, frozenset(pinned | set(_leaves(file))))
@@ -109,14 +97,13 @@ def values_for_file(request: Request, chosen: Mapping[str, Any]) -> dict[str, An
     named = {"env": config.env, "algorithm": config.algorithm}
     wanted = merged(to_dict(config), chosen)
     values = merged(merged(named, request.asked), chosen)
-    name = presets.default_for(config.env, config.algorithm)
-    below = presets.find(name).values if name else {}
-    got = to_dict(from_dict(merged(below, values)))
+    got = to_dict(complete(values))
     values = merged(values, difference(got, wanted))
     lost = set(_leaves(got)) - set(_leaves(wanted))
     if lost:
         raise ConfigError(
-            f"{min(lost)} is None, and a TOML file cannot say so where preset {name} has a value: "
+            f"{min(lost)} is None, and a TOML file cannot say so where preset {got['preset']} has "
+            f"a value: "
             f"give --{min(lost).replace('_', '-')} a value"
         )
     return values

@@ -39,6 +39,23 @@ UNASKED = (
 expression) and whose algorithm fit."""
 
 
+BY_STRUCTURE = {
+    ("impala", "vector", "discrete"): "control",
+    ("impala", "vector", "continuous"): "continuous",
+    ("impala", "image", "discrete"): "images",
+    ("impala", "image", "continuous"): "images",
+    ("ppo", "vector", "discrete"): "ppo-control",
+    ("ppo", "vector", "continuous"): "ppo-continuous",
+    ("ppo", "image", "discrete"): "ppo-images",
+    ("ppo", "image", "continuous"): "ppo-images",
+    ("r2d2", "vector", "discrete"): "r2d2-control",
+    ("r2d2", "image", "discrete"): "r2d2-images",
+    ("sac", "vector", "continuous"): "sac-continuous",
+    ("sac", "image", "continuous"): "sac-images",
+}
+"""What it takes where none of `UNASKED` fits: by algorithm, observations and actions."""
+
+
 def find(name: str) -> Preset:
     """Returns a preset.
 

@@ -37,6 +37,40 @@ _IMPALA_ATARI: dict[str, Any] = {
     },
 }
 
+_DESKTOP: dict[str, Any] = {
+    "server": {"num_envs": 16},
+    "network": {"network": "impala_shallow", "lstm_size": 0, "normalize_observations": True},
+    "learning": {
+        **_IMPALA_ATARI["learning"],
+        "batch_unrolls": 4,
+        "entropy_cost": 0.003,
+        "vtrace_lambda": 0.95,
+        "optimizer": {
+            "optimizer": "adam",
+            "learning_rate": 5e-4,
+            "learning_rate_schedule": "linear",
+            "optimizer_eps": 1e-5,
+            "max_gradient_norm": 0.5,
+        },
+    },
+}
+
+_CONTINUOUS: dict[str, Any] = {
+    "algorithm": "impala",
+    "server": {"num_envs": 16},
+    "network": {**TANH_MLPS, "normalize_observations": True, "initial_log_std": -0.5},
+    "learning": {
+        "unroll_steps": 32,
+        "batch_unrolls": 16,
+        "discount": 0.99,
+        "entropy_cost": 1e-5,
+        "value_cost": 0.5,
+        "vtrace_lambda": 0.95,
+        "reward_transform": "normalize",
+        "optimizer": adam(1e-3),
+    },
+}
+
 IMPALA = {
     "atari": Preset(
         "One Atari game as the IMPALA paper trains its experts: deep network, 200 million frames.",
@@ -51,26 +85,7 @@ IMPALA = {
     "atari-desktop": Preset(
         "One Atari game on a machine of few cores: shallow network, small batches, Adam.",
         "ours, measured in docs/results.md; environment as in preset atari",
-        {
-            **_IMPALA_ATARI,
-            "total_frames": 20_000_000,
-            "environment": ATARI,
-            "server": {"num_envs": 32},
-            "network": {"network": "impala_shallow", "lstm_size": 0},
-            "learning": {
-                **_IMPALA_ATARI["learning"],
-                "batch_unrolls": 4,
-                "entropy_cost": 0.003,
-                "vtrace_lambda": 0.95,
-                "optimizer": {
-                    "optimizer": "adam",
-                    "learning_rate": 5e-4,
-                    "learning_rate_schedule": "linear",
-                    "optimizer_eps": 1e-5,
-                    "max_gradient_norm": 0.5,
-                },
-            },
-        },
+        {"algorithm": "impala", "total_frames": 8_000_000, "environment": ATARI, **_DESKTOP},
     ),
     "catch": Preset(
         "Catch in a quarter of a minute on one core.",
@@ -132,44 +147,44 @@ IMPALA = {
         },
     ),
     "control": Preset(
-        "Small control tasks such as CartPole-v1, in a minute on two cores.",
-        "ours, chosen on CartPole-v1 among seven; the test of learning in tests/learning",
+        "Vectors and discrete actions, such as CartPole-v1, in a minute on two cores.",
+        "ours (docs/results.md); the test of learning in tests/learning",
         {
             "algorithm": "impala",
-            "total_frames": 300_000,
+            "total_frames": 500_000,
             "server": {"num_envs": 16},
-            "network": TANH_MLPS,
+            "network": {**TANH_MLPS, "normalize_observations": True},
             "learning": {
                 "unroll_steps": 20,
                 "batch_unrolls": 16,
                 "entropy_cost": 0.003,
                 "vtrace_lambda": 0.95,
-                "reward_transform": "none",
-                "reward_scale": 0.1,
+                "reward_transform": "normalize",
                 "optimizer": adam(2e-3),
             },
+        },
+    ),
+    "continuous": Preset(
+        "Vectors and continuous actions, such as Pendulum-v1 or MuJoCo's.",
+        "ours: mujoco-impala, for a shorter run",
+        {**_CONTINUOUS, "total_frames": 1_000_000},
+    ),
+    "images": Preset(
+        "Images of any game; rewards are scaled by the deviation of returns, not clipped.",
+        "ours: atari-desktop without what is Atari's; not measured",
+        {
+            "algorithm": "impala",
+            "total_frames": 2_000_000,
+            **_DESKTOP,
+            "network": {**_DESKTOP["network"], "network": "nature"},
+            "learning": {**_DESKTOP["learning"], "reward_transform": "normalize"},
         },
     ),
     "mujoco-impala": Preset(
         "MuJoCo tasks with V-trace: two small networks, normalised observations and rewards.",
         "ours, chosen among five on HalfCheetah-v5 (docs/results.md); network, discount and "
         "value cost as SEED RL, google-research/seed_rl@0a4729d, mujoco/vtrace_main.py",
-        {
-            "algorithm": "impala",
-            "total_frames": 3_000_000,
-            "server": {"num_envs": 16},
-            "network": {**TANH_MLPS, "normalize_observations": True, "initial_log_std": -0.5},
-            "learning": {
-                "unroll_steps": 32,
-                "batch_unrolls": 16,
-                "discount": 0.99,
-                "entropy_cost": 1e-5,
-                "value_cost": 0.5,
-                "vtrace_lambda": 0.95,
-                "reward_transform": "normalize",
-                "optimizer": adam(1e-3),
-            },
-        },
+        {**_CONTINUOUS, "total_frames": 3_000_000},
     ),
     "football": Preset(
         "Google Research Football by EnvPool, with SEED RL's network and four stacked frames.",

@@ -40,6 +40,33 @@ _R2D2_ATARI: dict[str, Any] = {
     },
 }
 
+_SMALL: dict[str, Any] = {
+    "algorithm": "r2d2",
+    "network": {"network": "impala_shallow", "lstm_size": 256},
+    "learning": {
+        **_R2D2_ATARI,
+        "unroll_steps": 20,
+        "burn_in_steps": 10,
+        "overlap_steps": 0,
+        "batch_unrolls": 16,
+        "discount": 0.99,
+        "target_update_interval": 200,
+        "reward_transform": "clip",
+        "optimizer": {
+            **_R2D2_ATARI["optimizer"],
+            "learning_rate": 2.5e-4,
+            "optimizer_eps": 1e-5,
+            "max_gradient_norm": 1.0,
+        },
+        "replay": {
+            **_R2D2_ATARI["replay"],
+            "replay_capacity": 15_000,
+            "replay_min": 1_000,
+            "samples_per_insert": 4.0,
+        },
+    },
+}
+
 R2D2 = {
     "r2d2-atari": Preset(
         "One Atari game as R2D2 trains it: 256 environments, LSTM, a replay of 4 million steps.",
@@ -62,37 +89,14 @@ R2D2 = {
         "One Atari game with R2D2 on a few cores and 8 GB: small network, short sequences.",
         "ours (docs/results.md); environment as in preset atari, but for lost lives",
         {
-            "algorithm": "r2d2",
+            **_SMALL,
             "total_frames": 20_000_000,
             "environment": {**ATARI, "life_loss_ends_episode": False},
             "server": {"num_envs": 32, "eval_envs": 2},
-            "network": {"network": "impala_shallow", "lstm_size": 256},
-            "learning": {
-                **_R2D2_ATARI,
-                "unroll_steps": 20,
-                "burn_in_steps": 10,
-                "overlap_steps": 0,
-                "batch_unrolls": 16,
-                "discount": 0.99,
-                "target_update_interval": 200,
-                "reward_transform": "clip",
-                "optimizer": {
-                    **_R2D2_ATARI["optimizer"],
-                    "learning_rate": 2.5e-4,
-                    "optimizer_eps": 1e-5,
-                    "max_gradient_norm": 1.0,
-                },
-                "replay": {
-                    **_R2D2_ATARI["replay"],
-                    "replay_capacity": 15_000,
-                    "replay_min": 1_000,
-                    "samples_per_insert": 4.0,
-                },
-            },
         },
     ),
     "r2d2-control": Preset(
-        "Small tasks with vectors or few numbers, recall among them, with R2D2.",
+        "Vectors and discrete actions, recall among them, with R2D2.",
         "ours; the test of learning in tests/learning",
         {
             "algorithm": "r2d2",
@@ -121,6 +125,17 @@ R2D2 = {
                     "samples_per_insert": 8.0,
                 },
             },
+        },
+    ),
+    "r2d2-images": Preset(
+        "Images of any game with R2D2 on a few cores; rewards are not clipped.",
+        "ours: r2d2-small without what is Atari's, images normalised; not measured",
+        {
+            **_SMALL,
+            "total_frames": 2_000_000,
+            "server": {"num_envs": 16},
+            "network": {**_SMALL["network"], "normalize_observations": True},
+            "learning": {**_SMALL["learning"], "reward_transform": "none"},
         },
     ),
     "dqn-atari": Preset(

@@ -27,6 +27,22 @@ _PUBLISHED: dict[str, Any] = {
     "optimizer": _adam(3e-4),
 }
 """Of Haarnoja et al. 2018, arXiv:1812.05905, table 1, as far as size and speed do not matter."""
+_NETWORK: dict[str, Any] = {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2}
+
+
+def _one_update_per_step(*, replay_min: int) -> dict[str, Any]:
+    return {
+        "batch_unrolls": 256,
+        **_PUBLISHED,
+        "replay": {
+            **_UNIFORM,
+            "replay_capacity": 1_000_000,
+            "replay_min": replay_min,
+            "samples_per_insert": 256.0,  # of batches of 256
+        },
+    }
+
+
 SAC = {
     "sac-mujoco": Preset(
         "MuJoCo with SAC as published: one environment, one update per step.",
@@ -38,19 +54,9 @@ SAC = {
             "inference": "worker",
             "total_frames": 1_000_000,
             "server": {"num_envs": 1},
-            "network": {"network": "mlp", "hidden_sizes": [256, 256], "num_critics": 2},
+            "network": _NETWORK,
             "evaluator": {"evaluator": True, "eval_interval_s": 30.0},
-            "learning": {
-                "batch_unrolls": 256,
-                "updates_per_call": 8,
-                **_PUBLISHED,
-                "replay": {
-                    **_UNIFORM,
-                    "replay_capacity": 1_000_000,
-                    "replay_min": 10_000,
-                    "samples_per_insert": 256.0,  # of batches of 256: one update per step
-                },
-            },
+            "learning": {**_one_update_per_step(replay_min=10_000), "updates_per_call": 8},
         },
     ),
     "sac-throughput": Preset(
@@ -75,6 +81,41 @@ SAC = {
                     "replay_capacity": 1_000_000,
                     "replay_min": 10_000,
                     "samples_per_insert": 0.0,
+                },
+            },
+        },
+    ),
+    "sac-continuous": Preset(
+        "Vectors and continuous actions, such as Pendulum-v1 or MuJoCo's: one update per step.",
+        "ours: sac-mujoco, observations normalised, which begins to learn after 1 000 steps",
+        {
+            "algorithm": "sac",
+            "total_frames": 200_000,
+            "server": {"num_envs": 1},
+            "network": {**_NETWORK, "normalize_observations": True},
+            "learning": _one_update_per_step(replay_min=1_000),
+        },
+    ),
+    "sac-images": Preset(
+        "Images and continuous actions, one update in four steps.",
+        "ours; not measured",
+        {
+            "algorithm": "sac",
+            "total_frames": 500_000,
+            "server": {"num_envs": 4},
+            "network": {
+                "network": "impala_shallow",
+                "hidden_sizes": [256, 256],
+                "normalize_observations": True,
+            },
+            "learning": {
+                "batch_unrolls": 128,
+                **_PUBLISHED,
+                "replay": {
+                    **_UNIFORM,
+                    "replay_capacity": 100_000,
+                    "replay_min": 1_000,
+                    "samples_per_insert": 32.0,
                 },
             },
         },

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from headrace import presets
 from headrace.config import (
     FREE_ON_RESUME,
     RunConfig,
-    completed,
     from_dict,
     merged,
     read_toml,
@@ -24,6 +22,7 @@ from headrace.config import (
 )
 from headrace.errors import ConfigError
 from headrace.pools.listener import check_listen
+from headrace.presets.complete import completed_as_typed, make_config
 from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
@@ -41,13 +40,12 @@ def preset(name: str, env: str, **overrides: Any) -> RunConfig:
     Args:
         name: See `headrace presets`.
         env: Environment, such as ALE/Pong-v5.
-        overrides: Settings as in config.toml; a section is a dict, such as `server={"num_envs":
-            16}`.
+        overrides: See `make_config`, such as `num_envs=16` or `server={"num_envs": 16}`.
 
     Raises:
         ConfigError: no such preset or setting.
     """
-    return from_dict(merged(presets.find(name).values, {"env": env, **overrides}))
+    return make_config(env, preset=name, **overrides)
 
 
 def default_run_directory(config: RunConfig) -> Path:
@@ -92,7 +90,7 @@ def prepare(
         return Prepared(full, run, True, trust_code)
     if config is None or resume is not None:
         raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
-    full = completed(config)
+    full = completed_as_typed(config)
     path = Path(full.out) if full.out else default_run_directory(full)
     full = dataclasses.replace(full, out=str(path))
     if (full.remote.listen or full.pool == "grpc") and not full.cluster.cluster:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from headrace import catalog
+from headrace import catalog, tree
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
@@ -145,6 +145,39 @@ def network_name(config: RunConfig, spec: EnvSpec) -> str:
     return getattr(rule, "network", None) or default_network(spec)
 
 
+def _notices(config: RunConfig, family: Any, spec: EnvSpec, algorithm: Algorithm) -> Iterator[str]:
+    """Yields what a user should know of a run that begins, a line each."""
+    yield from getattr(family, "notices", lambda *_: ())(config.env, config.environment)
+    yield chosen(config, spec, algorithm.model)
+    if getattr(algorithm, "on_policy", False) and not takes_turns(config):
+        yield (
+            f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
+            "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
+        )
+
+
+def chosen(config: RunConfig, spec: EnvSpec, model: Any) -> str:
+    """Says what a policy sees, what it is, and which named settings a run began with.
+
+    Such as "observation (4,) float32 → mlp 64-64, 9 155 parameters; settings: control".
+    """
+    space, name = spec.observation_space, network_name(config, spec)
+    seen = f"{space.shape} {space.dtype}"
+    if spec.structure is not None:
+        seen = f"of {len(tree.leaves(spec.structure))} parts"
+    if spec.frame_stack > 1:
+        seen += f", {spec.frame_stack} in a stack"
+    if name in ("mlp", "structured"):
+        name += " " + "-".join(map(str, config.network.hidden_sizes))
+    recurrent = model.initial_state(1)
+    if recurrent:
+        name += f", LSTM {recurrent[0].shape[-1]}"
+    count = f"{sum(part.numel() for part in model.parameters()):,}".replace(",", " ")
+    return (
+        f"observation {seen} → {name}, {count} parameters; settings: {config.preset or 'as given'}"
+    )
+
+
 def make_algorithm(
     config: RunConfig,
     model: nn.Module,
@@ -210,15 +243,10 @@ def build(
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
         # Two networks, a burn-in, and three sizes of batches of training and of evaluation.
         torch._dynamo.config.recompile_limit = 32
-    for notice in getattr(family, "notices", lambda *_: ())(config.env, config.environment):
-        on_message(notice)
     model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
-    if getattr(algorithm, "on_policy", False) and not takes_turns(config):
-        on_message(
-            f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
-            "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
-        )
+    for notice in _notices(config, family, spec, algorithm):
+        on_message(notice)
     server_model: Any = copy.deepcopy(model).requires_grad_(False).to(compute.acting)
     lower_precision(server_model, compute.acting_precision)
     place_sides(config, algorithm)

@@ -1,0 +1,152 @@
+"""How settings become complete: defaults < preset < what was given, in Python as by flags.
+
+Where no preset was asked for, it is the one that is made for environment and algorithm, or else
+the one for observations and actions like the environment's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+
+from headrace import catalog, presets, tree
+from headrace.config import (
+    DEFAULT_ALGORITHM,
+    RunConfig,
+    from_dict,
+    leaf_paths,
+    merged,
+    section,
+    section_types,
+)
+from headrace.errors import ConfigError
+from headrace.networks.models import default_network
+from headrace.networks.structured import is_image
+from headrace.specs import EnvSpec
+
+
+def make_config(
+    env: str, *, algorithm: str | None = None, preset: str | None = None, **settings: Any
+) -> RunConfig:
+    """Returns the complete settings that `headrace train ENV` has with the same words as flags.
+
+    Args:
+        env: Environment, such as ALE/Pong-v5 or my_module:factory.
+        algorithm: Learning rule; None for the preset's, or else impala.
+        preset: Named settings to begin with; None for those that suit the environment.
+        settings: By the names of the flags, such as `learning_rate=1e-3`; or whole sections of
+            config.toml: a dict is laid over, an object such as a `ServerConfig` is taken as it
+            stands.
+
+    Raises:
+        ConfigError: there is no such environment, preset or setting, or a value does not fit.
+    """
+    named = {"env": env, "algorithm": algorithm, "preset": preset}
+    named = {name: value for name, value in named.items() if value is not None}
+    rule = algorithm or (_rule_of(preset) if preset else DEFAULT_ALGORITHM)
+    return complete({**_nested(env, rule, settings), **named})
+
+
+def completed_as_typed(config: RunConfig) -> RunConfig:
+    """Returns `config` with all that it was not given filled in as `headrace train` does.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    fields = (entry.name for entry in dataclasses.fields(config))
+    values = {name: getattr(config, name) for name in fields}
+    return complete({name: value for name, value in values.items() if value is not None})
+
+
+def complete(given: Mapping[str, Any]) -> RunConfig:
+    """Returns complete settings from some, nested as in config.toml; sections may be objects.
+
+    Raises:
+        ConfigError: names what is wrong.
+    """
+    words = (given.get(name, "") for name in ("env", "algorithm", "preset"))
+    if "env" not in given or not all(isinstance(word, str) for word in words):
+        from_dict(given)  # raises
+    name, layer = _preset_for(given)
+    rule = given.get("algorithm")
+    if rule and layer.get("algorithm", DEFAULT_ALGORITHM) != rule:
+        raise ConfigError(
+            f"preset {name} is for {layer.get('algorithm', DEFAULT_ALGORITHM)}, not {rule}: leave "
+            "out one of --preset and --algorithm"
+        )
+    whole = {key: value for key, value in given.items() if dataclasses.is_dataclass(value)}
+    rest = {key: value for key, value in given.items() if key not in whole}
+    config = from_dict(merged(layer, {**rest, "preset": name}))
+    kinds = {key: type(getattr(config, key)) for key in whole if hasattr(config, key)}
+    return dataclasses.replace(
+        config, **{key: section(kinds[key], value, key) for key, value in whole.items()}
+    )
+
+
+def structure_of(spec: EnvSpec) -> tuple[str, str]:
+    """Says what a policy deals with: "image" or "vector", and "discrete" or "continuous"."""
+    if spec.structure is not None:
+        sees_images = any(is_image(leaf) for leaf in tree.leaves(spec.structure))
+    else:
+        sees_images = default_network(spec) == "nature"
+    is_continuous = isinstance(spec.action_space, gym.spaces.Box)
+    return "image" if sees_images else "vector", "continuous" if is_continuous else "discrete"
+
+
+def _preset_for(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns name and values of the preset below `given`; no name for an algorithm of the user's.
+
+    That has its own defaults, and everything else as IMPALA has it.
+    """
+    env, rule = given["env"], given.get("algorithm")
+    name = given.get("preset") or presets.default_for(env, rule)
+    if name:
+        return name, presets.find(name).values
+    rule = rule or DEFAULT_ALGORITHM
+    kind = section_types(env, rule)["environment"]
+    settings = section(kind, given.get("environment") or {}, "environment")
+    structure = structure_of(catalog.environment_family(env).spec(env, settings))
+    name = presets.BY_STRUCTURE.get((rule, *structure))
+    if name:
+        return name, presets.find(name).values
+    below = presets.find(presets.BY_STRUCTURE[DEFAULT_ALGORITHM, *structure]).values
+    return "", {**below, "learning": {}, "algorithm": rule}
+
+
+def _rule_of(preset: str) -> str:
+    rule: str = presets.find(preset).values.get("algorithm", DEFAULT_ALGORITHM)
+    return rule
+
+
+def _nested(env: str, rule: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts settings that were given by their own names into their sections.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    sections = {entry.name for entry in dataclasses.fields(RunConfig)}
+    paths = leaf_paths(env, rule)
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        is_section = isinstance(value, Mapping) or dataclasses.is_dataclass(value)
+        if name in sections and is_section:
+            path: tuple[str, ...] = (name,)
+        elif name in paths:
+            path = paths[name]
+        elif name in sections:
+            raise ConfigError(f"{name} is a section: give a dict of its settings, not {value!r}")
+        else:
+            known = {*paths, *sections}
+            raise ConfigError(f"no setting named {name}; {catalog.nearest(name, known)}")
+        if dataclasses.is_dataclass(values.get(path[0])):
+            raise ConfigError(
+                f"{path[0]} was given whole, and {name} too: give {path[0]} as a dict, or put "
+                f"{name} into it"
+            )
+        for part in reversed(path):
+            value = {part: value}  # noqa: PLW2901
+        values = merged(values, value)
+    return values
