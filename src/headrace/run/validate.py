@@ -177,7 +177,7 @@ RULES = (
             case.config.network.critic_layer_norm and min(case.config.network.hidden_sizes) == 1
         ),
         lambda case: (
-            f"critic_layer_norm makes a constant of a layer of one unit, and hidden_sizes are "
+            "critic_layer_norm makes a constant of a layer of one unit, and hidden_sizes are "
             f"{case.config.network.hidden_sizes}"
         ),
         lambda _: "--no-critic-layer-norm",
@@ -186,14 +186,15 @@ RULES = (
         _replay_is_small,
         lambda case: (
             f"batch_unrolls={case.experience.batch_unrolls * case.learners} sequences are more "
-            "than the replay_capacity, so that every update learns from the same ones again"
+            f"than replay_capacity={case.config.learning.replay.replay_capacity * case.learners}, "
+            "so that every update learns from some of them twice"
         ),
         lambda case: f"--replay-capacity {case.experience.batch_unrolls * case.learners}",
     ),
     Rule(
         lambda case: case.is_too_short(case.config.total_frames),
         lambda case: (
-            f"total_frames={case.config.total_frames} end before anything is learned: "
+            f"a run of total_frames={case.config.total_frames} ends before anything is learned: "
             f"{case.first_update}"
         ),
         lambda case: f"--total-frames {case.enough_frames}",
