@@ -39,17 +39,35 @@ class Case(NamedTuple):
     def wanted(self) -> int:
         """Unrolls, or with a replay sequences, that the first update waits for."""
         replay = self.experience.replay
-        each = self.experience.batch_unrolls if replay is None else replay.settings.replay_min
-        return each * self.learners
+        if replay is None:
+            return self.batch_unrolls
+        return replay.settings.replay_min * self.learners
+
+    @property
+    def minibatches(self) -> int:
+        """Parts of a batch that are learned from one after the other."""
+        return int(getattr(self.config.learning, "minibatches", 1))
 
     @property
     def samples_at_once(self) -> int:
         """Samples whose advantages are normalised together; 0 where none are."""
-        learning = self.config.learning
-        if not getattr(learning, "normalize_advantage", False):
+        if not getattr(self.config.learning, "normalize_advantage", False):
             return 0
-        batch = self.experience.unroll_steps * self.experience.batch_unrolls * self.learners
-        return batch // int(getattr(learning, "minibatches", 1))
+        batch = self.experience.unroll_steps * self.batch_unrolls
+        return batch // self.minibatches
+
+    @property
+    def batch_unrolls(self) -> int:
+        """Unrolls, or with a replay sequences, of an update of all learners."""
+        return self.experience.batch_unrolls * self.learners
+
+    @property
+    def replay_capacity(self) -> int | None:
+        """Sequences of all learners' replays; None without one, or where its bytes are given."""
+        replay = self.experience.replay
+        if replay is None or replay.settings.replay_gib:
+            return None
+        return replay.settings.replay_capacity * self.learners
 
     @property
     def full_steps(self) -> int | None:
@@ -143,10 +161,7 @@ def _returns_are_cut(case: Case) -> bool:
 
 
 def _replay_is_small(case: Case) -> bool:
-    replay = case.experience.replay
-    if replay is None or replay.settings.replay_gib:
-        return False
-    return case.experience.batch_unrolls > replay.settings.replay_capacity
+    return case.replay_capacity is not None and case.batch_unrolls > case.replay_capacity
 
 
 RULES = (
@@ -165,9 +180,9 @@ RULES = (
     Rule(
         lambda case: case.samples_at_once == 1,
         lambda case: (
-            f"minibatches={case.config.learning.minibatches} of unroll_steps="
+            f"minibatches={case.minibatches} of unroll_steps="
             f"{case.experience.unroll_steps} x batch_unrolls="
-            f"{case.experience.batch_unrolls * case.learners} samples have one each, whose "
+            f"{case.batch_unrolls} samples have one each, whose "
             "advantage becomes 0 when it is normalised"
         ),
         lambda _: "--no-normalize-advantage",
@@ -185,11 +200,11 @@ RULES = (
     Rule(
         _replay_is_small,
         lambda case: (
-            f"batch_unrolls={case.experience.batch_unrolls * case.learners} sequences are more "
-            f"than replay_capacity={case.config.learning.replay.replay_capacity * case.learners}, "
+            f"batch_unrolls={case.batch_unrolls} sequences are more "
+            f"than replay_capacity={case.replay_capacity}, "
             "so that every update learns from some of them twice"
         ),
-        lambda case: f"--replay-capacity {case.experience.batch_unrolls * case.learners}",
+        lambda case: f"--replay-capacity {case.batch_unrolls}",
     ),
     Rule(
         lambda case: case.is_too_short(case.config.total_frames),
