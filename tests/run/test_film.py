@@ -66,7 +66,7 @@ class Stray(Drawn):
 
 @pytest.fixture
 def catch(tmp_path: Path) -> Policy:
-    return load(train(preset("catch", "catch", total_frames=200, out=str(tmp_path / "run"))).run)
+    return load(train(preset("catch", "catch", total_frames=800, out=str(tmp_path / "run"))).run)
 
 
 def test_an_episode_of_catch_becomes_a_film(catch: Policy, tmp_path: Path) -> None:
@@ -88,6 +88,7 @@ def test_the_view_of_an_atari_plays_the_same_game_in_colour(tmp_path: Path) -> N
         total_frames=100,
         network={"network": "impala_shallow"},
         server={"num_envs": 2},
+        learning={"unroll_steps": 5, "batch_unrolls": 2},
         out=str(tmp_path / "run"),
     )
     policy = load(train(config).run)

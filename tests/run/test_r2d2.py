@@ -17,7 +17,8 @@ from headrace.learner.feeds import ReplayFeed
 from headrace.presets import find
 from headrace.records import PolicyInput
 from headrace.run import experience
-from headrace.run.build import Parts, build, check
+from headrace.run.build import Parts, build
+from headrace.run.validate import check
 from headrace.telemetry.metrics import Waits
 from headrace.telemetry.record import read_metrics
 from tests.run.test_local import assert_same_weights, newest, stop_after, timeless

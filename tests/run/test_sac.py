@@ -11,7 +11,7 @@ from headrace import evaluate, load, train
 from headrace.config import RunConfig, from_dict, merged
 from headrace.errors import ConfigError
 from headrace.presets import find
-from headrace.run.build import check
+from headrace.run.validate import check
 from headrace.telemetry.record import read_metrics
 from tests.run.test_local import assert_same_weights, stop_after, timeless
 

@@ -22,7 +22,8 @@ from headrace.learner import checkpoint
 from headrace.learner.batches import align
 from headrace.presets import default_for, find
 from headrace.records import Batch, Unrolls
-from headrace.run.build import Parts, build, check
+from headrace.run.build import Parts, build
+from headrace.run.validate import check
 from headrace.server.acting import Actor
 from headrace.server.device_seat import DeviceSeat
 from headrace.server.graphs import cuda_capture

@@ -160,8 +160,11 @@ class Ppo:
             self._columns *= config.unroll_steps
         if self._columns % config.minibatches:
             what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
+            most = min(config.minibatches, max(1, self._columns // 2))
+            fitting = next(d for d in range(most, 0, -1) if self._columns % d == 0)
             raise ConfigError(
-                f"minibatches={config.minibatches} must divide {what}={self._columns}"
+                f"minibatches={config.minibatches} must divide {what}={self._columns}: say "
+                f"--minibatches {fitting}"
             )
         self._optimizer = make_optimizer(model.parameters(), config.optimizer)
         # The same numbers in every run: what they shuffle is not.

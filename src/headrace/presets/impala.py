@@ -156,11 +156,11 @@ IMPALA = {
             "network": {**TANH_MLPS, "normalize_observations": True},
             "learning": {
                 "unroll_steps": 20,
-                "batch_unrolls": 16,
+                "batch_unrolls": 4,
                 "entropy_cost": 0.003,
                 "vtrace_lambda": 0.95,
                 "reward_transform": "normalize",
-                "optimizer": adam(2e-3),
+                "optimizer": adam(1e-3),
             },
         },
     ),

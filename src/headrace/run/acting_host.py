@@ -196,7 +196,10 @@ def make_acting(mandate: Mandate, wire: Wire, reports: Reports, *, in_process: b
         num_slots=slots.num_slots,
         allocate=lambda _, shape, dtype: np.zeros(shape, dtype),
     )
-    unrolls.first_env, unrolls.spread_over = mandate.first_env, spread_over(config, algorithm)
+    unrolls.first_env, unrolls.spread_over = (
+        mandate.first_env,
+        spread_over(config, algorithm.experience),
+    )
     packing = UnrollFormat(unrolls)
     if packing.describe() != mandate.unroll:
         raise ConfigError(

@@ -148,7 +148,7 @@ def make_worker(
         num_slots=settings["num_slots"],
         allocate=Columns(_mapped(settings["fds"]["unrolls"])),
     )
-    unrolls.spread_over = spread_over(config, algorithm)
+    unrolls.spread_over = spread_over(config, algorithm.experience)
     unrolls.first_env, unrolls.generation = share.first_env, generation
     ladder = exploration(algorithm, config.server.num_envs)
     generator = torch.Generator()

@@ -23,10 +23,10 @@ from headrace.config import (
 from headrace.errors import ConfigError
 from headrace.pools.listener import check_listen
 from headrace.presets.complete import completed_as_typed, make_config
-from headrace.run.build import check
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
 from headrace.run.trial import try_environment
+from headrace.run.validate import check
 from headrace.telemetry.live_text import without_token
 from headrace.telemetry.record import RunDirectory, log_to
 from headrace.telemetry.wandb_log import ensure_wandb

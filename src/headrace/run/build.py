@@ -23,12 +23,18 @@ from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import HEADS_OF
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
 from headrace.run.acting_source import ActingSource, make_acting_source
-from headrace.run.compute import Compute, choose_compute, compile_update, place_sides
+from headrace.run.compute import (
+    Compute,
+    choose_compute,
+    compile_update,
+    fit_threads,
+    place_sides,
+)
 from headrace.run.device_pool import make_device_pool
-from headrace.run.device_seat import check_device_pool, make_device_seat
+from headrace.run.device_seat import make_device_seat
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
-from headrace.run.pools import derived_seed, make_pool, pool_name
-from headrace.run.share import WHOLE, Share, learner_devices, share_config
+from headrace.run.pools import derived_seed, make_pool
+from headrace.run.share import WHOLE, Share
 from headrace.run.system import choose_precision
 from headrace.server.acting import Actor, initial_state
 from headrace.server.device_seat import AnySeat
@@ -192,28 +198,14 @@ def make_algorithm(
     return algorithm
 
 
-def check(config: RunConfig, *, trust_code: bool = True, elsewhere: bool = False) -> None:
-    """Finds what can be wrong before a run directory is made or an environment started.
-
-    `elsewhere`: the learner's memory is another machine's, and cannot be looked at.
-
-    Raises:
-        ConfigError: settings that do not fit each other or this machine.
-    """
-    family = catalog.environment_family(config.env, trust_code=trust_code)
-    spec: EnvSpec = family.spec(config.env, config.environment)
-    share = Share(0, len(learner_devices(config)))
-    config = share_config(config, share)
-    compute = choose_compute(config, spec)
+def make_learning(
+    config: RunConfig, spec: EnvSpec, *, trust_code: bool = True, learners: int = 1
+) -> tuple[Compute, nn.Module, Algorithm]:
+    """Builds what one of `learners` on this machine learns with, where it learns."""
+    compute = choose_compute(config, spec, learners=learners)
     model = make_model(config, spec, compute.device, trust_code=trust_code)
     algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
-    place_sides(config, algorithm)
-    queue_capacity(config, algorithm)
-    pool_name(config, family.pool)
-    if config.pool == "device":
-        check_device_pool(config, family)
-    if not elsewhere:
-        place_replay(config, algorithm, spec, model, compute.device, learners=share.size)
+    return fit_threads(compute, config, algorithm, spec), model, algorithm
 
 
 def build(
@@ -235,7 +227,9 @@ def build(
     """
     family = catalog.environment_family(config.env, trust_code=trust_code)
     spec: EnvSpec = family.spec(config.env, config.environment)
-    compute = choose_compute(config, spec)
+    compute, model, algorithm = make_learning(
+        config, spec, trust_code=trust_code, learners=share.size
+    )
     for device in (compute.acting, compute.device):  # where events and streams are made
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -243,8 +237,6 @@ def build(
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
         # Two networks, a burn-in, and three sizes of batches of training and of evaluation.
         torch._dynamo.config.recompile_limit = 32
-    model: Any = make_model(config, spec, compute.device, trust_code=trust_code)
-    algorithm = make_algorithm(config, model, spec, compute.precision, trust_code=trust_code)
     for notice in _notices(config, family, spec, algorithm):
         on_message(notice)
     server_model: Any = copy.deepcopy(model).requires_grad_(False).to(compute.acting)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
+from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import cuda_capture
 from headrace.specs import EnvSpec
+
+_WORTH_THREADS = 10**9
+"""Multiply-adds of one pass over a batch from which more threads pay (docs/log.md)."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Compute(NamedTuple):
@@ -33,8 +41,10 @@ class Compute(NamedTuple):
         return self.compiled or "cuda" in (self.device.type, self.acting.type)
 
 
-def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
-    """Resolves devices, precision, threads and compilation for one learner of this machine.
+def choose_compute(config: RunConfig, spec: EnvSpec, *, learners: int = 1) -> Compute:
+    """Resolves devices, precision, threads and compilation for one of `learners` of this machine.
+
+    In turns the threads are the most there can be: `fit_threads` looks at the network.
 
     Raises:
         ConfigError: there is no such device, or the settings are of several (`run.share`).
@@ -43,7 +53,7 @@ def choose_compute(config: RunConfig, spec: EnvSpec) -> Compute:
         raise ConfigError("this is about one learner: leave out --learner-devices, or say --device")
     device = choose_device(config.device)
     acting = choose_device(config.inference_devices) if config.inference_devices else device
-    threads = config.compute_threads or fitting_threads(config, spec, usable_cores())
+    threads = config.compute_threads or _most_threads(config, max(1, usable_cores() // learners))
     return Compute(
         device=device,
         acting=acting,
@@ -65,16 +75,69 @@ def _pays_on_cpu(config: RunConfig, spec: EnvSpec) -> bool:
     return worth(config.learning, config.total_frames // spec.action_repeat)
 
 
-def fitting_threads(config: RunConfig, spec: EnvSpec, cores: int) -> int:
+def _most_threads(config: RunConfig, cores: int) -> int:
     """Returns the threads of each compute stage for a learner that has so many cores."""
     if config.lockstep:
         return 1
     if takes_turns(config):
-        # Small products gain nothing from a second thread, and wait long for it on a busy machine.
-        return cores if len(spec.observation_space.shape) > 1 else 1
+        return cores
     # Server and learner overlap with one thread each until there are cores that environments leave
     # idle.
     return max(1, cores // 4)
+
+
+def fit_threads(
+    compute: Compute, config: RunConfig, algorithm: Algorithm, spec: EnvSpec
+) -> Compute:
+    """Returns `compute` with one thread where a second one would gain nothing.
+
+    In turns, products of a small network are done before a second thread has begun, and wait long
+    for it on a busy machine. Settings that name the threads are obeyed.
+    """
+    if config.compute_threads or compute.threads == 1 or not takes_turns(config):
+        return compute
+    experience = algorithm.experience
+    rows = experience.samples_per_update // experience.passes
+    if rows * multiply_adds(algorithm, spec) >= _WORTH_THREADS:
+        return compute
+    return compute._replace(threads=1)
+
+
+def multiply_adds(algorithm: Algorithm, spec: EnvSpec) -> int:
+    """Returns how many the model does for one row, about; changes nothing and draws nothing.
+
+    Every weight counts once, and those of a convolution once for each place of its output. Where
+    these cannot be found, as in a network that takes no single row, a whole frame is taken.
+    """
+    counted = 0
+
+    def count(module: Any, _: Any, output: Any) -> None:
+        nonlocal counted
+        counted += module.weight.numel() * (output.numel() // module.out_channels - 1)
+
+    model: Any = algorithm.model
+    weights: int = sum(parameter.numel() for parameter in model.parameters())
+    if not any(isinstance(module, _CONVOLUTIONS) for module in model.modules()):
+        return weights
+    device = next(model.parameters()).device
+    copied = copy.deepcopy(model).eval()  # the hooks, and what a forward pass may leave, are its
+    for module in copied.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            module.register_forward_hook(count)
+    state = initial_state(spec, copied, 1, device)
+    mask = torch.ones(1, spec.action_mask_size, dtype=torch.bool, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            Actor(algorithm=algorithm, model=copied, mode="greedy").act(
+                state,
+                state.stack[:, -1],
+                torch.zeros(1, device=device),
+                torch.ones(1, dtype=torch.bool, device=device),
+                mask if spec.has_action_mask else None,
+            )
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return weights * math.prod(spec.observation_space.shape)
+    return weights + counted
 
 
 def place_sides(config: RunConfig, algorithm: Algorithm) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headrace.algorithms.base import Algorithm
+from headrace.algorithms.base import Algorithm, ExperienceSpec
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.fifo import SlotQueue, Slots
@@ -66,9 +66,9 @@ def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
     return capacity
 
 
-def spread_over(config: RunConfig, algorithm: Algorithm) -> int:
+def spread_over(config: RunConfig, experience: ExperienceSpec) -> int:
     """Returns over how many environments ends of unrolls are spread; 0 if they are not."""
-    experience, num_envs = algorithm.experience, config.server.num_envs
+    num_envs = config.server.num_envs
     wanted = (
         config.server.spread_unrolls
         and experience.replay is None
@@ -101,7 +101,7 @@ def make_unrolls(
         recurrent=server_model.initial_state(1),
         device=device,
     )
-    unrolls.spread_over = spread_over(config, algorithm)
+    unrolls.spread_over = spread_over(config, experience)
     return queue, unrolls
 
 

@@ -46,6 +46,7 @@ from headrace.run.report import Reporter, Row
 from headrace.run.roles import Roles
 from headrace.run.share import Share, learner_devices, share_config
 from headrace.run.system import keep_memory
+from headrace.run.validate import say_if_short
 from headrace.run.warmup import own_stream, warm_up
 from headrace.server.device_seat import AnySeat
 from headrace.server.server import run_server
@@ -153,7 +154,8 @@ def run_training(
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
             parts = warm_up(parts, hooks.on_message)
         if checkpoint is not None:  # after the warm-up, which draws random numbers
-            saving.restore(parts, checkpoint, hooks.on_message, alone=others is None)
+            if not saving.restore(parts, checkpoint, hooks.on_message, alone=others is None):
+                say_if_short(config, parts, hooks.on_message, agent_steps=before.agent_steps)
             run.rewrite_config(to_toml(config))
             checkpoint = None  # its files are mapped, and would keep their place on the disk
         group = None if others is None else others.connect(parts)

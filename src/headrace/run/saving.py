@@ -126,30 +126,35 @@ def is_bit_equal(config: RunConfig, parts: Parts) -> bool:
 
 def restore(
     parts: Parts, saved: Checkpoint, on_message: Callable[[str], None], *, alone: bool = True
-) -> None:
+) -> bool:
     """Puts back what a checkpoint holds; environments and replay only for a learner that is alone.
+
+    Returns:
+        Whether experience goes on where it was: unrolls, or a replay, that need not fill anew.
 
     Raises:
         ConfigError: its network is not the one that the settings build.
     """
     load_weights(parts.algorithm.model, saved)
     parts.algorithm.load_state_dict(unflatten(saved.tensors["training"], saved.meta["training"]))
-    has_system = alone and saved.meta["system"] is not None
+    goes_on = has_system = alone and saved.meta["system"] is not None
     if isinstance(parts.feed, ReplayFeed):
         if alone and saved.meta.get("replay") is not None:
             kept = unflatten(saved.tensors["replay"], saved.meta["replay"])
             parts.feed.load_state_dict(kept, streams_go_on=has_system)
+            goes_on = True
         else:
             why = "was not saved (--save-replay)" if alone else "is not that of several learners"
             on_message(f"the replay {why}: it fills anew")
     if has_system:
         _load_system_state(parts, unflatten(saved.tensors["system"], saved.meta["system"]))
         on_message(f"resumed from {saved.path}")
-        return
+        return True
     on_message(
         f"resumed from {saved.path}; the environments cannot be saved, so new episodes start "
         f"({saved.meta['unfinished_unrolls']} unfinished unrolls dropped)"
     )
+    return goes_on
 
 
 def _keeps_replay(parts: Parts) -> bool:

@@ -16,7 +16,7 @@ from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.records import PolicyState, PolicyStep
-from headrace.run.compute import choose_compute, fitting_threads
+from headrace.run.compute import choose_compute
 from headrace.run.system import choose_device, usable_cores
 from headrace.server.acting import Acting
 
@@ -112,7 +112,6 @@ def share_config(config: RunConfig, share: Share) -> RunConfig:
     return dataclasses.replace(
         config,
         compile=_compile(config),
-        compute_threads=_threads(config, count),
         env_threads=_part(config.env_threads or usable_cores(), count),
         learning=_learning(config.learning, count),
         server=dataclasses.replace(
@@ -234,12 +233,6 @@ def _whole_update(config: RunConfig) -> bool:
 
 def _compile(config: RunConfig) -> Any:
     return "off" if _whole_update(config) else config.compile
-
-
-def _threads(config: RunConfig, count: int) -> int:
-    spec = catalog.environment_family(config.env).spec(config.env, config.environment)
-    cores = _part(usable_cores(), count)
-    return config.compute_threads or fitting_threads(config, spec, cores)
 
 
 def _learning(learning: Any, count: int) -> Any:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from headrace import catalog
 from headrace.config import RunConfig, merged, takes_turns
-from headrace.run.compute import choose_compute
+from headrace.run.build import make_learning
 from headrace.run.pools import pool_name
 from headrace.tune.space import Choice, Knob, Space
 
@@ -76,7 +76,7 @@ class Facts(NamedTuple):
     def of(cls, config: RunConfig, *, cores: int, bfloat16: bool) -> Facts:
         """Finds out what `config` means on this machine."""
         family = catalog.environment_family(config.env)
-        compute = choose_compute(config, family.spec(config.env, config.environment))
+        compute, *_ = make_learning(config, family.spec(config.env, config.environment))
         return cls(
             cores=cores,
             pool=pool_name(config, family.pool),

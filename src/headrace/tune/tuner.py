@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
-from headrace.run.build import check
 from headrace.run.system import choose_device
 from headrace.run.trial import try_environment
+from headrace.run.validate import check
 from headrace.tune.estimates import Estimates, Stages, estimate
 from headrace.tune.knobs import Facts, Knobs, laid_over
 from headrace.tune.machine import Machine
