@@ -148,12 +148,47 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     Checkpoints hold plain row-major tensors, and fused kernels walk parameter and moments side by
     side in memory: beside a channels_last weight, a row-major moment would meet the wrong numbers.
+
+    State that does not fit, as that of another version may not, leaves the optimiser without any.
     """
-    optimizer.load_state_dict(state)
+    if not _fits(optimizer, state):
+        optimizer.state.clear()
+        return
+    # Options that the version of the checkpoint did not have yet are as they are today.
+    own = [{**group, "params": ()} for group in optimizer.param_groups]
+    groups = [{**new, **old} for new, old in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for param, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == param.shape:
                 moments[name] = torch.empty_like(param).copy_(value)
+
+
+def _fits(optimizer: Optimizer, state: dict[str, Any]) -> bool:
+    """Whether saved state is of these parameters, with all moments that a step will look for."""
+    saved, own = state["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+        return False
+    keys = [key for group in saved for key in group["params"]]
+    names = _moment_names(optimizer)
+    for key, param in zip(keys, _params_of(optimizer), strict=True):
+        moments = state["state"].get(key)
+        if moments is None:  # no gradient has reached it yet
+            continue
+        shapes = {value.shape for value in moments.values() if isinstance(value, Tensor)}
+        if not names <= moments.keys() or not shapes <= {param.shape, torch.Size()}:
+            return False
+    return True
+
+
+def _moment_names(optimizer: Optimizer) -> set[str]:
+    """Names of what a step keeps for a parameter: it makes them, so a twin takes one."""
+    param = torch.zeros(1, requires_grad=True)
+    param.grad = torch.zeros(1)
+    twin: Any = type(optimizer)
+    twin = twin([param], **optimizer.defaults)
+    twin.step()
+    return set(twin.state[param])
 
 
 def learning_rate_at(config: OptimizerConfig, progress: float) -> float:

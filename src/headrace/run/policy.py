@@ -7,6 +7,7 @@ here as it plays there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from headrace.run.system import choose_device
 from headrace.server.acting import Actor, cleared, initial_state
 from headrace.specs import EnvSpec
 from headrace.telemetry.record import RunDirectory
+
+logger = logging.getLogger("headrace")
 
 
 class Policy:
@@ -229,7 +232,8 @@ def load(
         config.env, config.environment
     )
     model = make_model(config, spec, where, trust_code=trust_code)
-    saving.load_weights(model, saved)
+    if anew := saving.load_weights(model, saved):
+        logger.warning("%s lacks, and so the agent is without, %s", saved.path, ", ".join(anew))
     model.requires_grad_(False)
     if precision == "bfloat16":
         lower_precision(model, torch.bfloat16)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from headrace import __version__
+from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
@@ -129,14 +130,21 @@ def restore(
 ) -> bool:
     """Puts back what a checkpoint holds; environments and replay only for a learner that is alone.
 
+    What a checkpoint of another version lacks starts anew, which is said.
+
     Returns:
         Whether experience goes on where it was: unrolls, or a replay, that need not fill anew.
 
     Raises:
         ConfigError: its network is not the one that the settings build.
     """
-    load_weights(parts.algorithm.model, saved)
-    parts.algorithm.load_state_dict(unflatten(saved.tensors["training"], saved.meta["training"]))
+    anew = load_weights(parts.algorithm.model, saved)
+    training = unflatten(saved.tensors["training"], saved.meta["training"])
+    if anew := [*anew, *_load_training(parts.algorithm, training)]:
+        on_message(
+            f"{saved.path} does not hold all that this version needs, so this starts anew, whole "
+            f"or in part: {', '.join(anew)}"
+        )
     goes_on = has_system = alone and saved.meta["system"] is not None
     if isinstance(parts.feed, ReplayFeed):
         if alone and saved.meta.get("replay") is not None:
@@ -162,14 +170,53 @@ def _keeps_replay(parts: Parts) -> bool:
     return spec is not None and spec.settings.save_replay
 
 
-def load_weights(model: nn.Module, saved: Checkpoint) -> None:
+def _load_training(algorithm: Algorithm, saved: dict[str, Any]) -> list[str]:
+    """Puts back a learning rule's state; returns the parts of it that `saved` does not fill."""
+    new = algorithm.state_dict()
+    anew = {name for name, part in new.items() if _lacks(saved.get(name), part)}
+    algorithm.load_state_dict(_filled(saved, new))
+    for name, part in algorithm.state_dict().items():
+        before = saved.get(name)
+        if _is_optimizer(part) and _is_optimizer(before) and before["state"] and not part["state"]:
+            anew.add(name)  # its moments did not fit
+    return sorted(anew)
+
+
+def _lacks(saved: Any, new: Any) -> bool:
+    """Whether something in `new` has no counterpart in `saved`; optimisers see for themselves."""
+    if _is_optimizer(new):
+        return not _is_optimizer(saved)
+    if isinstance(new, dict):
+        kept = saved if isinstance(saved, dict) else {}
+        return any(_lacks(kept.get(name), part) for name, part in new.items())
+    return new is not None and saved is None
+
+
+def _filled(saved: Any, new: Any) -> Any:
+    """Returns `saved`, with what it lacks taken from `new`."""
+    if isinstance(saved, dict) and isinstance(new, dict) and not _is_optimizer(new):
+        return {**saved, **{name: _filled(saved.get(name), part) for name, part in new.items()}}
+    return new if saved is None or _lacks(saved, new) else saved
+
+
+def _is_optimizer(state: Any) -> bool:
+    """Whether this is the state of one of torch's optimisers, which is empty before a step."""
+    return isinstance(state, dict) and state.keys() == {"state", "param_groups"}
+
+
+def load_weights(model: nn.Module, saved: Checkpoint) -> list[str]:
     """Copies a checkpoint's weights into `model`.
+
+    Returns:
+        Buffers, such as running statistics, that the checkpoint lacks; they stay as they are.
 
     Raises:
         ConfigError: names the first weight that does not fit.
     """
     weights, wanted = saved.tensors["weights"], model.state_dict()
-    for name in sorted(weights.keys() | wanted.keys()):
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    anew = sorted(wanted.keys() - weights.keys() - parameters)
+    for name in sorted((weights.keys() | wanted.keys()) - set(anew)):
         have = tuple(weights[name].shape) if name in weights else None
         want = tuple(wanted[name].shape) if name in wanted else None
         if have != want:
@@ -177,7 +224,8 @@ def load_weights(model: nn.Module, saved: Checkpoint) -> None:
                 f"{saved.path} holds another network: {name} is {have or 'missing'}, the settings "
                 f"want {want or 'none'}; use the run's own config.toml"
             )
-    model.load_state_dict(weights)
+    model.load_state_dict({**wanted, **weights})
+    return anew
 
 
 def _system_state(parts: Parts) -> dict[str, Any]:
