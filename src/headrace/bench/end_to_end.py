@@ -38,7 +38,6 @@ from headrace.bench.settings import (
     PolicyArguments,
     cell,
     check_positive,
-    has_replay,
     learning_settings,
     run_config,
 )
@@ -54,7 +53,6 @@ from headrace.run.warmup import warm_up
 from headrace.server.device_seat import DeviceSeat
 from headrace.telemetry.metrics import EpisodeStats, Waits
 
-_NUM_ENVS = 64
 _FIGURES = (
     *("env_frames_per_s", "agent_steps_per_s", "sampling_hz"),
     *("updates_per_s", "update_frame_rate_hz", "samples_used_share", "transmission_loss"),
@@ -82,13 +80,13 @@ class Arguments:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the arithmetic, as in a run."""
     num_envs: int | None = None
-    """Environments; None for 64, or with a replay for the preset's."""
+    """Environments; None for the preset's."""
     inference_batch: int = 0
     """Environments answered at once; 0 for half of them."""
     unroll_steps: int | None = None
-    """Agent steps per unroll; None for 20, or with a replay for the preset's."""
+    """Agent steps per unroll; None for the preset's."""
     batch_unrolls: int | None = None
-    """Unrolls per update; None for 32, or with a replay for the preset's."""
+    """Unrolls per update; None for the preset's."""
     samples_per_insert: float | None = None
     """With a replay, times that a sequence is sampled; None for the preset's."""
     env_threads: int = 0
@@ -233,8 +231,6 @@ class Window:
 def measure(arguments: Arguments) -> dict[str, Any]:
     """Trains, measures the ceilings, and returns what is printed."""
     num_envs = arguments.num_envs
-    if num_envs is None and not has_replay(arguments.policy.algorithm):
-        num_envs = _NUM_ENVS
     config = run_config(
         arguments.policy,
         server={

@@ -19,6 +19,7 @@ from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    has_replay,
     learning_settings,
     print_rows,
     run_config,
@@ -55,6 +56,11 @@ class Arguments:
             unroll_steps=self.unroll_steps or 1,
         )
 
+    @property
+    def steps(self) -> int | None:
+        """Agent steps per unroll; None for the preset's."""
+        return self.unroll_steps or (None if has_replay(self.policy.algorithm) else 20)
+
 
 SMOKE = Arguments(
     policy=SMOKE_POLICY, output=OutputArguments(smoke=True), batch_size=(160,), seconds=0.3
@@ -71,9 +77,7 @@ def run(argv: list[str]) -> None:
     )
     keep_memory()
     policy = arguments.policy
-    sizes = learning_settings(
-        policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=None
-    )
+    sizes = learning_settings(policy.algorithm, unroll_steps=arguments.steps, batch_unrolls=None)
     own, given = run_config(policy, server={}).learning, sizes.get("unroll_steps")
     steps: int = getattr(own, "unroll_steps", 1) if given is None else given  # 1: transitions
     if any(size % steps for size in arguments.batch_size):
@@ -92,7 +96,7 @@ def measure(arguments: Arguments, batch_unrolls: int | None) -> dict[str, Any]:
     """Returns the row of one batch size."""
     policy = arguments.policy
     learning = learning_settings(
-        policy.algorithm, unroll_steps=arguments.unroll_steps, batch_unrolls=batch_unrolls
+        policy.algorithm, unroll_steps=arguments.steps, batch_unrolls=batch_unrolls
     )
     # All but the unrolls is a run's own; its environments are never stepped. A replay's rings are
     # theirs, so there it has as many as fill it.

@@ -98,20 +98,20 @@ def learning_settings(
     batch_unrolls: int | None,
     samples_per_insert: float | None = None,
 ) -> dict[str, Any]:
-    """Returns the sizes of unrolls: 20 and 32 unless given or, with a replay, the preset's.
+    """Returns the sizes of unrolls that were given; all others are the preset's.
 
     A replay is learned from as soon as there is any, so that a benchmark need not wait.
     """
     sizes = {"unroll_steps": unroll_steps, "batch_unrolls": batch_unrolls}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if has_replay(algorithm):
-        given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         replay: dict[str, Any] = {"replay_min": 1}
         if samples_per_insert is not None:
             replay["samples_per_insert"] = samples_per_insert
         return {**given, "replay": replay}
     if samples_per_insert is not None:
         raise ConfigError(f"{algorithm} has no replay: leave out --samples-per-insert")
-    return {"unroll_steps": unroll_steps or 20, "batch_unrolls": batch_unrolls or 32}
+    return given
 
 
 def check_positive(**values: float) -> None:
