@@ -30,7 +30,7 @@ LAYERS = (
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
-    ("tree", "rows"),
+    ("tree", "rows", "length"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
