@@ -49,6 +49,9 @@ FULL: dict[str, float | int | str] = {
 }
 
 
+LENGTH = Length(10_000_000)
+
+
 class Clock:
     now_s = 0.0
 
@@ -56,7 +59,7 @@ class Clock:
         return self.now_s
 
 
-def drawn(row: Row, width: int = 80, length: Length = Length(10_000_000)) -> list[str]:
+def drawn(row: Row, width: int = 80, length: Length = LENGTH) -> list[str]:
     console = Console(file=io.StringIO(), width=width, record=True)
     console.print(render("impala ALE/Pong-v5", row, length, 468.7))
     return console.export_text().splitlines()

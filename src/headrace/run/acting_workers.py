@@ -167,10 +167,10 @@ class ActingWorkers:
         self.unrolls = table(Columns(unrolls))
         self.weights = SharedWeights(model, weights, local=local)
         self._tally = tally_of(tally)
-        self._most_steps = 2**62
-        self.pause_at(self._most_steps)
         self._beats = np.zeros(workers, np.int64)  # at the last check
         self._steps_before = 0  # of workers that are dead
+        self._most_steps = 2**62
+        self.pause_at(self._most_steps)
         self._dropped_before = 0
         self._waits: list[Mapping[str, float]] = []
         self._on_episodes: OnEpisodes = _nobody
