@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
+from headrace import cli
 from headrace.cli import USAGE, main
 from headrace.config import from_dict, merged, read_toml
 from headrace.presets import PRESETS, find
@@ -71,6 +73,14 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
         (["train", "catch", "--total-frames", "inf"], "--total-frames must be a number such as"),
         (["train", "catch", "--total-frames", "0"], "total_frames must be positive, not 0"),
         (["train", "catch", "--total-frames", "-5"], "total_frames must be positive, not -5"),
+        (["train", "catch", "--total-minutes", "0"], "total_minutes must be positive and finite"),
+        (["train", "catch", "--total-minutes", "-8"], "finite, not -8.0: say --total-minutes 8"),
+        (["train", "catch", "--total-minutes", "nan"], "finite, not nan: say --total-minutes 8"),
+        (["train", "catch", "--total-minutes", "inf"], "finite, not inf: say --total-minutes 8"),
+        (
+            ["train", "catch", "--total-minutes", "5", "--lockstep"],
+            "leave out --total-minutes, or --lockstep",
+        ),
         (["train", "catch", "--discount", "1.5"], "discount and vtrace_lambda must be in"),
         (["train", "catch", "--device", "tpu9"], "tpu9"),
         (["train", "catch", "--config"], "--config"),
@@ -212,6 +222,24 @@ def test_help(argv: list[str], words: list[str], capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     for word in words:
         assert word in out
+
+
+def test_a_run_by_the_clock_ends_with_it_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of a process begins before its imports."""
+    run = str(tmp_path / "run")
+    flags = [flag for flag in SMALL if flag != "--lockstep"]
+    argv = ["headrace", "train", "catch", *flags, "--out", run, "--total-minutes", "5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(cli, "STARTED_S", time.monotonic() - 300.0)
+    main()
+    said = capsys.readouterr().out
+    assert "0:05:00/0:05:00" in said
+    assert f"done; go on with: headrace train --resume {run} --total-minutes MORE" in said
+    main(["train", "--resume", run, "--total-minutes", "50"])
+    said = capsys.readouterr().out
+    assert f"done; go on with: headrace train --resume {run} --total-frames MORE" in said
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,8 @@ def test_what_no_layer_sets_has_its_default() -> None:
         ({"env": "katch"}, "no environment named 'katch'; did you mean catch"),
         ({"algorithm": "impla"}, "no algorithm named 'impla'; did you mean impala"),
         ({"total_frames": 0}, "total_frames must be positive"),
+        ({"total_minutes": float("nan")}, "total_minutes must be positive and finite, not nan"),
+        ({"total_minutes": 5, "lockstep": True}, "leave out --total-minutes, or --lockstep"),
         ({"keep_checkpoints": -1}, "must not be negative"),
         ({"server": {"num_envs": 4, "inference_batch": 5}}, "inference_batch=5 can never fill"),
     ],
@@ -82,6 +84,11 @@ def test_what_no_layer_sets_has_its_default() -> None:
 def test_a_mistake_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict({"env": "catch", **values})
+
+
+def test_minutes_go_without_lockstep() -> None:
+    assert from_dict({"env": "catch", "total_minutes": 8}).total_minutes == 8.0
+    assert from_dict({"env": "catch", "lockstep": True}).total_minutes is None
 
 
 def test_whole_numbers_do_where_fractions_are_wanted() -> None:

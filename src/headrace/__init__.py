@@ -15,9 +15,12 @@ One step of an environment, in ten stops:
 """
 
 import importlib
+import time
 from typing import Any
 
 __version__ = "0.1.0"
+
+STARTED_S = time.monotonic()  # when a process of ours began, as near as can be told
 
 _PUBLIC = {  # imported when first used, so that `import headrace` is quick
     "ConfigError": "headrace.errors",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from headrace import __version__, catalog, presets
+from headrace import STARTED_S, __version__, catalog, presets
 from headrace.bench import command
 from headrace.commands.evaluate import eval_command
 from headrace.commands.plan import plan_command
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"headrace {__version__}")
         return
     command = COMMANDS.get(arguments[0])
+    if argv is None and command is train_command:  # who counts minutes counts our imports, too
+        command = partial(train_command, started_s=STARTED_S)
     # As `python` itself does for a script: my_module of this folder is found.
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -7,6 +7,7 @@ lays one over the other and `from_dict` checks the result, naming what is unknow
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -19,6 +20,7 @@ import tomli_w
 
 from headrace import catalog
 from headrace.errors import ConfigError
+from headrace.length import Length
 from headrace.networks.models import NetworkConfig
 from headrace.pools.settings import ClusterConfig, RemoteConfig, WorkerConfig
 from headrace.server.settings import ServerConfig
@@ -53,6 +55,10 @@ class RunConfig:
     its."""
     total_frames: int = setting(1_000_000)
     """Length of the run in env_frames (emulator frames: agent steps times action repeat)."""
+    total_minutes: float | None = setting(None)
+    """Minutes after which the run ends, and its schedules with it, if `total_frames` did not end it
+    before: counted from the command, start-up included, and on a resume with those of before. None
+    for no clock."""
     seed: int = setting(1)
     """Of networks, environments and actions."""
     out: str = setting("")
@@ -130,6 +136,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+        self._check_minutes()
         if min(self.compute_threads or 0, self.env_threads or 0, self.keep_checkpoints or 0) < 0:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"
@@ -159,12 +166,40 @@ class RunConfig:
                 "--eval-envs, or --evaluator"
             )
 
+    @property
+    def length(self) -> Length:
+        """Where the run ends."""
+        return Length(self.total_frames, self.total_minutes)
+
+    def _check_minutes(self) -> None:
+        minutes = self.total_minutes
+        if minutes is None:
+            return
+        if not 0.0 < minutes < math.inf:
+            raise ConfigError(
+                f"total_minutes must be positive and finite, not {minutes}: say "
+                "--total-minutes 8, or leave it out"
+            )
+        if self.lockstep:
+            raise ConfigError(
+                "--lockstep gives the same run each time, and a clock does not: leave out "
+                "--total-minutes, or --lockstep"
+            )
+
 
 DEFAULT_ALGORITHM: str = RunConfig.__dataclass_fields__["algorithm"].metadata["default"]
 
 FREE_ON_RESUME = frozenset(
     {
-        *("total_frames", "device", "actor_device", "critic_device", "precision", "compile"),
+        *(
+            "total_frames",
+            "total_minutes",
+            "device",
+            "actor_device",
+            "critic_device",
+            "precision",
+            "compile",
+        ),
         *("compute_threads", "env_threads"),
         *("log_interval_s", "checkpoint_interval_s", "keep_checkpoints", "tensorboard"),
         *("wandb", "workers", "remote", "cluster", "evaluator", "viewer"),

@@ -48,7 +48,8 @@ from headrace.run.cluster_plan import (
     shares,
 )
 from headrace.run.cluster_ray import answers_anybody, connected, ensure_allowed
-from headrace.run.local import Hooks, Stop
+from headrace.run.local import Hooks
+from headrace.run.stop import Stop
 from headrace.telemetry.record import RunDirectory
 
 LOOPBACK = "127.0.0.1"

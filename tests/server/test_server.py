@@ -366,6 +366,20 @@ def test_seats_are_served_in_turn_until_one_fails() -> None:
     assert [pool.asked for pool in pools] == [4, 3]
 
 
+def test_a_server_stops_where_there_are_enough_steps() -> None:
+    weights, stop = Weights(torch.nn.Linear(1, 1)), threading.Event()
+    pool = Endless(100)
+    seat = make_seat(pool, None, [])
+
+    def enough() -> bool:
+        if seat.agent_steps == 7:
+            stop.set()
+        return seat.agent_steps == 7
+
+    run_server([seat], weights, SlotQueue(2, capacity=1), stop, waits=Waits(), enough=enough)
+    assert pool.asked == 7
+
+
 def test_a_server_that_waits_for_the_learner_still_ends() -> None:
     weights, stop, waits = Weights(torch.nn.Linear(1, 1)), threading.Event(), Waits()
     pool = Endless(100)

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from headrace.length import Length
 from headrace.telemetry.panel import render
 from headrace.telemetry.terminal import open_display, plain_line
 from headrace.telemetry.wording import Row
@@ -48,6 +49,9 @@ FULL: dict[str, float | int | str] = {
 }
 
 
+LENGTH = Length(10_000_000)
+
+
 class Clock:
     now_s = 0.0
 
@@ -55,9 +59,9 @@ class Clock:
         return self.now_s
 
 
-def drawn(row: Row, width: int = 80) -> list[str]:
+def drawn(row: Row, width: int = 80, length: Length = LENGTH) -> list[str]:
     console = Console(file=io.StringIO(), width=width, record=True)
-    console.print(render("impala ALE/Pong-v5", row, 10_000_000, 468.7))
+    console.print(render("impala ALE/Pong-v5", row, length, 468.7))
     return console.export_text().splitlines()
 
 
@@ -89,7 +93,7 @@ def test_worker_deaths_are_shown_once_there_are_some() -> None:
         lines = drawn(row)
         assert any("worker deaths" in line and line.split()[-2] == "3" for line in lines) is shown
         assert len(lines) == len(drawn(FULL))
-        assert ("worker deaths 3" in plain_line(row, 10_000_000, 1.0)) is shown
+        assert ("worker deaths 3" in plain_line(row, Length(10_000_000), 1.0)) is shown
 
 
 ALL_ROLES: Row = {
@@ -119,7 +123,7 @@ def test_an_evaluator_and_a_gpu_are_shown_whole_at_80_columns_and_24_lines() -> 
     for part in ("987 k", "1.05 M", "GPU busy, 139.5 GiB", "37.5 %"):
         assert part in text
     assert "…" not in text
-    line = plain_line(ALL_ROLES, 10_000_000, 1.0)
+    line = plain_line(ALL_ROLES, Length(10_000_000), 1.0)
     assert "evaluation -12345.68" in line
     assert "cores 15.2" in line
     assert "gpu 37.5 %" in line
@@ -138,7 +142,9 @@ def test_environments_that_evaluate_beside_training_have_no_step_of_their_own() 
 def test_numbers_of_the_environment_take_no_place() -> None:
     reported: Row = {**FULL, **{f"episode/name_{index}": 0.5 for index in range(64)}}
     assert drawn(reported) == drawn(FULL)
-    assert plain_line(reported, 10_000_000, 1.0) == plain_line(FULL, 10_000_000, 1.0)
+    assert plain_line(reported, Length(10_000_000), 1.0) == plain_line(
+        FULL, Length(10_000_000), 1.0
+    )
 
 
 def test_a_run_with_a_replay_shows_what_it_has_and_not_what_it_has_not() -> None:
@@ -153,7 +159,7 @@ def test_a_run_with_a_replay_shows_what_it_has_and_not_what_it_has_not() -> None
         assert text in table
     for text in ("policy lag", "policy loss", "entropy"):
         assert text not in table
-    line = plain_line(row, 1000, 1.0)
+    line = plain_line(row, Length(1000), 1.0)
     assert "TD error 0.0625" in line
     assert "replay 14.0 k" in line
 
@@ -175,14 +181,16 @@ def test_table_stays_readable_on_a_wide_terminal() -> None:
 
 
 def test_plain_line_leaves_out_what_is_unknown() -> None:
-    line = plain_line({"env_frames": 500, "return_mean": float("nan")}, 1000, float("nan"))
+    line = plain_line({"env_frames": 500, "return_mean": float("nan")}, Length(1000), float("nan"))
     assert line == "500/1.00 k frames (50.0 %)"
-    assert plain_line(FULL, 10_000_000, 468.7).isascii()
+    assert plain_line(FULL, Length(10_000_000), 468.7).isascii()
 
 
 def test_plain_lines_come_at_most_once_per_interval_and_the_last_always() -> None:
     clock, stream = Clock(), io.StringIO()
-    with open_display(1000, "catch", stream=stream, plain_interval_s=5, now_s=clock) as display:
+    with open_display(
+        Length(1000), "catch", stream=stream, plain_interval_s=5, now_s=clock
+    ) as display:
         for now_s, env_frames in ((0, 0), (4.9, 100), (5, 200), (6, 250), (7, 300)):
             clock.now_s = now_s
             display.update({"env_frames": env_frames})
@@ -199,7 +207,9 @@ def test_plain_lines_come_at_most_once_per_interval_and_the_last_always() -> Non
 
 def test_eta_follows_the_pace_since_the_first_row_also_after_a_resume() -> None:
     clock, stream = Clock(), io.StringIO()
-    with open_display(1000, "catch", stream=stream, plain_interval_s=0, now_s=clock) as display:
+    with open_display(
+        Length(1000), "catch", stream=stream, plain_interval_s=0, now_s=clock
+    ) as display:
         display.update({"env_frames": 400, "env_frames_per_s": 6})
         clock.now_s = 10
         display.update({"env_frames": 500, "env_frames_per_s": 1})
@@ -208,10 +218,32 @@ def test_eta_follows_the_pace_since_the_first_row_also_after_a_resume() -> None:
     assert "eta 0:00:50" in second
 
 
+def test_what_is_ahead_is_shown_of_frames_and_minutes() -> None:
+    row: Row = {"env_frames": 500, "elapsed_s": 120.0}
+    line = plain_line(row, Length(10_000, 8.0), 360.0)
+    assert line == "0:02:00/0:08:00, 500 frames (25.0 %)  eta 0:06:00"
+    assert plain_line(row, Length(1000, 8.0), 9.0).startswith("500/1.00 k frames (50.0 %)")
+    assert "0:02:00 of 0:08:00, 500 frames" in "".join(drawn(row, length=Length(10_000, 8.0)))
+
+
+def test_eta_is_at_most_what_the_clock_has_left() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with open_display(
+        Length(1000, 8.0), "catch", stream=stream, plain_interval_s=0, now_s=clock
+    ) as display:
+        display.update({"env_frames": 0, "elapsed_s": 180})
+        display.update({"env_frames": 0, "env_frames_per_s": 10, "elapsed_s": 180})
+        display.update({"env_frames": 0, "env_frames_per_s": 2, "elapsed_s": 180})
+    _, unknown, fast, slow = stream.getvalue().splitlines()
+    assert "eta 0:05:00" in unknown
+    assert "eta 0:01:40" in fast
+    assert "eta 0:05:00" in slow
+
+
 def test_live_table_is_redrawn_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     clock, stream = Clock(), io.StringIO()
-    with open_display(1000, "catch", stream=stream, live=True, now_s=clock) as display:
+    with open_display(Length(1000), "catch", stream=stream, live=True, now_s=clock) as display:
         for now_s in (0.0, 0.5, 0.9, 1.0):
             clock.now_s = now_s
             display.update({"env_frames": int(now_s * 100)})
@@ -223,6 +255,6 @@ def test_live_table_is_redrawn_at_most_once_a_second(monkeypatch: pytest.MonkeyP
 
 def test_stream_without_unicode_still_gets_its_lines() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    with open_display(10, "ünder", stream=stream) as display:
+    with open_display(Length(10), "ünder", stream=stream) as display:
         display.update({"env_frames": 5})
     assert b"5/10 frames" in stream.buffer.getvalue()  # type: ignore[attr-defined]

@@ -186,7 +186,7 @@ class Window:
             EpisodeStats(),
             interval_s=seconds,
             agent_steps=0,
-            elapsed_s=0.0,
+            elapsed_s=time.monotonic,
         )
         self._since_s: float | None = None  # the first update, then the end of the warm-up
         self._steps_seen = -1  # agent steps at the newest update
@@ -195,6 +195,10 @@ class Window:
     def over(self) -> bool:
         """Whether both ends of the window are there."""
         return len(self._rows) == 2
+
+    def enough(self) -> bool:
+        """Never: the server goes on as long as the window is open."""
+        return False
 
     def attend(self) -> None:
         """Has nothing else to do."""

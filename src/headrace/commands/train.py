@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from headrace.commands.settings import (
 )
 from headrace.commands.tune import say_beginning, say_trial
 from headrace.errors import ConfigError
+from headrace.length import clock_from
 from headrace.run import api
 from headrace.run.local import Hooks
 from headrace.telemetry.record import RunDirectory, log_to
@@ -31,7 +33,7 @@ HELP = """Trains an agent and leaves everything in a run directory.
     headrace train ENV [--algorithm NAME] [--preset NAME] [settings]
     headrace train [ENV] --config FILE [settings]
     headrace train ENV --autotune [--autotune-budget-s 120] [settings]
-    headrace train --resume RUN [--total-frames N …]
+    headrace train --resume RUN [--total-frames N] [--total-minutes N] …
 
   Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists
   presets; the values below are those of the preset that ENV takes unasked.
@@ -43,8 +45,9 @@ _BUDGET_S = 120.0
 logger = logging.getLogger("headrace")
 
 
-def train_command(argv: list[str]) -> None:
-    """Trains an agent."""
+def train_command(argv: list[str], *, started_s: float | None = None) -> None:
+    """Trains an agent; the clock of --total-minutes began at `started_s`, or begins now."""
+    started_s = time.monotonic() if started_s is None else started_s
     parser = new_parser()
     parser.add_argument("--autotune", action="store_true")
     parser.add_argument("--autotune-budget-s", type=float)
@@ -52,11 +55,11 @@ def train_command(argv: list[str]) -> None:
     if chosen.autotune_budget_s is not None and not chosen.autotune:
         raise ConfigError("--autotune-budget-s is for --autotune: add that, or leave it out")
     if chosen.resume:
-        _resume(chosen, rest)
+        _resume(chosen, rest, started_s)
         return
     request = read_request(chosen, rest, prog="headrace train ENV", description=HELP)
     if not chosen.autotune:
-        _train(config=request.config)
+        _train(started_s, config=request.config)
         return
     if request.config.lockstep:
         raise ConfigError("--autotune looks for speed, and --lockstep gives it up: leave one out")
@@ -80,10 +83,11 @@ def train_command(argv: list[str]) -> None:
     trials = [
         trial_line(trial, tuned.knobs.settings(trial.choice)) for trial in tuned.result.trials
     ]
-    _train(config=tuned.winner, messages=said, logged=trials)
+    # Tuning has minutes of its own.
+    _train(time.monotonic(), config=tuned.winner, messages=said, logged=trials)
 
 
-def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
+def _resume(chosen: argparse.Namespace, rest: list[str], started_s: float) -> None:
     flags = ("algorithm", "preset", "config", "autotune")
     named = [f"--{key}" for key in flags if getattr(chosen, key)]
     if chosen.env or named:
@@ -94,17 +98,21 @@ def _resume(chosen: argparse.Namespace, rest: list[str]) -> None:
     base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
     config = parse_flags(base, rest, prog="headrace train --resume RUN", description=HELP)
     changes = config_difference(base, config)
-    _train(resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
+    _train(started_s, resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
 
 
 def _train(
-    *, messages: list[str] | None = None, logged: list[str] | None = None, **arguments: Any
+    started_s: float,
+    *,
+    messages: list[str] | None = None,
+    logged: list[str] | None = None,
+    **arguments: Any,
 ) -> None:
     """Trains; `messages` are shown and logged before, `logged` is logged alone."""
     prepared = api.prepare(**arguments)
     config, path = prepared.config, prepared.directory.path
     title = f"{config.env} · {config.algorithm} · {path}"
-    with open_display(config.total_frames, title) as display:
+    with open_display(config.length, title) as display:
         hooks = Hooks(
             on_row=display.update,
             on_update=lambda *_: None,
@@ -116,8 +124,11 @@ def _train(
                 logger.info(line)
         for line in messages or []:
             display.message(line)
-        result = api.start(prepared, hooks)
-    end, more = ("done", " --total-frames MORE") if result.finished else ("stopped and saved", "")
+        result = api.start(prepared, hooks, clock_s=clock_from(started_s))
+    end, more = "stopped and saved", ""
+    if result.finished:
+        by_frames = int(result.metrics["env_frames"]) >= config.total_frames
+        end, more = "done", f" --total-{'frames' if by_frames else 'minutes'} MORE"
     print(f"{end}; go on with: headrace train --resume {result.run}{more}")
     print(f"evaluate and film: headrace eval {result.run} --video agent.mp4")
     print(f"curves: tensorboard --logdir {result.run}")

@@ -9,7 +9,7 @@ import tyro
 
 from headrace.pools.link import LinkConfig
 from headrace.run.host import HostConfig, run_host
-from headrace.run.local import stop_signals
+from headrace.run.stop import stop_signals
 from headrace.run.system import keep_memory
 
 

@@ -32,7 +32,15 @@ from headrace.errors import PeerLost
 from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
 from headrace.pools.processes import WorkerEnd
-from headrace.run.acting_workers import BEATS, DROPPED, STEPS, UNFINISHED, make_table, tally_of
+from headrace.run.acting_workers import (
+    BEATS,
+    DROPPED,
+    ENOUGH,
+    STEPS,
+    UNFINISHED,
+    make_table,
+    tally_of,
+)
 from headrace.run.build import exploration, make_algorithm, make_model
 from headrace.run.experience import spread_over
 from headrace.run.pools import derived_seed, make_pool
@@ -94,7 +102,8 @@ def run_acting_worker(
     weights: WeightsCopy,
     slots: WorkerSlots,
     *,
-    tally: NDArray[np.int64],
+    tallies: NDArray[np.int64],
+    worker: int,
     reports: Reports,
 ) -> None:
     """Acts for its environments until the parent is gone.
@@ -103,7 +112,8 @@ def run_acting_worker(
         seat: The environments, and what is kept for them.
         weights: Of the model that acts.
         slots: Where unrolls go.
-        tally: The worker's row.
+        tallies: Of all workers.
+        worker: Which of them this one is.
         reports: To the parent.
 
     Raises:
@@ -112,11 +122,15 @@ def run_acting_worker(
     unrolls = seat.unrolls
     if unrolls is None:
         raise RuntimeError("an acting worker has nothing to do but to fill unrolls")
+    tally = tallies[worker]
     tally[BEATS] += 1  # ready
     while weights.pull() < 0:
         slots.listen(_WAIT_S)
         tally[BEATS] += 1
     while True:
+        while tallies[:, STEPS].sum() >= tallies[0, ENOUGH]:
+            slots.listen(_WAIT_S)
+            tally[BEATS] += 1
         seat.serve(weights.pull, _WAIT_S, reports.waits)
         tally[STEPS] = seat.agent_steps
         tally[UNFINISHED] = unrolls.unfinished()
@@ -192,9 +206,11 @@ def main() -> None:
         receive=end.receive,
     )
     seat, weights = make_worker(from_dict(settings["config"]), settings, slots, reports)
-    tally = tally_of(_mapped(settings["fds"]["tally"]))[settings["worker"]]
+    tallies = tally_of(_mapped(settings["fds"]["tally"]))
     with contextlib.suppress(PeerLost):
-        run_acting_worker(seat, weights, slots, tally=tally, reports=reports)
+        run_acting_worker(
+            seat, weights, slots, tallies=tallies, worker=settings["worker"], reports=reports
+        )
     seat.pool.close()
     gc.freeze()  # else Python's last search for garbage goes through all of torch for a second
 

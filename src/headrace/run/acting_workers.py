@@ -37,9 +37,10 @@ from headrace.weights import SharedWeights, Weights, shared_nbytes
 
 WORKER_MODULE = "headrace.run.acting_worker"
 
-STEPS, BEATS, UNFINISHED, DROPPED = range(4)
+STEPS, BEATS, UNFINISHED, DROPPED, ENOUGH = range(5)
 """Columns of the tally: agent steps, rounds of the loop (waiting ones too), unrolls under
-construction that have rows, unrolls dropped."""
+construction that have rows, unrolls dropped; in the first row, at how many steps of all that live
+they pause, for the parent to say."""
 _TALLY_ROW = 8  # int64: a cache line for each worker
 
 
@@ -168,6 +169,8 @@ class ActingWorkers:
         self._tally = tally_of(tally)
         self._beats = np.zeros(workers, np.int64)  # at the last check
         self._steps_before = 0  # of workers that are dead
+        self._most_steps = 2**62
+        self.pause_at(self._most_steps)
         self._dropped_before = 0
         self._waits: list[Mapping[str, float]] = []
         self._on_episodes: OnEpisodes = _nobody
@@ -189,6 +192,14 @@ class ActingWorkers:
             on_death=self._bury,
             on_message=on_message,
         )
+
+    def pause_at(self, agent_steps: int) -> None:
+        """Has all workers pause once they have made so many steps: less than a batch of each more.
+
+        They look before every batch, so the learner may be in an update.
+        """
+        self._most_steps = agent_steps
+        self._tally[0, ENOUGH] = agent_steps - self._steps_before
 
     @property
     def agent_steps(self) -> int:
@@ -286,7 +297,8 @@ class ActingWorkers:
         row = self._tally[worker]
         self._steps_before += int(row[STEPS])
         self._dropped_before += int(row[DROPPED] + row[UNFINISHED])
-        row[:] = 0
+        row[:ENOUGH] = 0
+        self.pause_at(self._most_steps)
         self._beats[worker] = 0
 
     def _label(self, worker: int) -> str:

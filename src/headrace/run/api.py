@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from headrace.config import (
     to_toml,
 )
 from headrace.errors import ConfigError
+from headrace.length import clock_from
 from headrace.pools.listener import check_listen
 from headrace.presets.complete import completed_as_typed, make_config
 from headrace.run.local import Hooks, TrainResult, run_training
@@ -106,8 +109,15 @@ def prepare(
     return Prepared(full, RunDirectory.create(path, to_toml(full)), False, True)
 
 
-def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
-    """Trains a prepared run; messages are logged as well."""
+def start(
+    prepared: Prepared, hooks: Hooks, *, clock_s: Callable[[], float] | None = None
+) -> TrainResult:
+    """Trains a prepared run; messages are logged as well.
+
+    `clock_s` says how many seconds have passed since the user asked for it; None: it begins now. On
+    a cluster the clock is the learner's, and begins with its process.
+    """
+    clock_s = clock_s or clock_from(time.monotonic())
 
     def tell(text: str) -> None:
         logger.info(without_token(text))
@@ -115,7 +125,8 @@ def start(prepared: Prepared, hooks: Hooks) -> TrainResult:
 
     with log_to(prepared.directory.log_path):
         on_cluster = bool(prepared.config.cluster.cluster)
-        drive = _cluster().run_on_cluster if on_cluster else run_training
+        here = partial(run_training, clock_s=clock_s)
+        drive = _cluster().run_on_cluster if on_cluster else here
         return drive(
             prepared.config,
             prepared.directory,
@@ -148,12 +159,13 @@ def train(
         trust_code: On resume: whether to import code that the run names from outside headrace.
 
     Returns:
-        The run directory, its last row of metrics, and whether total_frames was reached.
+        The run directory, its last row of metrics, and whether it has come to its end.
 
     Raises:
         ConfigError: something was wrong before anything started.
         TrainingDiverged: a loss or a gradient was not finite.
     """
+    clock_s = clock_from(time.monotonic())
     prepared = prepare(config, resume=resume, changes=changes, trust_code=trust_code)
     hooks = Hooks(
         on_row=on_row or (lambda _: None),
@@ -161,7 +173,7 @@ def train(
         on_checkpoint=on_checkpoint or (lambda _: None),
         on_message=lambda _: None,
     )
-    return start(prepared, hooks)
+    return start(prepared, hooks, clock_s=clock_s)
 
 
 def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code: bool) -> RunConfig:

@@ -27,8 +27,9 @@ from headrace.run.cluster_hosts import Hosts
 from headrace.run.cluster_learner import Job, LearnerSeat
 from headrace.run.cluster_member import Site
 from headrace.run.cluster_ray import connected, ensure_allowed
-from headrace.run.local import Hooks, Stop, TrainResult, stop_signals
+from headrace.run.local import Hooks, TrainResult
 from headrace.run.report import Row
+from headrace.run.stop import Stop, stop_signals
 from headrace.telemetry.record import MetricsWriter, RunDirectory
 
 NODES_S = 2.0
@@ -63,7 +64,7 @@ def check_cluster(config: RunConfig) -> None:
 def run_on_cluster(
     config: RunConfig, run: RunDirectory, *, resume: bool, hooks: Hooks, trust_code: bool
 ) -> TrainResult:
-    """Trains on the cluster that `config.cluster` names, until total_frames or a signal.
+    """Trains on the cluster that `config.cluster` names, until its end or a signal.
 
     `on_update` is not called: what it gets lies on the learner's device.
 

@@ -17,11 +17,14 @@ import threading
 import time
 from pathlib import Path
 
+from headrace import STARTED_S
 from headrace.config import from_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError, PeerLost
+from headrace.length import clock_from
 from headrace.pools.processes import WorkerEnd
-from headrace.run.local import Hooks, Stop, run_training, stop_signals
+from headrace.run.local import Hooks, run_training
 from headrace.run.report import Row
+from headrace.run.stop import Stop, stop_signals
 from headrace.telemetry.record import RunDirectory
 
 _AGAIN_S = 0.1
@@ -131,7 +134,12 @@ def run_learner(end: WorkerEnd, told: Told, stop: Stop) -> None:
     if stop.requested:  # before it began
         return
     result = run_training(
-        config, run, resume=resume, hooks=hooks, trust_code=settings["trust_code"]
+        config,
+        run,
+        resume=resume,
+        hooks=hooks,
+        trust_code=settings["trust_code"],
+        clock_s=clock_from(STARTED_S),
     )
     end.status({"done": {"metrics": result.metrics, "finished": result.finished}})
 

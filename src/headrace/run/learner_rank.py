@@ -142,11 +142,20 @@ class RankSession:
         """Whether all have agreed to end."""
         return self.meeting is None or self.meeting.over
 
+    def enough(self) -> bool:
+        """Whether it has made its part of the steps."""
+        return self.meeting is None or self.meeting.enough()
+
     def learn(self, timeout_s: float) -> None:
         """Takes one update if all learners have a batch."""
         if self.meeting is not None:
             learn_together(
-                self.learner, self.meeting, timeout_s=timeout_s, waits=self.waits, stop=False
+                self.learner,
+                self.meeting,
+                timeout_s=timeout_s,
+                waits=self.waits,
+                stop=False,
+                elapsed_s=0.0,  # the first learner has the clock
             )
 
     def attend(self) -> None:

@@ -17,8 +17,6 @@ lockstep, nothing depends on timing.
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +36,7 @@ from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
 from headrace.records import Update
 from headrace.run import saving
+from headrace.run.acting_workers import ActingWorkers
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
 from headrace.run.learners import OtherLearners, other_learners
@@ -45,6 +44,7 @@ from headrace.run.meeting import Meeting, in_turns_together, learn_together
 from headrace.run.report import Reporter, Row
 from headrace.run.roles import Roles
 from headrace.run.share import Share, learner_devices, share_config
+from headrace.run.stop import Stop, stop_signals
 from headrace.run.system import keep_memory
 from headrace.run.validate import say_if_short
 from headrace.run.warmup import own_stream, warm_up
@@ -57,7 +57,6 @@ from headrace.telemetry.wandb_log import WandbLog
 _POLL_S = 0.2  # how often a waiting learner looks after the server and the clock
 _SILENCE_S = 120.0  # longest that a native pool may take for one batch
 _JOIN_S = 10.0
-_SAME_SIGNAL_S = 0.5
 
 
 class TrainResult(NamedTuple):
@@ -65,7 +64,7 @@ class TrainResult(NamedTuple):
 
     run: Path  # the run directory
     metrics: Row  # the last row of metrics.jsonl
-    finished: bool  # False if it was stopped before total_frames
+    finished: bool  # False if it was stopped before its end
 
 
 class Hooks(NamedTuple):
@@ -78,40 +77,18 @@ class Hooks(NamedTuple):
     on_listen: Callable[[str], None] = lambda _: None  # HOST:PORT, where worker hosts may come
 
 
-class Stop:
-    """Whether the run was asked to end. The first signal saves and ends; a second ends at once."""
-
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self.requested = False
-        self._now_s, self._since_s = now_s, 0.0
-
-    def __call__(self, signum: int, _frame: object) -> None:
-        """Handles a signal; one that comes at once again is the same: timeout(1) sends it twice."""
-        if not self.requested:
-            self.requested, self._since_s = True, self._now_s()
-        elif self._now_s() - self._since_s >= _SAME_SIGNAL_S:
-            os._exit(128 + signum)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turns Ctrl-C and SIGTERM into `Stop.requested` for the block, if in the main thread."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_training(
-    config: RunConfig, run: RunDirectory, *, resume: bool, hooks: Hooks, trust_code: bool
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    hooks: Hooks,
+    trust_code: bool,
+    clock_s: Callable[[], float],
 ) -> TrainResult:
-    """Trains until total_frames or a signal; saves at intervals and at the end.
+    """Trains until total_frames, total_minutes or a signal; saves at intervals and at the end.
+
+    `clock_s` says how many seconds this session of the run has taken, its start included.
 
     Raises:
         ConfigError: something does not fit, or another process trains this run.
@@ -146,9 +123,7 @@ def run_training(
             share=share,
         )
         stack.callback(parts.close)
-        sources = [parts.source, *(seat.pool for seat in parts.seats)]
-        for address in filter(None, (getattr(source, "address", "") for source in sources)):
-            hooks.on_listen(address)
+        _say_addresses(parts, hooks)
         torch.set_num_threads(parts.compute.threads)
         if parts.compute.needs_warm_up:
             hooks.on_message("compiling and capturing; the first run takes a minute or more")
@@ -159,6 +134,9 @@ def run_training(
             run.rewrite_config(to_toml(config))
             checkpoint = None  # its files are mapped, and would keep their place on the disk
         group = None if others is None else others.connect(parts)
+        if isinstance(parts.source, ActingWorkers):  # before they have weights, and begin
+            most = -(-config.total_frames // parts.spec.action_repeat)
+            parts.source.pause_at(most - before.agent_steps)
         learner = Learner(
             parts.algorithm,
             parts.feed,
@@ -176,16 +154,18 @@ def run_training(
             eval_episodes,
             interval_s=config.log_interval_s,
             agent_steps=before.agent_steps,
-            elapsed_s=before.elapsed_s,
+            elapsed_s=lambda: before.elapsed_s + clock_s(),
         )
         meeting = None
         if group is not None:
             meeting = Meeting(group, parts, config=config, agent_steps=before.agent_steps)
             reporter.others = meeting.read_others
         resumed_at = reporter.env_frames if resume else None
-        wandb = None
-        if config.wandb:
-            wandb = WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
+        wandb = (
+            WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
+            if config.wandb
+            else None
+        )
         writer = stack.enter_context(
             MetricsWriter(run, config.tensorboard, resumed_at, wandb=wandb)
         )
@@ -217,6 +197,13 @@ def run_training(
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
 
 
+def _say_addresses(parts: Parts, hooks: Hooks) -> None:
+    """Tells where worker hosts may come, if they may."""
+    sources = [parts.source, *(seat.pool for seat in parts.seats)]
+    for address in filter(None, (getattr(source, "address", "") for source in sources)):
+        hooks.on_listen(address)
+
+
 class Drivable(Protocol):
     """What the loops below need: a `Session`, or a benchmark's window."""
 
@@ -225,6 +212,9 @@ class Drivable(Protocol):
 
     def over(self) -> bool:
         """Whether to end."""
+
+    def enough(self) -> bool:
+        """Whether no more steps are wanted; asked by the server's thread, before each batch."""
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`."""
@@ -257,13 +247,18 @@ class Session:
 
     def progress(self) -> float:
         """Share of the run that is done."""
-        return min(1.0, self.reporter.env_frames / self.config.total_frames)
+        reporter = self.reporter
+        return self.config.length.progress(reporter.env_frames, reporter.elapsed_s)
 
     def over(self) -> bool:
         """Whether the run is complete, or was asked to end."""
         if self.meeting is not None:  # then all end together
             return self.meeting.over
         return self.stop.requested or self.progress() >= 1.0
+
+    def enough(self) -> bool:
+        """Whether no more steps are wanted, although the learner may be in its last update."""
+        return self.over() if self.meeting is None else self.meeting.enough()
 
     def drive(self) -> None:
         """Trains until it is over."""
@@ -284,7 +279,12 @@ class Session:
         else:
             with self.others.blamed():
                 update = learn_together(
-                    learner, self.meeting, timeout_s=timeout_s, waits=waits, stop=wanted
+                    learner,
+                    self.meeting,
+                    timeout_s=timeout_s,
+                    waits=waits,
+                    stop=wanted,
+                    elapsed_s=self.reporter.elapsed_s,
                 )
         if update is not None:
             self._newest = update
@@ -358,7 +358,14 @@ def train_overlapped(session: Drivable) -> None:
         torch.set_num_threads(parts.compute.threads)
         try:
             with own_stream(parts.compute.acting):
-                run_server(parts.seats, parts.weights, parts.queue, ended, waits=session.waits)
+                run_server(
+                    parts.seats,
+                    parts.weights,
+                    parts.queue,
+                    ended,
+                    waits=session.waits,
+                    enough=session.enough,
+                )
         except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
             failed.set_exception(error)
 

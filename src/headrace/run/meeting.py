@@ -45,17 +45,15 @@ class Meeting:
         self._others = Counts()
         self._parts = parts
         self._frames_per_step = parts.spec.action_repeat
-        self._total_frames = config.total_frames
+        self._length = config.length
         self._agent_steps_before = agent_steps
-        self._agent_steps = agent_steps
+        self.progress = 0.0
+        """Share of the run that was done when they last met, the same for all."""
+        self._own_end = 0  # own agent steps at which this one has made its part of what is left
+        self._count(agent_steps, own_steps=0, elapsed_s=0.0)
         # In lockstep after every batch of every pool: by the clock there would be no one order.
         self._every_s = 0.0 if config.lockstep else POLL_S
         self._met_s = time.monotonic()
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that was done when they last met."""
-        return min(1.0, self._agent_steps * self._frames_per_step / self._total_frames)
 
     def read_others(self) -> Counts:
         """Returns what all but this one had counted when they last met."""
@@ -63,26 +61,42 @@ class Meeting:
 
     def due(self) -> bool:
         """Whether to meet the others, batch or not."""
-        return time.monotonic() - self._met_s >= self._every_s
+        return self.enough() or time.monotonic() - self._met_s >= self._every_s
 
-    def meet(self, *, ready: bool, stop: bool) -> bool:
+    def enough(self) -> bool:
+        """Whether this one has made its part of the steps that were left when they last met."""
+        return self._parts.source.agent_steps >= self._own_end
+
+    def meet(self, *, ready: bool, stop: bool, elapsed_s: float) -> bool:
         """Waits for all learners; returns whether each has a batch, and the run goes on.
 
         Args:
             ready: Whether this one has a batch.
             stop: Whether it wants the run to end; the first learner's wish counts.
+            elapsed_s: What the run has taken; the first learner's clock counts.
 
         Raises:
             ExchangeFailed: another learner is gone.
         """
-        rows = self.group.meet([ready, stop, *counts_of(self._parts)])
+        own = counts_of(self._parts)
+        rows = self.group.meet([ready, stop, round(1000 * elapsed_s), *own])
         self._met_s = time.monotonic()
-        counts = [Counts(*row[2:]) for row in rows]
+        counts = [Counts(*row[3:]) for row in rows]
         others = (one for rank, one in enumerate(counts) if rank != self.group.rank)
         self._others = Counts(*map(sum, zip(*others, strict=True)))
-        self._agent_steps = self._agent_steps_before + sum(one.agent_steps for one in counts)
+        self._count(
+            self._agent_steps_before + sum(one.agent_steps for one in counts),
+            own_steps=own.agent_steps,
+            elapsed_s=rows[0][2] / 1000,
+        )
         self.over = bool(rows[0][1]) or self.progress >= 1.0
         return all(row[0] for row in rows) and not self.over
+
+    def _count(self, agent_steps: int, *, own_steps: int, elapsed_s: float) -> None:
+        env_frames = agent_steps * self._frames_per_step
+        self.progress = self._length.progress(env_frames, elapsed_s)
+        left = self._length.total_frames - env_frames
+        self._own_end = own_steps + -(-left // (self._frames_per_step * self.group.count))
 
 
 class Together(Protocol):
@@ -118,12 +132,21 @@ def in_turns_together(session: Together) -> None:
 
 
 def learn_together(
-    learner: Learner, meeting: Meeting, *, timeout_s: float, waits: Waits, stop: bool
+    learner: Learner,
+    meeting: Meeting,
+    *,
+    timeout_s: float,
+    waits: Waits,
+    stop: bool,
+    elapsed_s: float,
 ) -> Update | None:
-    """Takes one update if all have a batch; else keeps its own for the next call."""
+    """Takes one update if all have a batch; else keeps its own for the next call.
+
+    `stop` and `elapsed_s` are told at the meeting; see `Meeting.meet`.
+    """
     ready = learner.hold(timeout_s=min(timeout_s, POLL_S), waits=waits)
     before_s = time.perf_counter()
-    goes_on = meeting.meet(ready=ready, stop=stop)
+    goes_on = meeting.meet(ready=ready, stop=stop, elapsed_s=elapsed_s)
     if ready:
         waits.add("learner_for_learners", time.perf_counter() - before_s)
     if not goes_on:

@@ -84,15 +84,15 @@ class Reporter:
         *,
         interval_s: float,
         agent_steps: int,
-        elapsed_s: float,
+        elapsed_s: Callable[[], float],
     ) -> None:
-        """Goes on from `agent_steps` and `elapsed_s` of earlier sessions of the run."""
+        """Goes on from `agent_steps` of earlier sessions; `elapsed_s` is the whole run's clock."""
         self.others: Callable[[], Counts] = Counts
         """What other learners have counted; rows are of all, but for waits, losses and replay."""
         self._parts, self._learner, self._waits = parts, learner, waits
         self._episodes, self._eval_episodes = episodes, eval_episodes
         self._interval_s = interval_s
-        self._agent_steps_before, self._elapsed_before_s = agent_steps, elapsed_s
+        self._agent_steps_before, self._elapsed_s = agent_steps, elapsed_s
         self._start_s = self._last_s = time.monotonic()
         self._steps = Rate("agent_steps", self._start_s)
         self._updates = Rate("updates", self._start_s)
@@ -118,8 +118,8 @@ class Reporter:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, earlier sessions included."""
-        return self._elapsed_before_s + time.monotonic() - self._start_s
+        """Seconds that the run has taken: every session from its start, imports included."""
+        return self._elapsed_s()
 
     def episode_counters(self) -> dict[str, float | int | None]:
         """Returns what the statistics of a resumed run start from; None for no maximum yet."""

@@ -38,6 +38,7 @@ OnEpisodes = Callable[[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]
 """Told of episodes that ended: env ids, raw returns, lengths in agent steps, numbers of the last
 `info` (empty where an environment gave none)."""
 
+_ENOUGH_POLL_S = 0.005  # how often a server with nothing to do looks whether it has
 _QUEUE_POLL_S = 0.2  # how often a waiting server looks whether it should stop
 
 
@@ -217,9 +218,16 @@ def run_server(
     *,
     waits: Waits,
     timeout_s: float = 1.0,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serves the seats in turn until `stop`; waits while the learner is behind by a full queue."""
+    """Serves the seats in turn until `stop`; waits while the learner is behind by a full queue.
+
+    And while `enough` says that no more steps are wanted, which is asked before each round.
+    """
     while not stop.is_set():
+        if enough():
+            stop.wait(_ENOUGH_POLL_S)
+            continue
         for place, seat in enumerate(seats):
             # Training waits for nobody's evaluation.
             seat.serve(weights.pull, 0.0 if place else timeout_s, waits)

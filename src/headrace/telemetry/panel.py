@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.length import Length
 from headrace.telemetry.wording import (
     MISSING,
     Row,
@@ -61,7 +62,7 @@ _OF_CRITICS = (
 )
 
 
-def render(title: str, row: Row, total_env_frames: int, eta_s: float) -> RenderableType:
+def render(title: str, row: Row, length: Length, eta_s: float) -> RenderableType:
     """Draws one row as a panel."""
     columns = Table.grid(expand=True, padding=(0, 2))
     columns.add_column(ratio=1)
@@ -71,7 +72,7 @@ def render(title: str, row: Row, total_env_frames: int, eta_s: float) -> Rendera
     columns.add_row(_learning(row), _run(row))
     precision = row.get("precision", MISSING)
     panel = Panel(
-        Group(_progress_line(row, total_env_frames, eta_s), "", columns, "", _pipeline(row)),
+        Group(_progress_line(row, length, eta_s), "", columns, "", _pipeline(row)),
         title=Text(f" headrace  {title} ", style="bold"),
         title_align="left",
         subtitle=Text(f" {precision}  {clock(number(row, 'elapsed_s'))} ", style="dim"),
@@ -83,17 +84,32 @@ def render(title: str, row: Row, total_env_frames: int, eta_s: float) -> Rendera
     return Constrain(panel, _WIDEST_COLUMNS)
 
 
-def _progress_line(row: Row, total_env_frames: int, eta_s: float) -> Table:
+def done(row: Row, length: Length) -> float:
+    """Returns the share of the run that is done."""
+    return length.progress(number(row, "env_frames"), number(row, "elapsed_s"))
+
+
+def far(row: Row, length: Length, of: str) -> str:
+    """Says how far the run is of what ends it: frames, or minutes where they are ahead."""
     frames = number(row, "env_frames")
+    elapsed_s = number(row, "elapsed_s")
+    if length.share_of_minutes(elapsed_s) > frames / length.total_frames:
+        whole = clock(60 * (length.total_minutes or 0))
+        return f"{clock(elapsed_s)}{of}{whole}, {short(frames)} frames"
+    return f"{short(frames)}{of}{short(length.total_frames)} frames"
+
+
+def _progress_line(row: Row, length: Length, eta_s: float) -> Table:
+    part = done(row, length)
     line = Table.grid(expand=True, padding=(0, 2, 0, 0))
     line.add_column(justify="right", style="bold cyan", no_wrap=True)
     line.add_column(ratio=1)
     line.add_column(no_wrap=True)
     line.add_column(justify="right", no_wrap=True)
     line.add_row(
-        share(frames, total_env_frames),
-        _bar(frames / total_env_frames if total_env_frames else math.nan, "cyan"),
-        f"{short(frames)} of {short(total_env_frames)} frames",
+        share(part),
+        _bar(part, "cyan"),
+        far(row, length, " of "),
         Text.assemble(("ETA ", "dim"), (clock(eta_s), "bold")),
     )
     return line

@@ -16,7 +16,8 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.live import Live
 
-from headrace.telemetry.panel import render
+from headrace.length import Length
+from headrace.telemetry.panel import done, far, render
 from headrace.telemetry.wording import MISSING, Row, clock, fixed, number, plain, share, short, some
 
 _LIVE_INTERVAL_S = 1.0
@@ -34,7 +35,7 @@ class Display(Protocol):
 
 @contextmanager
 def open_display(
-    total_env_frames: int,
+    length: Length,
     title: str,
     *,
     stream: TextIO | None = None,
@@ -45,7 +46,7 @@ def open_display(
     """Shows the progress of a run for as long as the block runs; the last row is always shown.
 
     Args:
-        total_env_frames: where the run ends.
+        length: where the run ends.
         title: what is trained, in a few words.
         stream: where to write; standard output by default.
         live: a table that redraws itself (True) or plain lines (False); by default a table where
@@ -57,7 +58,7 @@ def open_display(
     console = Console(file=stream, highlight=False, force_terminal=live)
     if live is None:
         live = console.is_terminal and not console.is_dumb_terminal and not _is_ascii(console)
-    progress = _Progress(total_env_frames, now_s)
+    progress = _Progress(length, now_s)
     display: _LiveDisplay | _PlainDisplay
     if not live:
         display = _PlainDisplay(stream, title, progress, plain_interval_s)
@@ -81,8 +82,8 @@ def _is_ascii(console: Console) -> bool:
 class _Progress:
     """Time: when something was shown last, and how long the rest will take."""
 
-    def __init__(self, total_env_frames: int, now_s: Callable[[], float]) -> None:
-        self.total_env_frames = total_env_frames
+    def __init__(self, length: Length, now_s: Callable[[], float]) -> None:
+        self.length = length
         self._now_s = now_s
         self._shown_s = -math.inf
         self._first: tuple[float, float] | None = None  # (clock, env_frames) of the first row
@@ -108,7 +109,12 @@ class _Progress:
         pace = number(row, "env_frames_per_s")
         if now_s > first_s and env_frames > first_frames:
             pace = (env_frames - first_frames) / (now_s - first_s)
-        return max(0.0, self.total_env_frames - env_frames) / pace if pace > 0 else math.nan
+        left = max(0.0, self.length.total_frames - env_frames)
+        left_s = left / pace if pace > 0 else math.nan
+        if self.length.total_minutes is None:
+            return left_s
+        clock_s = max(0.0, 60 * self.length.total_minutes - number(row, "elapsed_s"))
+        return min(clock_s, left_s)  # the clock where there is no pace yet
 
 
 class _PlainDisplay:
@@ -122,7 +128,7 @@ class _PlainDisplay:
         self.message(title)
 
     def update(self, row: Row) -> None:
-        self._line = plain_line(row, self._progress.total_env_frames, self._progress.eta_s(row))
+        self._line = plain_line(row, self._progress.length, self._progress.eta_s(row))
         if self._progress.is_due(self._interval_s):
             self.draw()
 
@@ -157,19 +163,16 @@ class _LiveDisplay:
         """Draws the newest row."""
         if not self._row:
             return
-        table = render(self._title, self._row, self._progress.total_env_frames, self._eta_s)
+        table = render(self._title, self._row, self._progress.length, self._eta_s)
         self._region.update(table, refresh=True)
 
     def message(self, text: str) -> None:
         self._region.console.print(text, markup=False)
 
 
-def plain_line(row: Row, total_env_frames: int, eta_s: float) -> str:
+def plain_line(row: Row, length: Length, eta_s: float) -> str:
     """Says in one line how far the run is and how well it does; leaves out what is not known."""
-    frames = number(row, "env_frames")
-    parts = [
-        f"{short(frames)}/{short(total_env_frames)} frames ({share(frames, total_env_frames)})"
-    ]
+    parts = [f"{far(row, length, '/')} ({share(done(row, length))})"]
     for pattern, value in (
         ("{} frames/s", short(number(row, "env_frames_per_s"))),
         ("{} samples/s learned", short(number(row, "update_frame_rate_hz"))),

@@ -65,6 +65,10 @@ class Approach:
         held = not (limiter.may_insert(1) and limiter.may_sample(batch))
         return held or self._now_s() - self._since_s >= self._longest_s
 
+    def enough(self) -> bool:
+        """Never: the server goes on until it is over."""
+        return False
+
     def attend(self) -> None:
         """Has nothing else to do."""
 
