@@ -27,6 +27,7 @@ from headrace.learner.flattening import flatten
 from headrace.learner.group import ExchangeFailed, Group, connect, uses_nccl
 from headrace.learner.loop import Learner
 from headrace.networks.models import NetworkConfig, mlp
+from headrace.networks.normalizer import PixelNormalizer
 from headrace.records import Batch, PolicyInput, Update
 from headrace.run.meeting import share_learning
 from headrace.specs import EnvSpec
@@ -332,6 +333,21 @@ def test_two_learners_with_half_a_batch_are_one_with_all(make: Callable[[int], A
             continue
         torch.testing.assert_close(both[0][name], expected, rtol=2e-4, atol=2e-6, msg=name)
         assert torch.equal(both[0][name], both[1][name]), name
+
+
+def test_statistics_of_images_are_those_of_all_learners() -> None:
+    frames = torch.randint(0, 256, (60, 5, 6), generator=torch.Generator().manual_seed(1)).byte()
+    alone, halves = PixelNormalizer((5, 6)), Halves()
+    pair = [PixelNormalizer((5, 6)) for _ in range(2)]
+    for rank, normalizer in enumerate(pair):
+        normalizer.learners = halves.of(rank)
+    for start in (0, 20):
+        part = frames[start : start + 20]
+        alone.observe(part)
+        in_threads(2, lambda rank, part=part: pair[rank].observe(part[rank * 10 :][:10]))
+    for name, expected in alone.state_dict().items():
+        torch.testing.assert_close(pair[0].state_dict()[name], expected, msg=name)
+        assert torch.equal(pair[0].state_dict()[name], pair[1].state_dict()[name]), name
 
 
 class Shared:

@@ -16,6 +16,7 @@ from headrace.networks.models import NetworkConfig
 from headrace.networks.normalizer import ObservationNormalizer, Observer, PixelNormalizer
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
+from headrace.weights import acting_tensors
 
 CONFIG = NetworkConfig(normalize_observations=True)
 
@@ -157,6 +158,30 @@ def test_statistics_go_wherever_weights_go() -> None:
     loaded.load_state_dict(model.state_dict())
     assert loaded.normalizer is not None
     assert loaded.normalizer.total == 100
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_statistics_of_images_go_wherever_weights_go(precision: torch.dtype) -> None:
+    model = models.nature(make_spec(40, 40, dtype=np.uint8), CONFIG)
+    server = copy.deepcopy(model)
+    models.lower_precision(server, precision)
+    model.observe(images(50, 40, 40))
+    with torch.no_grad():  # as weights are published
+        torch._foreach_copy_(acting_tensors(server), acting_tensors(model))
+    observation = images(6, 40, 40, seed=2).view(2, 1, 3, 40, 40)
+    kept = server.torso.normalizer
+    assert kept.mean.dtype == torch.float64
+    assert torch.equal(kept.variance, model.torso.normalizer.variance)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
+        learner, acting = (net(inputs_of(observation), ())[0].value for net in (model, server))
+    torch.testing.assert_close(acting, learner, rtol=0.02, atol=0.02)
+    if precision == torch.float32:
+        assert torch.equal(acting, learner)
+    loaded = models.nature(make_spec(40, 40, dtype=np.uint8), CONFIG)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(
+        loaded(inputs_of(observation), ())[0].value, model(inputs_of(observation), ())[0].value
+    )
 
 
 def test_observing_is_seen_by_a_compiled_network() -> None:
