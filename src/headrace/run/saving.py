@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -199,7 +199,7 @@ def _filled(saved: Any, new: Any) -> Any:
     return new if saved is None or _lacks(saved, new) else saved
 
 
-def _is_optimizer(state: Any) -> bool:
+def _is_optimizer(state: Any) -> TypeGuard[dict[str, Any]]:
     """Whether this is the state of one of torch's optimisers, which is empty before a step."""
     return isinstance(state, dict) and state.keys() == {"state", "param_groups"}
 
