@@ -112,7 +112,7 @@ def test_an_unknown_game_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     ("text", "message"),
     [
         ("total_frames = ", "is not TOML"),
-        ("totl_frames = 5", "no setting named totl_frames; did you mean total_frames?"),
+        ("totl_frames = 5", "no setting named totl_frames; did you mean total_frames"),
         ("[learning]\ndiscont = 1", "no setting named learning.discont; did you mean discount?"),
         ('[learning]\ndiscount = "x"', "learning.discount must be a float, not 'x'"),
         ("env = 5", "env must be a str, not 5"),
