@@ -87,6 +87,8 @@ class Arguments:
     """Agent steps per unroll; None for the preset's."""
     batch_unrolls: int | None = None
     """Unrolls per update; None for the preset's."""
+    spread_unrolls: bool = True
+    """Whether environments end their unrolls at different steps, as in a run."""
     samples_per_insert: float | None = None
     """With a replay, times that a sequence is sampled; None for the preset's."""
     env_threads: int = 0
@@ -239,6 +241,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         arguments.policy,
         server={
             "inference_batch": arguments.inference_batch,
+            "spread_unrolls": arguments.spread_unrolls,
             **({} if num_envs is None else {"num_envs": num_envs}),
         },
         learning=learning_settings(
