@@ -18,6 +18,7 @@ from headrace.catalog import environment_family
 from headrace.config import from_dict
 from headrace.errors import ConfigError
 from headrace.presets import find
+from headrace.presets.complete import make_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def test_a_benchmark_takes_the_settings_of_the_preset() -> None:
     other = run_config(dataclasses.replace(asked, preset="sac-control"), server={})
     assert other.network == other_preset.network != preset.network
     assert other.env == "HalfCheetah-v5"
-    with pytest.raises(ConfigError, match="not one of sac"):
+    with pytest.raises(ConfigError, match="mujoco-impala is for impala, not sac"):
         run_config(dataclasses.replace(asked, preset="mujoco-impala"), server={})
 
 
@@ -184,6 +185,6 @@ def test_end_to_end_takes_turns_where_training_does(capsys: pytest.CaptureFixtur
     # Two updates a turn, so that a window from one to the next would have no step at all.
     argv = ("--algorithm", "ppo", "--unroll-steps", "4", "--seconds", "0.05")
     result = printed(capsys, "end-to-end", "--smoke", "--json", *argv)
-    passes = from_dict({"env": "catch", "algorithm": "ppo"}).learning.epochs
+    passes = make_config("catch", algorithm="ppo").learning.epochs
     assert result["samples_per_agent_step"] == pytest.approx(passes)  # in whole turns
     assert result["agent_steps_per_s"] > 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace import __version__, catalog
-from headrace.config import RunConfig
+from headrace.config import RunConfig, completed
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError, PeerLost
 from headrace.pools.link import Link, LinkConfig, sessions
 from headrace.pools.messages import describe, spec_difference
@@ -186,8 +186,11 @@ def read_welcome(welcome: Mapping[str, Any], *, cores: int, trust_code: bool) ->
         settings = family.config_type(
             **{name: as_tuples(value) for name, value in welcome["settings"].items()}
         )
-        config = RunConfig(
-            env=env, environment=settings, workers=workers, turns="on", env_threads=cores
+        config = completed(
+            RunConfig(
+                env=env, environment=settings, workers=workers, turns="on", env_threads=cores
+            ),
+            trust_code=trust_code,
         )
         theirs, seed = dict(welcome["spec"]), int(welcome["seed"])
         compression: Compression = "lz4" if welcome["compression"] == "lz4" else "off"
