@@ -42,12 +42,13 @@ _DESKTOP: dict[str, Any] = {
     "network": {"network": "impala_shallow", "lstm_size": 0, "normalize_observations": True},
     "learning": {
         **_IMPALA_ATARI["learning"],
+        "unroll_steps": 40,
         "batch_unrolls": 4,
         "entropy_cost": 0.003,
         "vtrace_lambda": 0.95,
         "optimizer": {
             "optimizer": "adam",
-            "learning_rate": 5e-4,
+            "learning_rate": 1.5e-3,
             "learning_rate_schedule": "linear",
             "optimizer_eps": 1e-5,
             "max_gradient_norm": 0.5,
