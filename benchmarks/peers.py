@@ -35,6 +35,11 @@ from peer_return import Trial, until_return
 START_TIMEOUT_S = 240.0
 """Added to warm-up and window: imports, compilation, and the last update of the window."""
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
+_SAME_JOB = (
+    *("--network", "nature", "--num-envs", "64", "--unroll-steps", "20", "--batch-unrolls", "32"),
+    "--no-normalize-observations",
+)
+"""What the peers do: frames scaled to [0, 1], batches of 640 samples."""
 
 
 def rate_command(contestant: Contestant, args: argparse.Namespace) -> list[str]:
@@ -43,7 +48,7 @@ def rate_command(contestant: Contestant, args: argparse.Namespace) -> list[str]:
     if contestant.peer is not None:
         return [*peer_command(contestant, args), *window]
     if args.job == "pong":
-        bench = [HEADRACE, "bench", "end-to-end", "--env", "ALE/Pong-v5", "--network", "nature"]
+        bench = [HEADRACE, "bench", "end-to-end", "--env", "ALE/Pong-v5", *_SAME_JOB]
         flags = [*contestant.flags, *args.headrace_flags]
         return [*bench, "--seconds", str(args.seconds), "--json", *flags]
     runner = [sys.executable, str(RUNNERS / "headrace_train.py"), *window, "--"]

@@ -16,7 +16,8 @@ from headrace.commands.settings import first_pass, read_request
 from headrace.config import from_dict
 from headrace.errors import ConfigError
 from headrace.presets import PRESETS
-from headrace.presets.complete import completed_as_typed
+from headrace.run.complete import completed_as_typed
+from headrace.run.validate import check
 from headrace.server.settings import ServerConfig
 
 MODULE = '''
@@ -40,6 +41,10 @@ IMAGE = gym.spaces.Box(0, 255, (40, 40, 3), np.uint8)
 BOTH = gym.spaces.Dict({"camera": IMAGE, "speed": VECTOR})
 LEFT_RIGHT, PUSH = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,), np.float32)
 
+def sized(size): return Plain(gym.spaces.Box(-1, 1, (size,), np.float32), LEFT_RIGHT)
+def crash():
+    import os
+    os._exit(3)
 def vector_discrete(): return Plain(VECTOR, LEFT_RIGHT)
 def vector_continuous(): return Plain(VECTOR, PUSH)
 def image_discrete(): return Plain(IMAGE, LEFT_RIGHT)
@@ -147,21 +152,65 @@ def test_an_environment_of_ones_own_gets_settings_of_its_kind(algorithm: str, en
     if (algorithm == "r2d2" and is_continuous) or (algorithm == "sac" and not is_continuous):
         pytest.skip(f"{algorithm} does not take these actions")
     config = make_config(f"likes:{env}", algorithm=algorithm)
+    check(config)  # the network can be built, and makes an update before the end
     assert config.preset
     assert PRESETS[config.preset].values.get("algorithm", "impala") == algorithm
     assert config.total_frames <= 2_000_000
     assert config.learning.reward_transform != "clip"
     assert config.learning.optimizer.optimizer == "adam"
-    if algorithm != "r2d2" or env == "image_discrete":
-        assert config.network.normalize_observations
+    assert config.network.normalize_observations
     if env in ("image_discrete", "both_discrete"):
         assert "images" in config.preset
+
+
+def test_an_environment_may_need_its_flags_to_be_made_at_all() -> None:
+    config = typed('likes:sized --env-kwargs {"size":5}')
+    assert config == make_config("likes:sized", env_kwargs='{"size":5}')
+    assert config.preset == "control"
+
+
+def test_an_environment_that_ends_the_process_is_named() -> None:
+    with pytest.raises(ConfigError, match="likes:crash cannot be used: .* exit code 3"):
+        make_config("likes:crash")
+
+
+@pytest.mark.parametrize("algorithm", ["impala", "ppo"])
+def test_an_lstm_may_be_asked_for(algorithm: str) -> None:
+    config = typed(f"likes:vector_discrete --algorithm {algorithm} --lstm-size 16")
+    assert config.network.lstm_size == 16
+    assert not config.network.separate_value
+    check(config)
+    assert make_config("likes:vector_discrete", algorithm=algorithm, lstm_size=16) == config
+
+
+def test_actions_that_a_rule_cannot_take_are_said_to_be_so() -> None:
+    with pytest.raises(ConfigError, match="need continuous actions .* use --algorithm r2d2"):
+        check(make_config("likes:vector_discrete", algorithm="sac"))
+    with pytest.raises(ConfigError, match="needs one discrete action"):
+        check(make_config("likes:vector_continuous", algorithm="r2d2"))
+
+
+def test_sections_given_whole_are_not_judged_by_what_they_replace() -> None:
+    config = make_config(
+        "ALE/Pong-v5", algorithm="r2d2", evaluator={"evaluator": True}, server=ServerConfig()
+    )
+    assert config.evaluator.evaluator
+    assert config.server == ServerConfig()
+
+
+def test_a_config_that_is_complete_stays_as_it_is() -> None:
+    for config in (make_config("likes:cart"), make_config("recall", algorithm="r2d2")):
+        assert completed_as_typed(config) == config
+    plain = from_dict({"env": "CartPole-v1"})
+    assert completed_as_typed(plain) == plain
 
 
 def test_a_rule_of_the_users_keeps_its_own_settings_and_gets_the_rest(tmp_path: Path) -> None:
     (tmp_path / "rules.py").write_text(
         "from headrace.algorithms.impala import Impala\nclass Mine(Impala): pass\n"
+        "from headrace.algorithms.r2d2 import R2d2\nclass Values(R2d2): pass\n"
     )
+    check(make_config("likes:vector_discrete", algorithm="rules:Values"))
     config = make_config("likes:vector_discrete", algorithm="rules:Mine")
     control = PRESETS["control"].values
     assert config.preset == ""

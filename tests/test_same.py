@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headrace.commands.settings import first_pass, read_request
+from headrace.run.validate import check
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "same"
 
 
@@ -155,3 +158,9 @@ def test_two_runs_of_one_commit_are_the_same() -> None:
         ["same", n] for n in names
     ], done.stdout + done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", list(same.RUNS))
+def test_every_run_is_one_that_headrace_takes(name: str) -> None:
+    chosen, rest = first_pass([*same.RUNS[name].split(), *same.COMMON])
+    check(read_request(chosen, rest, prog="headrace train ENV", description="").config)

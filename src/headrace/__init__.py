@@ -31,7 +31,7 @@ _PUBLIC = {  # imported when first used, so that `import headrace` is quick
     "TrainingDiverged": "headrace.errors",
     "evaluate": "headrace.run.evaluate",
     "load": "headrace.run.policy",
-    "make_config": "headrace.presets.complete",
+    "make_config": "headrace.run.complete",
     "preset": "headrace.run.api",
     "train": "headrace.run.api",
 }

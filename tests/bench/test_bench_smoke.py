@@ -18,7 +18,7 @@ from headrace.catalog import environment_family
 from headrace.config import from_dict
 from headrace.errors import ConfigError
 from headrace.presets import find
-from headrace.presets.complete import make_config
+from headrace.run.complete import make_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

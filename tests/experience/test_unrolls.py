@@ -355,7 +355,7 @@ def test_ends_of_unrolls_stay_spread_when_environments_are_killed() -> None:
     num_envs, unroll_steps, batch_unrolls = 32, 20, 4
     stream = Stream(num_envs, frame_stack=3, unroll_steps=unroll_steps)
     table = make_table(stream)
-    table.spread_over = num_envs
+    table.spreads_ends = True
     rng = np.random.default_rng(3)
     silent_until, restarted = np.zeros(4, np.int64), [False] * 4
     came: dict[tuple[int, int], list[list[int]]] = {}

@@ -13,7 +13,7 @@ from rich.table import Table
 from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
-from headrace.presets.complete import complete
+from headrace.run.complete import complete
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,8 @@ class PolicyArguments:
     """Name in the catalog, or auto; None for the preset's."""
     lstm_size: int | None = None
     """Width of the LSTM after the torso, 0 for none; None for the preset's."""
+    normalize_observations: bool | None = None
+    """Whether observations are normalised; None for the preset's choice."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -73,7 +75,11 @@ def run_config(
         "inference": "server",  # a stage alone is one of this process, wherever a run has it
         "network": {
             key: value
-            for key, value in (("network", policy.network), ("lstm_size", policy.lstm_size))
+            for key, value in (
+                ("network", policy.network),
+                ("lstm_size", policy.lstm_size),
+                ("normalize_observations", policy.normalize_observations),
+            )
             if value is not None
         },
         "server": {"inference_batch": 0, "eval_envs": 0, **server},

@@ -11,9 +11,18 @@ from typing import Any, NamedTuple
 import tyro
 
 from headrace import presets
-from headrace.config import RunConfig, merged, read_toml, to_dict
+from headrace.config import (
+    DEFAULT_ALGORITHM,
+    RunConfig,
+    merged,
+    read_toml,
+    section,
+    section_types,
+    to_dict,
+)
 from headrace.errors import ConfigError
-from headrace.presets.complete import complete
+from headrace.networks.config import NetworkConfig
+from headrace.run.complete import complete, layer_below
 
 
 class Request(NamedTuple):
@@ -66,15 +75,15 @@ def read_request(
     """
     file = read_toml(Path(chosen.config)) if chosen.config else {}
     named = {key: getattr(chosen, key) for key in ("env", "algorithm", "preset")}
-    if "-h" in rest or "--help" in rest:
+    wants_help = "-h" in rest or "--help" in rest
+    if wants_help:
         named["env"] = chosen.env or file.get("env") or "ALE/Pong-v5"
     given = merged(file, {key: value for key, value in named.items() if value})
-    base = complete(given)
+    layer = None
+    if isinstance(given.get("env"), str) and not wants_help:
+        layer = layer_below(merged(given, _peeked(given, rest)))
+    base = complete(given, layer)
     config = parse_flags(base, rest, prog=prog, description=description)
-    if config.environment != base.environment and not given.get("preset"):
-        # Other observations, perhaps, and so other settings below the flags.
-        base = complete({**given, "environment": config.environment})
-        config = parse_flags(base, rest, prog=prog, description=description)
     flags = difference(to_dict(base), to_dict(config))
     own = presets.find(chosen.preset).values if chosen.preset else {}
     asked = merged(merged(own, file), flags)
@@ -83,18 +92,38 @@ def read_request(
     return Request(config, asked, frozenset(pinned | set(_leaves(file))))
 
 
+def _peeked(given: Mapping[str, Any], rest: list[str]) -> dict[str, Any]:
+    """Reads the flags that decide what lies below all flags: the environment's, and the LSTM's."""
+    rule = given.get("algorithm", DEFAULT_ALGORITHM)
+    kinds = {
+        "environment": section_types(given["env"], rule)["environment"],
+        "network": NetworkConfig,
+    }
+    found = {}
+    for name, kind in kinds.items():
+        found[name], _ = tyro.cli(
+            tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type]
+            args=_whole_numbers(rest),
+            default=section(kind, given.get(name, {}), name),
+            return_unknown_args=True,
+        )
+    return {
+        "environment": found["environment"],
+        "network": {"lstm_size": found["network"].lstm_size},
+    }
+
+
 def values_for_file(request: Request, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a --config file must say for `request` with `chosen` on top, and little else.
 
     That is what was asked for and what was chosen. `train --config` lays them over the preset that
-    the environment takes unasked: where that sets more than the preset that was asked for, this is
-    said too.
+    they name: where that sets more than was wanted, this is said too.
 
     Raises:
         ConfigError: a setting is None where that preset has a value: TOML cannot say so.
     """
     config = request.config
-    named = {"env": config.env, "algorithm": config.algorithm}
+    named = {"env": config.env, "algorithm": config.algorithm, "preset": config.preset}
     wanted = merged(to_dict(config), chosen)
     values = merged(merged(named, request.asked), chosen)
     got = to_dict(complete(values))
@@ -102,9 +131,8 @@ def values_for_file(request: Request, chosen: Mapping[str, Any]) -> dict[str, An
     lost = set(_leaves(got)) - set(_leaves(wanted))
     if lost:
         raise ConfigError(
-            f"{min(lost)} is None, and a TOML file cannot say so where preset {got['preset']} has "
-            f"a value: "
-            f"give --{min(lost).replace('_', '-')} a value"
+            f"{min(lost)} is None, and a TOML file cannot say so where a preset has a value: give "
+            f"--{min(lost).replace('_', '-')} a value"
         )
     return values
 

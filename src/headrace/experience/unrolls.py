@@ -97,8 +97,8 @@ class UnrollTable:
         """Number in the run of the environment that is 0 here."""
         self.generation = 0
         """How many wrote here before, for the same environments: their run ids are others."""
-        self.spread_over = 0
-        """N: environments of all tables over which ends of unrolls are spread; 0 not to."""
+        self.spreads_ends = False
+        """Whether the environments that write here end their unrolls in different steps."""
         self.queue = queue
         for_replay = experience.replay is not None
         self.rows = experience.unroll_steps + 1
@@ -271,10 +271,10 @@ class UnrollTable:
         The others say where all are in their common round of T steps: most of them, since those
         who were started at another time, or step more slowly, may be elsewhere.
         """
-        if not self.spread_over:
+        if not self.spreads_ends:
             return 0
         steps = self.rows - 1
-        phase = (self.first_env + np.arange(len(self._row))) * steps // self.spread_over
+        phase = np.arange(len(self._row)) * steps // len(self._row)
         running = self._run_id >= 0
         clock = np.bincount((self._row + phase)[running] % steps, minlength=1).argmax()
         return -((phase[env] - clock) % steps)

@@ -66,7 +66,7 @@ class NetworkConfig:
         if self.separate_value and self.has_action_values:
             raise ConfigError(
                 f"separate_value goes with a policy and a value, not with heads {self.heads}: "
-                "leave separate_value off"
+                "say --no-separate-value"
             )
         if self.num_critics < 1 or not 0 <= self.critic_dropout < 1:
             raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")

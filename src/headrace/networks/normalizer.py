@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from headrace.ops.normalization import Moments, merged, no_moments, normalized
 from headrace.specs import EnvSpec
 
 _PIXEL_LIMIT = 5.0
-_PIXEL_EPSILON = 1e-5 * 255.0**2
+_PIXEL_EPSILON = 1e-5
 
 
 @runtime_checkable
@@ -69,10 +70,11 @@ class PixelNormalizer(ObservationNormalizer):
     Makoviychuk, "rl-games", its RunningMeanStd). Before anything was observed it scales to [0, 1].
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        """Takes the shape of one frame."""
+    def __init__(self, shape: tuple[int, ...], *, high: float = 255.0) -> None:
+        """Takes the shape of one frame, and the largest number there."""
         super().__init__(shape)
-        self.variance.fill_(255.0**2)
+        self.high = high
+        self.variance.fill_(high**2)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Normalises uint8 [..., *shape] to float32."""
@@ -84,7 +86,7 @@ class PixelNormalizer(ObservationNormalizer):
         The center is the mean rounded, so that all 8 bits of bfloat16 are left for what is small.
         """
         center = self.mean.round()
-        scale = (self.variance + _PIXEL_EPSILON).rsqrt()
+        scale = (self.variance + _PIXEL_EPSILON * self.high**2).rsqrt()
         return torch.stack((center, scale, (center - self.mean) * scale)).to(dtype)
 
     @staticmethod
@@ -115,9 +117,10 @@ def frame_normalizer(
     if spec.structure is not None:
         raise ConfigError(
             f"{spec.name}: observations of several parts are normalised by the network structured, "
-            f"not before a {type(torso).__name__}: leave out --normalize-observations, or give "
+            f"not before a {type(torso).__name__}: say --no-normalize-observations, or give "
             "that module a method observe(frames)"
         )
     space = spec.observation_space
-    kind = PixelNormalizer if space.dtype == "uint8" else ObservationNormalizer
-    return kind(space.shape)
+    if space.dtype == np.uint8:
+        return PixelNormalizer(space.shape, high=max(1.0, float(space.high.max())))
+    return ObservationNormalizer(space.shape)

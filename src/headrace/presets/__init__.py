@@ -17,7 +17,7 @@ PRESETS = {**IMPALA, **PPO, **R2D2, **SAC}
 _MUJOCO = "(Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|Inverted(Double)?Pendulum|Pusher|"
 _MUJOCO += "Reacher|Swimmer|Walker2d)-v[0-9]+"
 _CONTINUOUS = "(MountainCarContinuous|Pendulum)-v[0-9]+"
-_CLASSIC = "(Acrobot|CartPole|MountainCar|MountainCarContinuous|Pendulum|LunarLander)-v[0-9]+"
+_CLASSIC = "(Acrobot|CartPole|MountainCar|LunarLander)-v[0-9]+"
 
 UNASKED = (
     ("ALE/.+", "atari-desktop"),
@@ -48,7 +48,7 @@ BY_STRUCTURE = {
     ("ppo", "vector", "continuous"): "ppo-continuous",
     ("ppo", "image", "discrete"): "ppo-images",
     ("ppo", "image", "continuous"): "ppo-images",
-    ("r2d2", "vector", "discrete"): "r2d2-control",
+    ("r2d2", "vector", "discrete"): "r2d2-vectors",
     ("r2d2", "image", "discrete"): "r2d2-images",
     ("sac", "vector", "continuous"): "sac-continuous",
     ("sac", "image", "continuous"): "sac-images",

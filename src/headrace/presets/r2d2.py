@@ -67,6 +67,35 @@ _SMALL: dict[str, Any] = {
     },
 }
 
+_CONTROL: dict[str, Any] = {
+    "algorithm": "r2d2",
+    "total_frames": 150_000,
+    "server": {"num_envs": 16},
+    "network": {"network": "r2d2", "lstm_size": 64},
+    "learning": {
+        "unroll_steps": 20,
+        "burn_in_steps": 5,
+        "batch_unrolls": 32,
+        "discount": 0.99,
+        "n_steps": 3,
+        "target_update_interval": 100,
+        "epsilon_base": 0.4,
+        "epsilon_power": 7.0,
+        "optimizer": {
+            "optimizer": "adam",
+            "learning_rate": 1e-3,
+            "learning_rate_schedule": "constant",
+            "optimizer_eps": 1e-5,
+            "max_gradient_norm": 1.0,
+        },
+        "replay": {
+            "replay_capacity": 5_000,
+            "replay_min": 100,
+            "samples_per_insert": 8.0,
+        },
+    },
+}
+
 R2D2 = {
     "r2d2-atari": Preset(
         "One Atari game as R2D2 trains it: 256 environments, LSTM, a replay of 4 million steps.",
@@ -96,36 +125,14 @@ R2D2 = {
         },
     ),
     "r2d2-control": Preset(
-        "Vectors and discrete actions, recall among them, with R2D2.",
+        "Small tasks with vectors or few numbers, recall among them, with R2D2.",
         "ours; the test of learning in tests/learning",
-        {
-            "algorithm": "r2d2",
-            "total_frames": 150_000,
-            "server": {"num_envs": 16},
-            "network": {"network": "r2d2", "lstm_size": 64},
-            "learning": {
-                "unroll_steps": 20,
-                "burn_in_steps": 5,
-                "batch_unrolls": 32,
-                "discount": 0.99,
-                "n_steps": 3,
-                "target_update_interval": 100,
-                "epsilon_base": 0.4,
-                "epsilon_power": 7.0,
-                "optimizer": {
-                    "optimizer": "adam",
-                    "learning_rate": 1e-3,
-                    "learning_rate_schedule": "constant",
-                    "optimizer_eps": 1e-5,
-                    "max_gradient_norm": 1.0,
-                },
-                "replay": {
-                    "replay_capacity": 5_000,
-                    "replay_min": 100,
-                    "samples_per_insert": 8.0,
-                },
-            },
-        },
+        _CONTROL,
+    ),
+    "r2d2-vectors": Preset(
+        "Vectors of any kind and discrete actions with R2D2.",
+        "ours: r2d2-control, observations normalised",
+        {**_CONTROL, "network": {**_CONTROL["network"], "normalize_observations": True}},
     ),
     "r2d2-images": Preset(
         "Images of any game with R2D2 on a few cores; rewards are not clipped.",

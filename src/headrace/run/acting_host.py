@@ -33,7 +33,7 @@ from headrace.pools.wire import Kind, Message, WireError, encode
 from headrace.run.acting_mandate import Mandate, read_mandate
 from headrace.run.acting_workers import make_table
 from headrace.run.build import exploration
-from headrace.run.experience import spread_over
+from headrace.run.experience import spreads_ends
 from headrace.run.host_blocks import LinkLost
 from headrace.run.host_reports import Reports
 from headrace.run.pools import derived_seed, make_pool
@@ -196,10 +196,8 @@ def make_acting(mandate: Mandate, wire: Wire, reports: Reports, *, in_process: b
         num_slots=slots.num_slots,
         allocate=lambda _, shape, dtype: np.zeros(shape, dtype),
     )
-    unrolls.first_env, unrolls.spread_over = (
-        mandate.first_env,
-        spread_over(config, algorithm.experience),
-    )
+    unrolls.first_env = mandate.first_env
+    unrolls.spreads_ends = spreads_ends(config, algorithm.experience)
     packing = UnrollFormat(unrolls)
     if packing.describe() != mandate.unroll:
         raise ConfigError(

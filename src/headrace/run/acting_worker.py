@@ -42,7 +42,7 @@ from headrace.run.acting_workers import (
     tally_of,
 )
 from headrace.run.build import exploration, make_algorithm, make_model
-from headrace.run.experience import spread_over
+from headrace.run.experience import spreads_ends
 from headrace.run.pools import derived_seed, make_pool
 from headrace.run.system import choose_precision, keep_memory
 from headrace.run.worker import generation_seed
@@ -162,7 +162,7 @@ def make_worker(
         num_slots=settings["num_slots"],
         allocate=Columns(_mapped(settings["fds"]["unrolls"])),
     )
-    unrolls.spread_over = spread_over(config, algorithm.experience)
+    unrolls.spreads_ends = spreads_ends(config, algorithm.experience)
     unrolls.first_env, unrolls.generation = share.first_env, generation
     ladder = exploration(algorithm, config.server.num_envs)
     generator = torch.Generator()

@@ -25,7 +25,7 @@ from headrace.config import (
 from headrace.errors import ConfigError
 from headrace.length import clock_from
 from headrace.pools.listener import check_listen
-from headrace.presets.complete import completed_as_typed, make_config
+from headrace.run.complete import completed_as_typed, make_config
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
 from headrace.run.trial import try_environment

@@ -237,7 +237,7 @@ def build(
         torch.compiler.reset()  # shapes of earlier runs in this process would count against ours
         # Two networks, a burn-in, and three sizes of batches of training and of evaluation.
         torch._dynamo.config.recompile_limit = 32
-    for notice in _notices(config, family, spec, algorithm):
+    for notice in () if share.rank else _notices(config, family, spec, algorithm):
         on_message(notice)
     server_model: Any = copy.deepcopy(model).requires_grad_(False).to(compute.acting)
     lower_precision(server_model, compute.acting_precision)

@@ -23,6 +23,8 @@ _WORTH_THREADS = 10**9
 """Multiply-adds of one pass over a batch from which more threads pay (docs/log.md)."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+_WORTH_MINUTES = 5.0  # a run must have for compiling to pay, which takes half a minute
+
 
 class Compute(NamedTuple):
     """Where and how the networks run."""
@@ -71,6 +73,8 @@ def _pays_on_cpu(config: RunConfig, spec: EnvSpec) -> bool:
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
     worth: Callable[..., bool] | None = getattr(rule, "worth_compiling", None)
     if worth is None or config.lockstep or not has_compiler():
+        return False
+    if config.total_minutes is not None and config.total_minutes < _WORTH_MINUTES:
         return False
     return worth(config.learning, config.total_frames // spec.action_repeat)
 

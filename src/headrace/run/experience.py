@@ -66,16 +66,18 @@ def queue_capacity(config: RunConfig, algorithm: Algorithm) -> int:
     return capacity
 
 
-def spread_over(config: RunConfig, experience: ExperienceSpec) -> int:
-    """Returns over how many environments ends of unrolls are spread; 0 if they are not."""
-    num_envs = config.server.num_envs
-    wanted = (
+def spreads_ends(config: RunConfig, experience: ExperienceSpec) -> bool:
+    """Whether environments end their unrolls in different steps; see `UnrollTable`.
+
+    Environments in torch never do: they step as one, and their queue holds a whole round.
+    """
+    return (
         config.server.spread_unrolls
+        and config.pool != "device"
         and experience.replay is None
         and not takes_turns(config)
-        and experience.batch_unrolls < num_envs
+        and experience.batch_unrolls < config.server.num_envs
     )
-    return num_envs if wanted else 0
 
 
 def make_unrolls(
@@ -101,7 +103,7 @@ def make_unrolls(
         recurrent=server_model.initial_state(1),
         device=device,
     )
-    unrolls.spread_over = spread_over(config, experience)
+    unrolls.spreads_ends = spreads_ends(config, experience)
     return queue, unrolls
 
 

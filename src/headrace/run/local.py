@@ -270,6 +270,8 @@ class Session:
             in_turns_together(self)
         if self.others is not None:
             self.others.finish()
+        if self.learner.version == self.before.updates and not self.stop.requested:
+            self.hooks.on_message("no update was made: give the run more time, or frames")
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`."""

@@ -29,6 +29,9 @@ from headrace.telemetry.metrics import EpisodeStats, Rate, Waits
 Row = dict[str, float | int | str]
 
 
+_SMOOTHING = 0.1  # weight of the newest row in what names the bottleneck
+
+
 class Counts(NamedTuple):
     """What one learner, or several together, have counted in this session."""
 
@@ -103,6 +106,7 @@ class Reporter:
         models = learner.algorithm.model.parameters()
         self._load = LoadMeter({parameter.device for parameter in models}, self._start_s)
         self.lag_histogram: list[int] = []
+        self._usual_shares: dict[str, float] = {}
 
     @property
     def agent_steps(self) -> int:
@@ -173,7 +177,7 @@ class Reporter:
         }
         shares = {f"wait/{name}": s / interval_s for name, s in self._waits.read().items()}
         row |= shares
-        row["bottleneck"] = bottleneck(shares)
+        row["bottleneck"] = bottleneck(self._smoothed(shares))
         row |= learner.feed.metrics()
         if parts.evaluation is not None:
             row |= {f"eval_{name}": value for name, value in self._eval_episodes.read().items()}
@@ -197,6 +201,13 @@ class Reporter:
             unroll_steps=self._learner.algorithm.experience.unroll_steps,
             agent_steps=self.agent_steps - self._agent_steps_before - self._steps_seen,
         )
+
+    def _smoothed(self, shares: dict[str, float]) -> dict[str, float]:
+        """Returns shares as they have been of late: who is busy is not a matter of two seconds."""
+        usual = self._usual_shares
+        for name, share in shares.items():
+            usual[name] = usual.get(name, share) + _SMOOTHING * (share - usual.get(name, share))
+        return usual
 
     def _count_lags(self) -> list[int]:
         counts = self._learner.lag_counts.to("cpu", copy=True)
@@ -230,7 +241,7 @@ def lag_summary(counts: list[int]) -> Row:
 
 
 def bottleneck(shares: dict[str, float]) -> str:
-    """Names the stage that the others wait for, from the shares of time in `Waits`.
+    """Names the stage that is busiest, from the shares of time in `Waits`: the others wait for it.
 
     The server waits for environments, or for slots that the learner has not freed; the learner
     waits for unrolls, which come late if environments or the server are slow. Where server and

@@ -16,7 +16,7 @@ from headrace.errors import ConfigError
 from headrace.run.build import Parts, make_learning
 from headrace.run.compute import place_sides
 from headrace.run.device_seat import check_device_pool
-from headrace.run.experience import place_replay, queue_capacity, spread_over
+from headrace.run.experience import place_replay, queue_capacity, spreads_ends
 from headrace.run.pools import pool_name
 from headrace.run.share import Share, learner_devices, share_config
 from headrace.specs import EnvSpec
@@ -92,7 +92,7 @@ class Case(NamedTuple):
     def late_steps(self) -> int:
         """Steps after which the last unroll of the first batch begins, where ends are spread."""
         experience, num_envs = self.experience, self.config.server.num_envs
-        if not spread_over(self.config, experience):
+        if not spreads_ends(self.config, experience):
             return 0
         return (experience.batch_unrolls - 1) * experience.unroll_steps // num_envs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 
@@ -25,7 +25,16 @@ from headrace.config import (
 from headrace.errors import ConfigError
 from headrace.networks.models import default_network
 from headrace.networks.structured import is_image
+from headrace.pools.settings import WorkerConfig
+from headrace.run.trial import try_environment
 from headrace.specs import EnvSpec
+
+
+class Layer(NamedTuple):
+    """What lies below the settings that were given."""
+
+    name: str  # of a preset; empty for none
+    values: dict[str, Any]  # nested as in config.toml
 
 
 def make_config(
@@ -61,8 +70,10 @@ def completed_as_typed(config: RunConfig) -> RunConfig:
     return complete({name: value for name, value in values.items() if value is not None})
 
 
-def complete(given: Mapping[str, Any]) -> RunConfig:
+def complete(given: Mapping[str, Any], layer: Layer | None = None) -> RunConfig:
     """Returns complete settings from some, nested as in config.toml; sections may be objects.
+
+    `layer` is what lies below, where that is known already: see `layer_below`.
 
     Raises:
         ConfigError: names what is wrong.
@@ -70,20 +81,42 @@ def complete(given: Mapping[str, Any]) -> RunConfig:
     words = (given.get(name, "") for name in ("env", "algorithm", "preset"))
     if "env" not in given or not all(isinstance(word, str) for word in words):
         from_dict(given)  # raises
-    name, layer = _preset_for(given)
-    rule = given.get("algorithm")
-    if rule and layer.get("algorithm", DEFAULT_ALGORITHM) != rule:
-        raise ConfigError(
-            f"preset {name} is for {layer.get('algorithm', DEFAULT_ALGORITHM)}, not {rule}: leave "
-            "out one of --preset and --algorithm"
-        )
+    name, below = layer_below(given) if layer is None else layer
     whole = {key: value for key, value in given.items() if dataclasses.is_dataclass(value)}
     rest = {key: value for key, value in given.items() if key not in whole}
-    config = from_dict(merged(layer, {**rest, "preset": name}))
+    below = {key: value for key, value in below.items() if key not in whole}
+    # Where nothing is left for it to say, it is not what the run was made from.
+    name = name if below.keys() - rest.keys() or any(map(_is_section, rest.values())) else ""
+    config = from_dict(merged(below, {**rest, "preset": name}))
     kinds = {key: type(getattr(config, key)) for key in whole if hasattr(config, key)}
     return dataclasses.replace(
         config, **{key: section(kinds[key], value, key) for key, value in whole.items()}
     )
+
+
+def layer_below(given: Mapping[str, Any]) -> Layer:
+    """Returns the preset below `given`, as it suits what is given.
+
+    An algorithm of the user's own has its own defaults, and server and length as IMPALA's.
+
+    Raises:
+        ConfigError: there is no such preset, or it is another algorithm's.
+    """
+    env, rule = given["env"], given.get("algorithm")
+    name = given.get("preset") or presets.default_for(env, rule)
+    values = presets.find(name).values if name else {}
+    if rule and name and values.get("algorithm", DEFAULT_ALGORITHM) != rule:
+        own = values.get("algorithm", DEFAULT_ALGORITHM)
+        raise ConfigError(
+            f"preset {name} is for {own}, not {rule}: say --algorithm {own}, or another --preset"
+        )
+    if not name:
+        name, values = _by_structure(given, rule or DEFAULT_ALGORITHM)
+    network = given.get("network")
+    if isinstance(network, Mapping) and network.get("lstm_size"):
+        # Policy and value share an LSTM, so that they cannot have torsos of their own.
+        values = merged(values, {"network": {"separate_value": False}})
+    return Layer(name, values)
 
 
 def structure_of(spec: EnvSpec) -> tuple[str, str]:
@@ -96,24 +129,31 @@ def structure_of(spec: EnvSpec) -> tuple[str, str]:
     return "image" if sees_images else "vector", "continuous" if is_continuous else "discrete"
 
 
-def _preset_for(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Returns name and values of the preset below `given`; no name for an algorithm of the user's.
-
-    That has its own defaults, and everything else as IMPALA has it.
-    """
-    env, rule = given["env"], given.get("algorithm")
-    name = given.get("preset") or presets.default_for(env, rule)
-    if name:
-        return name, presets.find(name).values
-    rule = rule or DEFAULT_ALGORITHM
+def _by_structure(given: Mapping[str, Any], rule: str) -> Layer:
+    """Returns the preset for observations and actions like those of `given`'s environment."""
+    env = given["env"]
     kind = section_types(env, rule)["environment"]
     settings = section(kind, given.get("environment") or {}, "environment")
-    structure = structure_of(catalog.environment_family(env).spec(env, settings))
-    name = presets.BY_STRUCTURE.get((rule, *structure))
+    if given.get("pool") != "inline" and not given.get("lockstep"):
+        # Made here below, it could take this process with it.
+        try_environment(env, settings, timeout_s=WorkerConfig().start_timeout_s)
+    spec = catalog.environment_family(env).spec(env, settings)
+    structure = structure_of(spec)
+    name = presets.BY_STRUCTURE.get((rule, *structure), "")
     if name:
-        return name, presets.find(name).values
-    below = presets.find(presets.BY_STRUCTURE[DEFAULT_ALGORITHM, *structure]).values
-    return "", {**below, "learning": {}, "algorithm": rule}
+        values = presets.find(name).values
+        if spec.structure is not None:
+            values = merged(values, {"network": {"network": "auto"}})
+        return Layer(name, values)
+    if rule in catalog.ALGORITHMS:  # it does not take such actions, and will say so
+        return Layer("", {"algorithm": rule})
+    values = presets.find(presets.BY_STRUCTURE[DEFAULT_ALGORITHM, *structure]).values
+    kept = {key: values[key] for key in ("server", "total_frames")}
+    return Layer("", {**kept, "algorithm": rule, "network": {"normalize_observations": True}})
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _rule_of(preset: str) -> str:
@@ -141,10 +181,11 @@ def _nested(env: str, rule: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             known = {*paths, *sections}
             raise ConfigError(f"no setting named {name}; {catalog.nearest(name, known)}")
-        if dataclasses.is_dataclass(values.get(path[0])):
+        both = values.get(path[0]), value
+        if path[0] in values and any(map(dataclasses.is_dataclass, both)):
             raise ConfigError(
-                f"{path[0]} was given whole, and {name} too: give {path[0]} as a dict, or put "
-                f"{name} into it"
+                f"{path[0]} was given whole, and a setting of it too: give {path[0]} as a dict, or "
+                "put the setting into it"
             )
         for part in reversed(path):
             value = {part: value}  # noqa: PLW2901
