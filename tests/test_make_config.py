@@ -170,7 +170,7 @@ def test_an_environment_may_need_its_flags_to_be_made_at_all() -> None:
 
 
 def test_an_environment_that_ends_the_process_is_named() -> None:
-    with pytest.raises(ConfigError, match="likes:crash cannot be used: .* exit code 3"):
+    with pytest.raises(ConfigError, match=r"likes:crash cannot be used: .* exit code 3"):
         make_config("likes:crash")
 
 
@@ -184,7 +184,7 @@ def test_an_lstm_may_be_asked_for(algorithm: str) -> None:
 
 
 def test_actions_that_a_rule_cannot_take_are_said_to_be_so() -> None:
-    with pytest.raises(ConfigError, match="need continuous actions .* use --algorithm r2d2"):
+    with pytest.raises(ConfigError, match=r"need continuous actions .* use --algorithm r2d2"):
         check(make_config("likes:vector_discrete", algorithm="sac"))
     with pytest.raises(ConfigError, match="needs one discrete action"):
         check(make_config("likes:vector_continuous", algorithm="r2d2"))
