@@ -134,7 +134,10 @@ def test_a_section_is_taken_as_it_stands_and_a_dict_is_laid_over() -> None:
         ({"preset": "atari", "algorithm": "ppo"}, "preset atari is for impala, not ppo"),
         ({"preset": "atary"}, "no preset named 'atary'; did you mean atari"),
         ({"learning": ServerConfig()}, "learning must be a ImpalaConfig"),
-        ({"server": ServerConfig(), "num_envs": 3}, "server was given whole, and num_envs too"),
+        (
+            {"server": ServerConfig(), "num_envs": 3},
+            "server was given whole, and a setting of it too",
+        ),
         ({"algorithm": "impalla"}, "no algorithm named 'impalla'"),
     ],
 )
@@ -184,7 +187,7 @@ def test_an_lstm_may_be_asked_for(algorithm: str) -> None:
 
 
 def test_actions_that_a_rule_cannot_take_are_said_to_be_so() -> None:
-    with pytest.raises(ConfigError, match=r"need continuous actions .* use --algorithm r2d2"):
+    with pytest.raises(ConfigError, match=r"need continuous actions.* use --algorithm r2d2"):
         check(make_config("likes:vector_discrete", algorithm="sac"))
     with pytest.raises(ConfigError, match="needs one discrete action"):
         check(make_config("likes:vector_continuous", algorithm="r2d2"))

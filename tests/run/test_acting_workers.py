@@ -185,13 +185,19 @@ def batches(run: Run, *, timeout_s: float = 120.0) -> Iterator[Unrolls]:
         yield unrolls
 
 
-def check_unrolls(unrolls: Unrolls, ends: dict[tuple[int, int], int], newest: int) -> set[int]:
+def check_unrolls(
+    unrolls: Unrolls,
+    ends: dict[tuple[int, int], int],
+    newest: int,
+    starts: dict[int, set[int]],
+) -> set[int]:
     """Checks a batch against what its rows say of themselves; returns the processes.
 
     Args:
         unrolls: The batch.
         ends: By process and environment, the last number seen; goes on from there.
         newest: Version that no row can be newer than.
+        starts: By process, the numbers with which first unrolls began; grows.
     """
     rows = unrolls.observation[:, :, 0].long()  # [U, B, 3]
     pid, env, number = rows.unbind(-1)
@@ -206,7 +212,10 @@ def check_unrolls(unrolls: Unrolls, ends: dict[tuple[int, int], int], newest: in
     assert unrolls.version.max() <= newest
     for who, which, first in zip(*rows[0].T.tolist(), strict=True):
         key = (who, which)
-        assert first == ends.get(key, 0), "unrolls of one environment follow each other"
+        if key not in ends:  # the first unroll begins late, so that not all end together
+            assert first < T
+            starts.setdefault(who, set()).add(first)
+        assert first == ends.get(key, first), "unrolls of one environment follow each other"
         ends[key] = first + T
     return set(pid[0].tolist())
 
@@ -224,10 +233,11 @@ def test_batches_are_consistent_and_go_on_after_a_kill(
 ) -> None:
     ends: dict[tuple[int, int], int] = {}
     pids: set[int] = set()
+    starts: dict[int, set[int]] = {}
     victim = extra = 0
     with running(tmp_path, monkeypatch) as run:
         for version, unrolls in enumerate(batches(run)):
-            pids |= check_unrolls(unrolls, ends, version)
+            pids |= check_unrolls(unrolls, ends, version, starts)
             if not victim and len({env for env, *_ in run.episodes}) == NUM_ENVS:
                 victim = int(unrolls.observation[0, 0, 0, 0])
                 os.kill(victim, signal.SIGKILL)
@@ -236,6 +246,9 @@ def test_batches_are_consistent_and_go_on_after_a_kill(
                 break
         workers = run.workers
         assert workers.deaths == 1
+        # Each worker's environments began apart, those of the one that was started anew too.
+        assert len(starts) == 3
+        assert all(len(numbers) >= 2 for numbers in starts.values())
         assert any("worker" in line and "SIGKILL" in line for line in run.messages), run.messages
         assert workers.dropped_unrolls >= 1
         assert {env for _, env in ends} == set(range(NUM_ENVS))

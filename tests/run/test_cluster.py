@@ -228,7 +228,7 @@ def test_the_learner_goes_home_if_it_can() -> None:
     ],
 )
 def test_gpus_that_the_settings_name(settings: dict[str, Any], most: int, wanted: int) -> None:
-    assert gpus_wanted(RunConfig(env="catch", **settings), most) == wanted
+    assert gpus_wanted(completed(RunConfig(env="catch", **settings)), most) == wanted
 
 
 def test_a_node_that_others_use_is_the_last_choice() -> None:
@@ -245,7 +245,7 @@ def test_a_node_that_others_use_is_the_last_choice() -> None:
 
 def test_gpus_that_no_node_has() -> None:
     with pytest.raises(ConfigError, match="wants 2 GPUs on one node"):
-        gpus_wanted(RunConfig(env="catch", device="cuda:1"), 1)
+        gpus_wanted(completed(RunConfig(env="catch", device="cuda:1")), 1)
 
 
 def test_a_host_on_every_node_that_has_room() -> None:
@@ -288,10 +288,11 @@ def test_environments_are_divided_in_whole_blocks(
 
 
 def test_each_host_can_have_two_blocks() -> None:
-    assert envs_per_message(RunConfig(env="catch"), 4) == 8
-    assert envs_per_message(RunConfig(env="catch"), 1) == 32
-    assert envs_per_message(RunConfig(env="catch"), 1000) == 1
-    named = RunConfig(env="catch", remote=RemoteConfig(envs_per_message=5))
+    config = completed(RunConfig(env="catch"))
+    assert envs_per_message(config, 4) == 8
+    assert envs_per_message(config, 1) == 32
+    assert envs_per_message(config, 1000) == 1
+    named = completed(RunConfig(env="catch", remote=RemoteConfig(envs_per_message=5)))
     assert envs_per_message(named, 4) == 5
 
 

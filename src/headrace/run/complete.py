@@ -85,8 +85,8 @@ def complete(given: Mapping[str, Any], layer: Layer | None = None) -> RunConfig:
     whole = {key: value for key, value in given.items() if dataclasses.is_dataclass(value)}
     rest = {key: value for key, value in given.items() if key not in whole}
     below = {key: value for key, value in below.items() if key not in whole}
-    # Where nothing is left for it to say, it is not what the run was made from.
-    name = name if below.keys() - rest.keys() or any(map(_is_section, rest.values())) else ""
+    if not (given.get("preset") or below.keys() - rest.keys() or _has_dicts(rest)):
+        name = ""  # nothing is left for it to say
     config = from_dict(merged(below, {**rest, "preset": name}))
     kinds = {key: type(getattr(config, key)) for key in whole if hasattr(config, key)}
     return dataclasses.replace(
@@ -152,8 +152,8 @@ def _by_structure(given: Mapping[str, Any], rule: str) -> Layer:
     return Layer("", {**kept, "algorithm": rule, "network": {"normalize_observations": True}})
 
 
-def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _has_dicts(given: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in given.values())
 
 
 def _rule_of(preset: str) -> str:
