@@ -60,7 +60,7 @@ def a_config(algorithm: str = "impala", *, listen: str = "", **settings: Any) ->
         "precision": "float32",
         "inference": "worker",
         "tensorboard": False,
-        "server": {"num_envs": NUM_ENVS},
+        "server": {"num_envs": NUM_ENVS, "spread_unrolls": False},
         "workers": {"num_workers": 1},
         "network": {"hidden_sizes": [16]} if algorithm in ("impala", "ppo") else {},
         "remote": {"listen": listen},
@@ -566,9 +566,13 @@ def test_a_bad_network_doubles_and_loses_nothing(
     """Late, cut in two and mended, and cut for good: rows say which step of which run they are."""
     (tmp_path / "numbers_env.py").write_text(test_acting_workers.MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    source, model = a_source(a_config(env="numbers_env:FAMILY", listen="127.0.0.1:0"))
+    spread = {"spread_unrolls": True}
+    source, model = a_source(
+        a_config(env="numbers_env:FAMILY", listen="127.0.0.1:0", server=spread)
+    )
     assert isinstance(source, ActingHosts)
     ends: dict[tuple[int, int], int] = {}
+    starts: dict[tuple[int, int], int] = {}
 
     def read() -> bool:
         """Takes a batch, if one comes within half a second."""
@@ -582,7 +586,9 @@ def test_a_bad_network_doubles_and_loses_nothing(
             env, number = unroll["frames"][:, 1:].astype(int).T
             key = int(unroll["env_id"]), int(unroll["run_id"])
             assert (env == key[0]).all()
-            assert (number == ends.get(key, 0) + np.arange(T + 1)).all(), "doubled or lost"
+            first = ends.setdefault(key, int(number[0]))  # a first unroll may begin late
+            starts.setdefault(key, first)
+            assert (number == first + np.arange(T + 1)).all(), "doubled or lost"
             ends[key] = int(number[-1])
         source.weights.publish(model, source.weights.newest_version + 1)
         return True
@@ -604,6 +610,8 @@ def test_a_bad_network_doubles_and_loses_nothing(
             network.cut()
             until(lambda: read() and any(run for _, run in ends))
             assert source.deaths == 1
+            assert len(set(starts.values())) > 1, "all unrolls end together"
+            assert max(starts.values()) < T
             assert sum("connected" in line for line in lines) == 2, lines
 
 

@@ -134,7 +134,10 @@ class Passed(Exception):
     ("argv", "message"),
     [
         (["catch", "--total-frames", "100"], "total_frames=100 ends before anything is learned"),
-        ([*PPO, "--unroll-steps", "128", "--total-frames", "8e3"], "8 unrolls of 128 steps, which"),
+        (
+            [*PPO, "--num-envs", "64", "--unroll-steps", "128", "--total-frames", "8e3"],
+            "8 unrolls of 128 steps, which",
+        ),
         (["catch", "--algorithm", "r2d2", "--total-frames", "200"], "needs replay_min="),
         (
             ["catch", *DQN, "--unroll-steps", "1", "--n-steps", "3", "--no-full-returns"],
@@ -187,13 +190,14 @@ def test_a_resumed_run_that_is_too_short_says_so(tmp_path: Path) -> None:
     made = int(first.metrics["agent_steps"])
     second = train(resume=run, changes={"total_frames": made + 1})
     assert second.metrics["updates"] == first.metrics["updates"]
-    last = (run / "log.txt").read_text().splitlines()[-1]
+    told = [line for line in (run / "log.txt").read_text().splitlines() if "anything" in line]
+    last = told[-1]
     assert "the 1 frames that are left end before anything is learned" in last
     frames = int(fix_of(last)[1])
     steps = int(second.metrics["agent_steps"])
     third = train(resume=run, changes={"total_frames": frames + steps - made})
     assert third.metrics["updates"] > second.metrics["updates"]
-    assert "before anything" not in (run / "log.txt").read_text().splitlines()[-1]
+    assert (run / "log.txt").read_text().count("before anything") == len(told)
 
 
 def test_a_resumed_run_whose_unrolls_go_on_says_nothing(tmp_path: Path) -> None:

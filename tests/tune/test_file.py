@@ -19,6 +19,7 @@ from headrace.commands.settings import (
 from headrace.config import from_dict, read_toml
 from headrace.errors import ConfigError
 from headrace.presets import PRESETS, find
+from headrace.run.complete import complete
 from headrace.tune import file, report
 from headrace.tune.estimates import Estimates
 from headrace.tune.knobs import Facts, Knobs, laid_over
@@ -69,6 +70,7 @@ def test_only_what_was_asked_for_and_chosen_is_written() -> None:
     assert values == {
         "env": "catch",
         "algorithm": "impala",
+        "preset": "catch",
         "seed": 7,
         "learning": {"discount": 0.5},
         **CHOSEN,
@@ -90,23 +92,22 @@ def test_flags_are_pinned_however_they_are_written() -> None:
     assert request.pinned >= {"num_envs", "inference_batch"}
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"dqn-control"}))  # see below
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_can_be_written(name: str, tmp_path: Path) -> None:
-    # Over the presets of all environments that are trained with the same algorithm unasked.
     own = find(name).values
     algorithm = own.get("algorithm", "impala")
-    kept = {key: value for key, value in own.items() if key != "environment"}
-    for env in ("catch", "pointmass"):
-        if (env == "catch") == (algorithm == "sac"):
-            continue
-        config = from_dict({**kept, "env": env})
-        values = values_for_file(Request(config, dict(kept), frozenset()), {})
+    envs = ["pointmass" if algorithm == "sac" else "catch"]
+    if "environment" in own:  # its settings are of no other environment
+        envs = ["ALE/Pong-v5"] if "noop_max" in own["environment"] else []
+    for env in envs:
+        config = complete({"env": env, "preset": name})
+        values = values_for_file(Request(config, dict(own), frozenset()), {})
         assert trained_with(values, tmp_path) == config
 
 
 def test_what_toml_cannot_say_is_refused_at_once() -> None:
-    # The preset that is taken unasked has an LSTM of some width, the other one what is usual.
-    request = request_of("CartPole-v1", "--preset", "dqn-control", "--algorithm", "r2d2")
+    # The preset has an LSTM of some width, and a user wants the one that is usual.
+    request = request_of("recall", "--algorithm", "r2d2", "--lstm-size", "None")
     with pytest.raises(ConfigError, match=r"lstm_size is None, .* give --lstm-size a value"):
         values_for_file(request, {})
 

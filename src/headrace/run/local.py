@@ -270,8 +270,9 @@ class Session:
             in_turns_together(self)
         if self.others is not None:
             self.others.finish()
-        if self.learner.version == self.before.updates and not self.stop.requested:
-            self.hooks.on_message("no update was made: give the run more time, or frames")
+        no_update = self.learner.version == self.before.updates
+        if no_update and self.config.total_minutes is not None and not self.stop.requested:
+            self.hooks.on_message("no update was made in time: give the run more --total-minutes")
 
     def learn(self, timeout_s: float) -> None:
         """Takes one update if a batch is there within `timeout_s`."""

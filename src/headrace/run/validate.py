@@ -128,7 +128,7 @@ def steps_to_first_update(
     unroll_steps: int,
     sequence_steps: int,
     stride_steps: int,
-    late_steps: int,
+    late_steps: int = 0,
     together: bool,
 ) -> int:
     """Returns the agent steps of all environments that are made when `wanted` sequences are there.
