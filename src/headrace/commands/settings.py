@@ -99,13 +99,14 @@ def _peeked(given: Mapping[str, Any], rest: list[str]) -> dict[str, Any]:
         "environment": section_types(given["env"], rule)["environment"],
         "network": NetworkConfig,
     }
-    found = {}
+    found: dict[str, Any] = {}
     for name, kind in kinds.items():
         found[name], _ = tyro.cli(
-            tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type]
+            kind,
             args=_whole_numbers(rest),
             default=section(kind, given.get(name, {}), name),
             return_unknown_args=True,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     return {
         "environment": found["environment"],
