@@ -66,7 +66,7 @@ class Stray(Drawn):
 
 @pytest.fixture
 def catch(tmp_path: Path) -> Policy:
-    return load(train(preset("catch", "catch", total_frames=800, out=str(tmp_path / "run"))).run)
+    return load(train(preset("catch", "catch", total_frames=1000, out=str(tmp_path / "run"))).run)
 
 
 def test_an_episode_of_catch_becomes_a_film(catch: Policy, tmp_path: Path) -> None:

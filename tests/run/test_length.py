@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "r2d2": {
         **FAST,
         "algorithm": "r2d2",
-        "learning": {"replay": {"replay_capacity": 400, "replay_min": 20}},
+        "learning": {"replay": {"replay_capacity": 400, "replay_min": 8}},
     },
     "sac": {
         "env": "pointmass",
