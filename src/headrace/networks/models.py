@@ -28,7 +28,6 @@ from headrace.networks.normalizer import (
     Observer,
     PixelNormalizer,
     frame_normalizer,
-    pixel_normalizer,
 )
 from headrace.networks.recurrent import ResetLSTM
 from headrace.networks.torsos import (
@@ -276,7 +275,9 @@ def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
 
 def _pixels(spec: EnvSpec, config: NetworkConfig) -> PixelNormalizer | None:
     """A normaliser of the frames of `spec`, if it is wanted: every torso has its own."""
-    return pixel_normalizer(spec.observation_space.shape, wanted=config.normalize_observations)
+    if not config.normalize_observations:
+        return None
+    return PixelNormalizer(spec.observation_space.shape)
 
 
 def _image_shape(spec: EnvSpec, network: str, min_pixels: int) -> tuple[int, int, int]:

@@ -96,11 +96,6 @@ class PixelNormalizer(ObservationNormalizer):
         return torch.addcmul(rest, pixels.sub_(center), scale).clamp_(-_PIXEL_LIMIT, _PIXEL_LIMIT)
 
 
-def pixel_normalizer(shape: tuple[int, ...], *, wanted: bool) -> PixelNormalizer | None:
-    """Returns what normalises images of one shape [H, W] or [H, W, colours], where wanted."""
-    return PixelNormalizer(shape) if wanted else None
-
-
 def frame_normalizer(
     spec: EnvSpec, torso: nn.Module, *, wanted: bool
 ) -> ObservationNormalizer | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headrace import tree
 from headrace.networks.config import NetworkConfig
 from headrace.networks.models import AnyNet, assemble
-from headrace.networks.normalizer import ObservationNormalizer, pixel_normalizer
+from headrace.networks.normalizer import ObservationNormalizer, PixelNormalizer
 from headrace.networks.torsos import NATURE_CONVS, SHALLOW_CONVS, Activation, ConvTorso, MlpTorso
 from headrace.ops.distributions import one_hot
 from headrace.specs import EnvSpec
@@ -161,7 +161,7 @@ def _encoder(part: Part, stack: int, *, normalize: bool) -> ConvTorso:
         (stack * math.prod(colours), height, width),
         convs,
         IMAGE_FEATURES,
-        normalizer=pixel_normalizer(part.shape, wanted=normalize),
+        normalizer=PixelNormalizer(part.shape) if normalize else None,
     )
 
 
