@@ -152,7 +152,7 @@ IMPALA = {
         "ours (docs/results.md); the test of learning in tests/learning",
         {
             "algorithm": "impala",
-            "total_frames": 500_000,
+            "total_frames": 200_000,
             "server": {"num_envs": 16},
             "network": {**TANH_MLPS, "normalize_observations": True},
             "learning": {
