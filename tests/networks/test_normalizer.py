@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -158,6 +159,35 @@ def test_statistics_go_wherever_weights_go() -> None:
     loaded.load_state_dict(model.state_dict())
     assert loaded.normalizer is not None
     assert loaded.normalizer.total == 100
+
+
+def test_what_is_kept_of_statistics_is_renewed_when_they_change() -> None:
+    shown = images(6, 40, 40, seed=2).view(6, 1, 40, 40)
+    conv = models.nature(make_spec(40, 40, dtype=np.uint8), CONFIG).torso.convs[0]
+
+    def see(normalizer: PixelNormalizer) -> torch.Tensor:
+        """As it is, after asking that a fresh normaliser with these statistics sees the same."""
+        fresh = PixelNormalizer((40, 40))
+        fresh.load_state_dict(normalizer.state_dict())
+        frames = shown.expand(-1, conv.in_channels, -1, -1)
+        with torch.no_grad():
+            seen = conv(frames, normalizer)
+            assert torch.equal(seen, conv(frames, fresh))
+        return seen
+
+    normalizer = PixelNormalizer((40, 40))
+    before = see(normalizer)
+    normalizer.observe(images(50, 40, 40))
+    after = see(normalizer)
+    assert not torch.equal(before, after)
+    # A copy has statistics of its own, and they may have changed just as often.
+    twin = copy.deepcopy(normalizer)
+    other = images(50, 40, 40, seed=1)
+    for _ in range(4):
+        for one in (twin, pickle.loads(pickle.dumps(twin))):
+            one.observe(other)
+            assert not torch.equal(see(one), after)
+    assert torch.equal(see(normalizer), after)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

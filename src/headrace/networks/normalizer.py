@@ -6,7 +6,8 @@ checkpoints, to `headrace.load`.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +20,17 @@ from headrace.specs import EnvSpec
 
 _PIXEL_LIMIT = 5.0
 _PIXEL_EPSILON = 1e-5
+
+Arrange = Callable[[Tensor, int], Tensor]
+"""Lays constants [3, *frame] out for an image of so many channels."""
+
+
+class _Kept(NamedTuple):
+    """Constants, and what they were made of."""
+
+    mean: Tensor
+    of: tuple[Any, ...]
+    constants: Tensor
 
 
 @runtime_checkable
@@ -75,10 +87,30 @@ class PixelNormalizer(ObservationNormalizer):
         super().__init__(shape)
         self.high = high
         self.variance.fill_(high**2)
+        self._kept: _Kept | None = None
 
     def forward(self, frames: Tensor) -> Tensor:
         """Normalises uint8 [..., *shape] to float32."""
         return self.normalized(frames.float(), self.constants(torch.float32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is kept: it belongs to these very tensors, not to a copy's."""
+        return {**self.__dict__, "_kept": None}
+
+    def arranged(self, dtype: torch.dtype, arrange: Arrange, channels: int) -> Tensor:
+        """Returns `constants` as `arrange` makes them fit an image of `channels`.
+
+        On a CPU they are kept until the statistics change: a small batch would take a fifth of its
+        time to make them again. Captured and compiled code makes them itself.
+        """
+        if self.mean.is_cuda or torch.compiler.is_compiling():
+            return arrange(self.constants(dtype), channels)
+        of = (self.mean._version, self.variance._version, dtype, arrange, channels)
+        kept = self._kept
+        if kept is None or kept.mean is not self.mean or kept.of != of:
+            arranged = arrange(self.constants(dtype), channels)
+            kept = self._kept = _Kept(self.mean, of, arranged)
+        return kept.constants
 
     def constants(self, dtype: torch.dtype) -> Tensor:
         """Returns center, scale and rest [3, *shape] of a pixel p: (p - center) * scale + rest.

@@ -11,7 +11,7 @@ folded into the first weight where it is used: each integer up to 255 is exact i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.networks.normalizer import PixelNormalizer
+from headrace.networks.normalizer import Arrange, PixelNormalizer
 
 NATURE_CONVS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 SHALLOW_CONVS = ((16, 8, 4), (32, 4, 2))
@@ -78,17 +78,21 @@ def stacked_constants(constants: Tensor, channels: int) -> Tensor:
     return frame.repeat(1, channels // frame.shape[1], 1, 1)
 
 
+def _in_blocks(constants: Tensor, channels: int) -> Tensor:
+    return blocks_of(stacked_constants(constants, channels))
+
+
+def _in_channels_last(constants: Tensor, channels: int) -> Tensor:
+    return channels_last(stacked_constants(constants, channels))
+
+
 def _prepared(
-    image: Tensor,
-    normalizer: PixelNormalizer | None,
-    channels: int,
-    arrange: Callable[[Tensor], Tensor],
+    image: Tensor, normalizer: PixelNormalizer | None, channels: int, arrange: Arrange
 ) -> Tensor:
-    """Normalises an image of `channels` that `arrange` has laid out, if it is to be."""
+    """Normalises an image of `channels` that is laid out as by `arrange`, if it is to be."""
     if normalizer is None:
         return image
-    constants = stacked_constants(normalizer.constants(image.dtype), channels)
-    return normalizer.normalized(image, arrange(constants))
+    return normalizer.normalized(image, normalizer.arranged(image.dtype, arrange, channels))
 
 
 class ImageConv(nn.Conv2d):
@@ -106,11 +110,11 @@ class ImageConv(nn.Conv2d):
             # Rearranging this tiny tensor at each use keeps the parameter an ordinary one.
             weight = weight.reshape(*weight.shape[:2], 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
             image = _prepared(
-                space_to_depth(input).to(dtype), normalizer, input.shape[1], blocks_of
+                space_to_depth(input).to(dtype), normalizer, input.shape[1], _in_blocks
             )
             return F.conv2d(image, weight.flatten(1, 3), self.bias)
         image = input.to(dtype, memory_format=torch.channels_last)
-        image = _prepared(image, normalizer, input.shape[1], channels_last)
+        image = _prepared(image, normalizer, input.shape[1], _in_channels_last)
         return F.conv2d(image, weight, self.bias, self.stride, self.padding)
 
     @property
