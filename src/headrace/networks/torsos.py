@@ -70,7 +70,7 @@ def channels_last(image_NCHW: Tensor) -> Tensor:
 
 
 def stacked_constants(constants: Tensor, channels: int) -> Tensor:
-    """Repeats constants [3, H, W] or [3, H, W, colours] for every frame of a stack: [3, C, H, W].
+    """Repeats constants [2, H, W] or [2, H, W, colours] for every frame of a stack: [2, C, H, W].
 
     Colours of one frame lie together, as `merge_channels` lays them.
     """
@@ -86,13 +86,17 @@ def _in_channels_last(constants: Tensor, channels: int) -> Tensor:
     return channels_last(stacked_constants(constants, channels))
 
 
-def _prepared(
-    image: Tensor, normalizer: PixelNormalizer | None, channels: int, arrange: Arrange
+def _floats(
+    image: Tensor,
+    dtype: torch.dtype,
+    normalizer: PixelNormalizer | None,
+    channels: int,
+    arrange: Arrange,
 ) -> Tensor:
-    """Normalises an image of `channels` that is laid out as by `arrange`, if it is to be."""
+    """Converts bytes that `arrange` laid out; `channels` are the image's own."""
     if normalizer is None:
-        return image
-    return normalizer.normalized(image, normalizer.arranged(image.dtype, arrange, channels))
+        return image.to(dtype)
+    return normalizer.normalized(image, normalizer.arranged(arrange, channels), dtype)
 
 
 class ImageConv(nn.Conv2d):
@@ -109,12 +113,9 @@ class ImageConv(nn.Conv2d):
         if self._is_blocky and input.shape[2] % 4 == 0 and input.shape[3] % 4 == 0:
             # Rearranging this tiny tensor at each use keeps the parameter an ordinary one.
             weight = weight.reshape(*weight.shape[:2], 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
-            image = _prepared(
-                space_to_depth(input).to(dtype), normalizer, input.shape[1], _in_blocks
-            )
+            image = _floats(space_to_depth(input), dtype, normalizer, input.shape[1], _in_blocks)
             return F.conv2d(image, weight.flatten(1, 3), self.bias)
-        image = input.to(dtype, memory_format=torch.channels_last)
-        image = _prepared(image, normalizer, input.shape[1], _in_channels_last)
+        image = _floats(channels_last(input), dtype, normalizer, input.shape[1], _in_channels_last)
         return F.conv2d(image, weight, self.bias, self.stride, self.padding)
 
     @property
