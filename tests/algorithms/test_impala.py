@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -157,11 +158,11 @@ def test_a_terminated_step_is_worth_its_reward_alone() -> None:
     assert impala.loss(batch)[1]["loss/value"].item() == 0.0
 
 
-def by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[float, float, float]:
-    """Policy loss, value loss and entropy, from the paper's equations, one number at a time."""
+def targets_by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[Tensor, Tensor]:
+    """What values should be, and the weight of every log-probability, one number at a time."""
     T, B = batch.action.shape
     states = batch.inputs.observation[:, :, 0, 0].long()
-    policy_loss = value_loss = entropy = 0.0
+    targets = torch.zeros(2, T, B, dtype=torch.float64)
     for b in range(B):
         value = [table.value[s].item() for s in states[:, b]]
         log_prob = [table.logits[s].log_softmax(0).tolist() for s in states[:, b]]
@@ -183,11 +184,28 @@ def by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[float, fl
             vs.append(total)
         for t in range(T):
             advantage = reward[t] + discount[t] * vs[t + 1] - value[t]
-            rho = min(config.vtrace_pg_rho_max, ratio[t])
-            policy_loss -= rho * log_prob[t][batch.action[t, b]] * advantage
-            value_loss += 0.5 * (vs[t] - value[t]) ** 2
-            entropy -= sum(math.exp(p) * p for p in log_prob[t])
-    return policy_loss / (T * B), value_loss / (T * B), entropy / (T * B)
+            targets[0, t, b] = vs[t]
+            targets[1, t, b] = min(config.vtrace_pg_rho_max, ratio[t]) * advantage
+    return targets[0], targets[1]
+
+
+def said_by(table: Table, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, log-probabilities of what was done, and entropies, all but those of the last row."""
+    states_TB = batch.inputs.observation[:-1, :, 0, 0].long()
+    log_probs_TBA = table.logits[states_TB].log_softmax(-1)
+    log_prob_TB = log_probs_TBA.gather(-1, batch.action[..., None])[..., 0]
+    return table.value[states_TB], log_prob_TB, -(log_probs_TBA.exp() * log_probs_TBA).sum(-1)
+
+
+def by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[float, float, float]:
+    """Policy loss, value loss and entropy, from the paper's equations."""
+    target_TB, weight_TB = targets_by_hand(table, batch, config)
+    value_TB, log_prob_TB, entropy_TB = said_by(table, batch)
+    return (
+        -(weight_TB * log_prob_TB).mean().item(),
+        0.5 * (target_TB - value_TB).square().mean().item(),
+        entropy_TB.mean().item(),
+    )
 
 
 def random_batch() -> tuple[Table, Batch]:
@@ -250,6 +268,51 @@ def test_the_gradient_is_that_of_the_published_loss() -> None:
     assert table.value.grad is None or not table.value.grad.any(), "the advantage is a constant"
     assert table.logits.grad is not None
     assert table.logits.grad.any()
+
+
+@pytest.mark.parametrize("clip_range", [0.0, 0.05])
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_passes_are_clipped_against_the_policy_of_the_first(
+    minibatches: int, clip_range: float
+) -> None:
+    table, batch = random_batch()
+    optimizer = OptimizerConfig(
+        learning_rate=0.1, learning_rate_schedule="constant", max_gradient_norm=0.0
+    )
+    config = ImpalaConfig(
+        passes=3,
+        minibatches=minibatches,
+        clip_range=clip_range,
+        batch_unrolls=3,
+        discount=63 / 64,  # which float32 holds exactly
+        entropy_cost=0.03,
+        value_cost=0.4,
+        reward_transform="clip",
+        optimizer=optimizer,
+    )
+    impala, twin = impala_of(copy.deepcopy(table), config), copy.deepcopy(table)
+    generator = torch.Generator().manual_seed(0)
+    adam = torch.optim.Adam(twin.parameters(), lr=0.1, eps=optimizer.optimizer_eps)
+    first_TB = said_by(twin, batch)[1].detach()
+    low, high = (1 - clip_range, 1 + clip_range) if clip_range else (0, math.inf)
+    for _ in range(3):
+        target_TB, weight_TB = targets_by_hand(twin, batch, config)
+        for columns in torch.rand(3, generator=generator).argsort().chunk(minibatches):
+            some = columns if minibatches > 1 else slice(None)
+            value_TM, log_prob_TM, entropy_TM = (x[:, some] for x in said_by(twin, batch))
+            ratio_TM = (log_prob_TM - first_TB[:, some]).exp()
+            gain_TM = torch.minimum(
+                ratio_TM * weight_TB[:, some], ratio_TM.clamp(low, high) * weight_TB[:, some]
+            )
+            error_TM = target_TB[:, some] - value_TM
+            loss = 0.2 * error_TM.square().mean() - gain_TM.mean() - 0.03 * entropy_TM.mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    update = impala.update(batch, progress=0.0)
+    assert update.finite
+    torch.testing.assert_close(impala.model.state_dict(), twin.state_dict(), atol=1e-9, rtol=1e-9)
+    assert not torch.equal(twin.logits, table.logits)
 
 
 def adaptive(target: float, *, start: float = 0.1) -> tuple[Table, Impala]:
@@ -398,6 +461,12 @@ def test_epsilon_is_the_share_of_uniform_actions(epsilon: float) -> None:
         {"vtrace_lambda": -0.1},
         {"entropy_cost": -1.0},
         {"entropy_cost": 0.0, "target_entropy": 0.5},
+        {"passes": 0},
+        {"passes": 5},
+        {"clip_range": -0.1, "passes": 2},
+        {"clip_range": 0.1},
+        {"minibatches": 0},
+        {"minibatches": 5},
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headrace.algorithms.minibatches import shuffled
 from headrace.algorithms.optimizers import OptimizerConfig
 from headrace.algorithms.ppo import Ppo, PpoConfig
 from headrace.errors import ConfigError
@@ -283,11 +284,11 @@ def test_the_shuffles_are_saved() -> None:
     algorithm = Ppo(table, config_of(), spec=SPEC)
     algorithm.update(batch, progress=0.0)
     twin = Ppo(Table(), config_of(), spec=SPEC)
-    fresh = twin._shuffled()
+    fresh = shuffled(twin._generator, 32, 1)
     twin.load_state_dict(copy.deepcopy(algorithm.state_dict()))
-    expected = algorithm._shuffled()
-    assert torch.equal(twin._shuffled(), expected)
-    assert not torch.equal(fresh, expected)
+    expected = shuffled(algorithm._generator, 32, 1)
+    assert torch.equal(shuffled(twin._generator, 32, 1)[0], expected[0])
+    assert not torch.equal(fresh[0], expected[0])
 
 
 def test_schedules_follow_the_progress() -> None:

@@ -5,21 +5,35 @@ Actor-Learner Architectures", arXiv:1802.01561, sections 3 and 4. Losses are mea
 paper's are sums; the presets convert its settings). The adaptive entropy cost is that of SEED RL,
 Espeholt et al. 2020.
 
-Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, P =
-parameters of the policy.
+With several passes over a batch the policy loss is PPO's clipped surrogate, on V-trace's
+advantages, of the ratio to the policy at the batch's first pass, as in Luo et al. 2019, "IMPACT:
+Importance Weighted Asynchronous Architectures with Clipped Target Networks", arXiv:1912.00167,
+section 3, with that policy as the target network. V-trace's own ratios are against the policy that
+acted; ratios, targets and advantages are made anew at the start of each pass.
+
+Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, M = those
+of a minibatch, P = parameters of the policy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
+from headrace.algorithms.minibatches import (
+    check_minibatches,
+    columns_of,
+    load_generator,
+    mean_metrics,
+    shuffled,
+)
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
@@ -33,7 +47,7 @@ from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
 from headrace.ops.rewards import RewardTransform
-from headrace.ops.vtrace import vtrace_targets
+from headrace.ops.vtrace import VTraceTargets, vtrace_targets
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
 
@@ -46,6 +60,13 @@ class ImpalaConfig:
     """T: agent steps per unroll."""
     batch_unrolls: int = 32
     """B: unrolls per update; an update learns from T x B samples."""
+    passes: int = 1
+    """Times that each batch is learned from, 1 to 4, while the server goes on."""
+    minibatches: int = 1
+    """Gradient steps per pass; each takes an equal share of the unrolls."""
+    clip_range: float = 0.0
+    """How far the ratio to the policy at a batch's first pass may leave 1 before its gradient
+    stops, where that policy changes within a batch; 0 for any distance."""
     discount: float = 0.99
     """gamma, per agent step."""
     entropy_cost: float = 0.01
@@ -75,10 +96,27 @@ class ImpalaConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1 or not 0 <= self.vtrace_lambda <= 1:
             raise ConfigError("discount and vtrace_lambda must be in [0, 1]")
+        if not 1 <= self.passes <= 4 or self.minibatches < 1 or self.clip_range < 0:
+            raise ConfigError(
+                "passes must be 1 to 4, minibatches at least 1, and clip_range not negative"
+            )
+        check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls)
+        if self.clip_range and self.passes == self.minibatches == 1:
+            raise ConfigError(
+                "clip_range has no effect on one gradient step a batch: say --passes 2 as well"
+            )
         if self.entropy_cost < 0 or (self.target_entropy is not None and self.entropy_cost == 0):
             raise ConfigError(
                 "entropy_cost must be positive where target_entropy is set, else >= 0"
             )
+
+
+class _Output(NamedTuple):
+    """What the network says of a batch."""
+
+    parameters_TBP: Tensor
+    log_prob_TB: Tensor  # of the actions that were taken
+    value_UB: Tensor
 
 
 class Impala:
@@ -104,7 +142,9 @@ class Impala:
         """
         self.model = model
         self.experience = ExperienceSpec(
-            unroll_steps=config.unroll_steps, batch_unrolls=config.batch_unrolls
+            unroll_steps=config.unroll_steps,
+            batch_unrolls=config.batch_unrolls,
+            passes=config.passes,
         )
         self._config = config
         self._precision = precision
@@ -125,6 +165,9 @@ class Impala:
             self._log_alpha = nn.Parameter(torch.tensor(start, device=first.device))
             params.append(self._log_alpha)
         self._optimizer = make_optimizer(params, config.optimizer)
+        # The same numbers in every run: what they shuffle is not.
+        self._generator = torch.Generator(first.device)
+        self._generator.manual_seed(0)
 
     @property
     def learners(self) -> Learners:
@@ -157,8 +200,86 @@ class Impala:
         )
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch and its parts, detached."""
+        """Returns the loss of a batch's first pass and its parts, detached."""
+        output = self._forward(batch)
+        return self._loss(batch, output, self._targets(batch, output), None)
+
+    def update(self, batch: Batch, *, progress: float) -> Update:
+        """Takes all gradient steps on a batch; metrics are means over them."""
+        config = self._config.optimizer
+        self._rewards.observe(batch)
+        learning_rate = learning_rate_at(config, progress)
+        steps = []
+        for total, metrics in self._losses(batch):
+            metrics["gradient_norm"] = clipped_step(
+                self._optimizer,
+                total,
+                learning_rate=learning_rate,
+                max_norm=config.max_gradient_norm,
+                learners=self.learners,
+            )
+            self._bound_alpha()
+            steps.append(metrics)
+        # Last: the policy that acted saw by the statistics that the losses have just seen by.
+        if isinstance(self.model, Observer):
+            self.model.observe(batch.inputs.observation[:-1, :, -1])
+        means = mean_metrics(steps)
+        means["learning_rate"] = torch.tensor(learning_rate)
+        return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
+
+    def warm_up(self, batch: Batch) -> None:
+        """Runs one step's loss and its gradient, and forgets them."""
         config = self._config
+        if config.minibatches > 1:
+            with torch.no_grad():
+                self.loss(batch)
+            some = torch.arange(config.batch_unrolls // config.minibatches)
+            batch = columns_of(batch, some.to(batch.reward.device))
+        total, _ = self.loss(batch)
+        torch.autograd.backward(total)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the optimiser, the adaptive entropy cost, shuffles and deviation of returns."""
+        shuffles = self._config.minibatches > 1
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "log_alpha": self._log_alpha,
+            "generator": self._generator.get_state() if shuffles else None,
+            "rewards": self._rewards.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        load_optimizer(self._optimizer, state["optimizer"])
+        self._rewards.load_state_dict(state.get("rewards", {}))  # runs of 0.1 have none
+        if state.get("generator") is not None:
+            load_generator(self._generator, state["generator"])
+        if self._log_alpha is not None:
+            with torch.no_grad():
+                self._log_alpha.copy_(state["log_alpha"])
+
+    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yields the loss of each gradient step; its step is taken before the next is asked for."""
+        config = self._config
+        first_TB: Tensor | None = None
+        for _ in range(config.passes):
+            # One step a pass differentiates the very values that its targets are made of.
+            with torch.set_grad_enabled(config.minibatches == 1):
+                output = self._forward(batch)
+            targets = self._targets(batch, output)
+            if config.minibatches == 1:
+                yield self._loss(batch, output, targets, first_TB)
+            if first_TB is None:
+                first_TB = output.log_prob_TB.detach()
+            if config.minibatches > 1:
+                for index_M in shuffled(self._generator, config.batch_unrolls, config.minibatches):
+                    part = VTraceTargets(*(x.index_select(1, index_M) for x in targets))
+                    chosen = columns_of(batch, index_M)
+                    first_TM = first_TB.index_select(1, index_M)
+                    yield self._loss(chosen, self._forward(chosen), part, first_TM)
+
+    def _forward(self, batch: Batch) -> _Output:
         with torch.autocast(
             self._device_type, self._precision, enabled=self._precision != torch.float32
         ):
@@ -167,22 +288,36 @@ class Impala:
         parameters_TBP = self._distribution.masked(
             output.parameters[:-1], None if mask is None else mask[:-1]
         )
-        value_UB = output.value
         log_prob_TB = self._distribution.log_prob(parameters_TBP, batch.action)
+        return _Output(parameters_TBP, log_prob_TB, output.value)
+
+    def _targets(self, batch: Batch, output: _Output) -> VTraceTargets:
+        config = self._config
         reward_TB, discount_TB = self._rewards(batch)
-        targets = vtrace_targets(
-            log_prob_TB.detach() - batch.log_prob,
+        return vtrace_targets(
+            output.log_prob_TB.detach() - batch.log_prob,
             reward_TB,
             discount_TB,
-            value_UB.detach(),
+            output.value_UB.detach(),
             rho_max=config.vtrace_rho_max,
             c_max=config.vtrace_c_max,
             pg_rho_max=config.vtrace_pg_rho_max,
             lambda_=config.vtrace_lambda,
         )
-        policy_loss = losses.policy_gradient_loss(log_prob_TB, targets.advantage_TB)
-        value_loss = losses.value_loss(value_UB[:-1], targets.value_TB)
-        entropy = self._distribution.entropy(parameters_TBP).mean()
+
+    def _loss(
+        self, batch: Batch, output: _Output, targets: VTraceTargets, first_TB: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of one step; `first_TB` is the log-probability at the first pass."""
+        config = self._config
+        if first_TB is None:
+            policy_loss = losses.policy_gradient_loss(output.log_prob_TB, targets.advantage_TB)
+        else:
+            policy_loss = losses.clipped_surrogate_loss(
+                output.log_prob_TB - first_TB, targets.advantage_TB, config.clip_range or math.inf
+            )
+        value_loss = losses.value_loss(output.value_UB[:-1], targets.value_TB)
+        entropy = self._distribution.entropy(output.parameters_TBP).mean()
         entropy_loss, alpha = self._entropy_loss(entropy)
         total = policy_loss + config.value_cost * value_loss + entropy_loss
         return total, {
@@ -191,52 +326,9 @@ class Impala:
             "loss/value": value_loss.detach(),
             "loss/entropy": entropy.detach(),
             "entropy_cost": alpha,
-            "value_mean": value_UB.detach().mean(),
-            "importance_ratio_mean": (log_prob_TB.detach() - batch.log_prob).exp().mean(),
+            "value_mean": output.value_UB.detach().mean(),
+            "importance_ratio_mean": (output.log_prob_TB.detach() - batch.log_prob).exp().mean(),
         }
-
-    def update(self, batch: Batch, *, progress: float) -> Update:
-        """Takes one gradient step on a batch."""
-        config = self._config.optimizer
-        self._rewards.observe(batch)
-        total, metrics = self.loss(batch)
-        learning_rate = learning_rate_at(config, progress)
-        norm = clipped_step(
-            self._optimizer,
-            total,
-            learning_rate=learning_rate,
-            max_norm=config.max_gradient_norm,
-            learners=self.learners,
-        )
-        self._bound_alpha()
-        # Last: the policy that acted saw by the statistics that the loss has just seen by.
-        if isinstance(self.model, Observer):
-            self.model.observe(batch.inputs.observation[:-1, :, -1])
-        metrics["gradient_norm"] = norm
-        metrics["learning_rate"] = torch.tensor(learning_rate)
-        return Update(metrics, torch.isfinite(total.detach()) & torch.isfinite(norm))
-
-    def warm_up(self, batch: Batch) -> None:
-        """Runs the loss and its gradient once, and forgets them."""
-        total, _ = self.loss(batch)
-        torch.autograd.backward(total)
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the optimiser, the adaptive entropy cost and the deviation of returns."""
-        return {
-            "optimizer": self._optimizer.state_dict(),
-            "log_alpha": self._log_alpha,
-            "rewards": self._rewards.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        load_optimizer(self._optimizer, state["optimizer"])
-        self._rewards.load_state_dict(state.get("rewards", {}))  # runs of 0.1 have none
-        if self._log_alpha is not None:
-            with torch.no_grad():
-                self._log_alpha.copy_(state["log_alpha"])
 
     def _entropy_loss(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss whose gradient raises the entropy, and the weight that it has."""

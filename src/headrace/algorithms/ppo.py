@@ -25,6 +25,13 @@ from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
+from headrace.algorithms.minibatches import (
+    check_minibatches,
+    inputs_mapped,
+    load_generator,
+    mean_metrics,
+    shuffled,
+)
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
@@ -158,14 +165,8 @@ class Ppo:
         self._columns = config.batch_unrolls
         if not self._is_recurrent:
             self._columns *= config.unroll_steps
-        if self._columns % config.minibatches:
-            what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
-            most = min(config.minibatches, max(1, self._columns // 2))
-            fitting = next(d for d in range(most, 0, -1) if self._columns % d == 0)
-            raise ConfigError(
-                f"minibatches={config.minibatches} must divide {what}={self._columns}: say "
-                f"--minibatches {fitting}"
-            )
+        what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
+        check_minibatches(config.minibatches, what, self._columns)
         self._optimizer = make_optimizer(model.parameters(), config.optimizer)
         # The same numbers in every run: what they shuffle is not.
         self._generator = torch.Generator(device)
@@ -212,7 +213,7 @@ class Ppo:
         reward_TB, discount_TB = self._rewards(batch)
         targets = gae_targets(reward_TB, discount_TB, output.value, lambda_=self._config.gae_lambda)
         samples = Samples(
-            inputs=_mapped_inputs(batch.inputs, lambda x: x[:-1]),
+            inputs=inputs_mapped(batch.inputs, lambda x: x[:-1]),
             recurrent=batch.recurrent,
             action=batch.action,
             log_prob=batch.log_prob,
@@ -266,7 +267,7 @@ class Ppo:
         samples = self.samples(batch)
         steps = []
         for _ in range(config.epochs):
-            for index_M in self._shuffled().view(config.minibatches, -1).unbind():
+            for index_M in shuffled(self._generator, self._columns, config.minibatches):
                 total, metrics = self.loss(self._chosen(samples, index_M), clip_range=clip_range)
                 metrics["gradient_norm"] = clipped_step(
                     self._optimizer,
@@ -280,7 +281,7 @@ class Ppo:
         # ones would move every ratio away from 1 before the first step.
         if isinstance(self.model, Observer):
             self.model.observe(batch.inputs.observation[:-1, :, -1])
-        means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+        means = mean_metrics(steps)
         means["learning_rate"] = torch.tensor(learning_rate)
         return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
 
@@ -305,9 +306,7 @@ class Ppo:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
-        drawn = state["generator"].cpu()
-        if len(drawn) == len(self._generator.get_state()):  # else of another kind of device
-            self._generator.set_state(drawn)
+        load_generator(self._generator, state["generator"])
         self._rewards.load_state_dict(state["rewards"])
 
     def _normalized(self, advantage: Tensor) -> Tensor:
@@ -322,11 +321,6 @@ class Ppo:
         ):
             return self.model(inputs, recurrent)
 
-    def _shuffled(self) -> Tensor:
-        """A permutation of the columns, drawn where they lie."""
-        key_C = torch.rand(self._columns, device=self._generator.device, generator=self._generator)
-        return key_C.argsort()
-
     def _chosen(self, samples: Samples, index_M: Tensor) -> Samples:
         chosen = _mapped(samples, lambda x: x.index_select(1, index_M))
         return chosen._replace(
@@ -337,22 +331,11 @@ class Ppo:
 def _mapped(samples: Samples, change: Callable[[Tensor], Tensor]) -> Samples:
     """Applies `change` to all that is [R, C, ...]."""
     return Samples(
-        inputs=_mapped_inputs(samples.inputs, change),
+        inputs=inputs_mapped(samples.inputs, change),
         recurrent=samples.recurrent,
         action=change(samples.action),
         log_prob=change(samples.log_prob),
         advantage=change(samples.advantage),
         target=change(samples.target),
         value=change(samples.value),
-    )
-
-
-def _mapped_inputs(inputs: PolicyInput, change: Callable[[Tensor], Tensor]) -> PolicyInput:
-    mask = inputs.action_mask
-    return PolicyInput(
-        observation=change(inputs.observation),
-        reward=change(inputs.reward),
-        previous_action=change(inputs.previous_action),
-        reset=change(inputs.reset),
-        action_mask=None if mask is None else change(mask),
     )

@@ -1,0 +1,74 @@
+"""Several gradient steps on one batch: which of its columns each takes, and what all report.
+
+Shape suffixes: R = rows, C = columns of a batch (unrolls, or samples), M = those of a minibatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError
+from headrace.records import Batch, PolicyInput
+
+
+def check_minibatches(minibatches: int, what: str, columns: int) -> None:
+    """Raises ConfigError if `columns`, which the settings `what` make, give no equal shares."""
+    if columns % minibatches:
+        most = min(minibatches, max(1, columns // 2))
+        fitting = next(d for d in range(most, 0, -1) if columns % d == 0)
+        raise ConfigError(
+            f"minibatches={minibatches} must divide {what}={columns}: say --minibatches {fitting}"
+        )
+
+
+def shuffled(generator: torch.Generator, columns: int, minibatches: int) -> tuple[Tensor, ...]:
+    """Deals the columns out, drawn where they lie: as many [M] int64 as there are minibatches."""
+    key_C = torch.rand(columns, device=generator.device, generator=generator)
+    return key_C.argsort().view(minibatches, -1).unbind()
+
+
+def load_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Goes on with the shuffles of a checkpoint, unless it is of another kind of device."""
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state.cpu())
+
+
+def inputs_mapped(inputs: PolicyInput, change: Callable[[Tensor], Tensor]) -> PolicyInput:
+    """Applies `change` to every field [R, C, ...]."""
+    mask = inputs.action_mask
+    return PolicyInput(
+        observation=change(inputs.observation),
+        reward=change(inputs.reward),
+        previous_action=change(inputs.previous_action),
+        reset=change(inputs.reset),
+        action_mask=None if mask is None else change(mask),
+    )
+
+
+def columns_of(batch: Batch, index_M: Tensor) -> Batch:
+    """Returns a batch of some unrolls of one that came from no replay."""
+
+    def chosen(field: Tensor) -> Tensor:
+        return field.index_select(1, index_M)
+
+    return Batch(
+        inputs=inputs_mapped(batch.inputs, chosen),
+        recurrent=tuple(part.index_select(0, index_M) for part in batch.recurrent),
+        action=chosen(batch.action),
+        log_prob=chosen(batch.log_prob),
+        reward=chosen(batch.reward),
+        terminated=chosen(batch.terminated),
+        truncated=chosen(batch.truncated),
+        bootstrap=chosen(batch.bootstrap),
+        version=chosen(batch.version),
+    )
+
+
+def mean_metrics(steps: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the mean of each metric over gradient steps."""
+    if len(steps) == 1:
+        return dict(steps[0])
+    return {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
