@@ -52,7 +52,7 @@ def batch(seed: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "rmsprop", "rmsprop_tf"])
 def test_a_restored_optimiser_takes_the_step_that_it_would_have_taken(optimizer: str) -> None:
     straight = make(optimizer)
     for seed in range(2):

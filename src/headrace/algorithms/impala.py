@@ -37,6 +37,7 @@ from headrace.algorithms.minibatches import (
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
+    hidden_weights,
     learning_rate_at,
     load_optimizer,
     make_optimizer,
@@ -164,7 +165,7 @@ class Impala:
             start = math.log(config.entropy_cost) / config.entropy_cost_adjustment_speed
             self._log_alpha = nn.Parameter(torch.tensor(start, device=first.device))
             params.append(self._log_alpha)
-        self._optimizer = make_optimizer(params, config.optimizer)
+        self._optimizer = make_optimizer(params, config.optimizer, hidden=hidden_weights(model))
         # The same numbers in every run: what they shuffle is not.
         self._generator = torch.Generator(first.device)
         self._generator.manual_seed(0)

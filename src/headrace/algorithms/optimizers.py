@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headrace.algorithms.base import ALONE, Learners
+from headrace.algorithms.muon import Muon
 from headrace.errors import ConfigError
+from headrace.networks.heads import OutputLayer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """How gradients become steps."""
 
-    optimizer: Literal["adam", "rmsprop", "rmsprop_tf"] = "adam"
-    """adam; rmsprop, PyTorch's (eps outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
+    optimizer: Literal["adam", "muon", "rmsprop", "rmsprop_tf"] = "adam"
+    """adam; muon for weights of hidden layers and adam for the rest; rmsprop, PyTorch's (eps
+    outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
     """Step size at the start of the run."""
     learning_rate_schedule: Literal["linear", "constant"] = "linear"
@@ -38,6 +41,8 @@ class OptimizerConfig:
     """RMSProp's momentum."""
     initial_mean_square: float = 0.0
     """What rmsprop_tf's mean square starts from."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the mean."""
     adam_beta1: float = 0.9
     """Adam's decay of the mean."""
     adam_beta2: float = 0.999
@@ -114,8 +119,30 @@ class RMSpropTF(Optimizer):
         torch._foreach_sub_(params, steps)
 
 
-def make_optimizer(params: Iterable[Tensor], config: OptimizerConfig) -> Optimizer:
-    """Returns the optimiser that `config` names."""
+def hidden_weights(model: nn.Module) -> list[Tensor]:
+    """Returns the weights of linear layers and convolutions, but for those of output layers."""
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and not isinstance(module, OutputLayer)
+    ]
+
+
+def make_optimizer(
+    params: Iterable[Tensor], config: OptimizerConfig, *, hidden: Sequence[Tensor] = ()
+) -> Optimizer:
+    """Returns the optimiser that `config` names; muon steps those of `params` that are `hidden`."""
+    if config.optimizer == "muon":
+        ids = {id(weight) for weight in hidden}
+        return Muon(
+            hidden,
+            [param for param in params if id(param) not in ids],
+            lr=config.learning_rate,
+            momentum=config.muon_momentum,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.optimizer_eps,
+        )
     if config.optimizer == "adam":
         return torch.optim.Adam(
             params,
@@ -170,13 +197,14 @@ def _fits(optimizer: Optimizer, state: dict[str, Any]) -> bool:
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
         return False
     keys = [key for group in saved for key in group["params"]]
-    names = _moment_names(optimizer)
-    for key, param in zip(keys, _params_of(optimizer), strict=True):
+    hidden = optimizer.param_groups[0]["params"] if isinstance(optimizer, Muon) else []
+    names = [{"momentum"}] * len(hidden) + [_moment_names(optimizer)] * (len(keys) - len(hidden))
+    for key, param, wanted in zip(keys, _params_of(optimizer), names, strict=True):
         moments = state["state"].get(key)
         if moments is None:  # no gradient has reached it yet
             continue
         shapes = {value.shape for value in moments.values() if isinstance(value, Tensor)}
-        if not names <= moments.keys() or not shapes <= {param.shape, torch.Size()}:
+        if not wanted <= moments.keys() or not shapes <= {param.shape, torch.Size()}:
             return False
     return True
 
@@ -185,7 +213,7 @@ def _moment_names(optimizer: Optimizer) -> set[str]:
     """Names of what a step keeps for a parameter: it makes them, so a twin takes one."""
     param = torch.zeros(1, requires_grad=True)
     param.grad = torch.zeros(1)
-    twin: Any = type(optimizer)
+    twin: Any = torch.optim.Adam if isinstance(optimizer, Muon) else type(optimizer)
     twin = twin([param], **optimizer.defaults)
     twin.step()
     return set(twin.state[param])

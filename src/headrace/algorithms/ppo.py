@@ -35,6 +35,7 @@ from headrace.algorithms.minibatches import (
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
     clipped_step,
+    hidden_weights,
     learning_rate_at,
     load_optimizer,
     make_optimizer,
@@ -167,7 +168,9 @@ class Ppo:
             self._columns *= config.unroll_steps
         what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
         check_minibatches(config.minibatches, what, self._columns)
-        self._optimizer = make_optimizer(model.parameters(), config.optimizer)
+        self._optimizer = make_optimizer(
+            model.parameters(), config.optimizer, hidden=hidden_weights(model)
+        )
         # The same numbers in every run: what they shuffle is not.
         self._generator = torch.Generator(device)
         self._generator.manual_seed(0)

@@ -40,6 +40,7 @@ from headrace.algorithms.base import (
 )
 from headrace.algorithms.optimizers import (
     clipped_step,
+    hidden_weights,
     learning_rate_at,
     load_optimizer,
     make_optimizer,
@@ -138,7 +139,9 @@ class R2d2:
         self._precision = precision
         self._device_type = next(model.parameters()).device.type
         self._distribution = Categorical(int(space.n))
-        self._optimizer = make_optimizer(model.parameters(), config.optimizer)
+        self._optimizer = make_optimizer(
+            model.parameters(), config.optimizer, hidden=hidden_weights(model)
+        )
         self._updates = 0
         self.beside: Beside = in_turn
         self.learners: Learners = ALONE

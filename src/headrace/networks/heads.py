@@ -8,6 +8,7 @@ uniform, and 1 for the value. How action values start, `action_value_head` says.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,15 @@ from torch import Tensor, nn
 from headrace.ops.distributions import Distribution
 from headrace.ops.squashed_normal import SquashedNormal
 
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
+
 _POLICY_SCALE = 0.01
 _ACTION_VALUE_SCALE = 0.1
 _MAX_HIDDEN = 512
+
+
+class OutputLayer(nn.Linear):
+    """The last layer of a head: optimisers may treat it unlike hidden ones."""
 
 
 class NormalHead(nn.Module):
@@ -77,7 +84,7 @@ class DuellingHead(nn.Module):
 
 def _stream(features: int, hidden: int, outputs: int, *, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(
-        linear_head(features, hidden, scale=math.sqrt(2.0)),
+        orthogonal(nn.Linear(features, hidden), scale=math.sqrt(2.0)),
         nn.ReLU(),
         linear_head(hidden, outputs, scale=_ACTION_VALUE_SCALE, bias=bias),
     )
@@ -115,10 +122,14 @@ def action_value_head(features: int, actions: int, *, duelling: bool) -> nn.Modu
     return linear_head(features, actions, scale=_ACTION_VALUE_SCALE)
 
 
-def linear_head(inputs: int, outputs: int, *, scale: float, bias: bool = True) -> nn.Linear:
-    """A linear layer with orthogonal weight of the given scale and, if any, zero bias."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+def linear_head(inputs: int, outputs: int, *, scale: float, bias: bool = True) -> OutputLayer:
+    """An output layer with orthogonal weight of the given scale and, if any, zero bias."""
+    return orthogonal(OutputLayer(inputs, outputs, bias=bias), scale=scale)
+
+
+def orthogonal(layer: Layer, *, scale: float) -> Layer:
+    """Starts a layer with an orthogonal weight of the given scale and, if any, zero bias."""
     nn.init.orthogonal_(layer.weight, scale)
-    if bias:
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

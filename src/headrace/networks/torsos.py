@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.networks.heads import orthogonal
 from headrace.networks.normalizer import Arrange, PixelNormalizer
 
 NATURE_CONVS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
@@ -149,8 +150,7 @@ class ConvTorso(nn.Module):
         # Games change few pixels: at PyTorch's smaller start, the features of any two frames are
         # all but equal, and value and policy learn little from them (docs/log.md).
         for layer in (*self.convs, self.hidden):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
-            nn.init.zeros_(layer.bias)
+            orthogonal(layer, scale=math.sqrt(2.0))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -248,8 +248,7 @@ class MlpTorso(nn.Module):
         self.layers = nn.ModuleList(layers)
         if activation == "tanh":
             for layer in layers:
-                nn.init.orthogonal_(layer.weight, math.sqrt(2.0))
-                nn.init.zeros_(layer.bias)
+                orthogonal(layer, scale=math.sqrt(2.0))
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes [N, K, ...] of any dtype."""
