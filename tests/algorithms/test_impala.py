@@ -270,10 +270,11 @@ def test_the_gradient_is_that_of_the_published_loss() -> None:
     assert table.logits.grad.any()
 
 
+@pytest.mark.parametrize("normalize_advantage", [False, True])
 @pytest.mark.parametrize("clip_range", [0.0, 0.05])
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_passes_are_clipped_against_the_policy_of_the_first(
-    minibatches: int, clip_range: float
+    minibatches: int, clip_range: float, normalize_advantage: bool
 ) -> None:
     table, batch = random_batch()
     optimizer = OptimizerConfig(
@@ -283,6 +284,7 @@ def test_passes_are_clipped_against_the_policy_of_the_first(
         passes=3,
         minibatches=minibatches,
         clip_range=clip_range,
+        normalize_advantage=normalize_advantage,
         batch_unrolls=3,
         discount=63 / 64,  # which float32 holds exactly
         entropy_cost=0.03,
@@ -301,9 +303,11 @@ def test_passes_are_clipped_against_the_policy_of_the_first(
             some = columns if minibatches > 1 else slice(None)
             value_TM, log_prob_TM, entropy_TM = (x[:, some] for x in said_by(twin, batch))
             ratio_TM = (log_prob_TM - first_TB[:, some]).exp()
-            gain_TM = torch.minimum(
-                ratio_TM * weight_TB[:, some], ratio_TM.clamp(low, high) * weight_TB[:, some]
-            )
+            weight_TM = weight_TB[:, some]
+            if normalize_advantage:
+                weight_TM = weight_TM - weight_TM.mean()
+                weight_TM = weight_TM / (weight_TM.std(correction=0) + 1e-8)
+            gain_TM = torch.minimum(ratio_TM * weight_TM, ratio_TM.clamp(low, high) * weight_TM)
             error_TM = target_TB[:, some] - value_TM
             loss = 0.2 * error_TM.square().mean() - gain_TM.mean() - 0.03 * entropy_TM.mean()
             adam.zero_grad()

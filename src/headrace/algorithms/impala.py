@@ -33,6 +33,7 @@ from headrace.algorithms.minibatches import (
     load_generator,
     mean_metrics,
     shuffled,
+    standardized,
 )
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
@@ -70,6 +71,8 @@ class ImpalaConfig:
     stops, where that policy changes within a batch; 0 for any distance."""
     discount: float = 0.99
     """gamma, per agent step."""
+    normalize_advantage: bool = False
+    """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
     entropy_cost: float = 0.01
     """Weight of the entropy bonus; with `target_entropy`, where the adaptive weight starts."""
     target_entropy: float | None = None
@@ -311,11 +314,14 @@ class Impala:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of one step; `first_TB` is the log-probability at the first pass."""
         config = self._config
+        advantage_TB = targets.advantage_TB
+        if config.normalize_advantage:
+            advantage_TB = standardized(advantage_TB, self.learners)
         if first_TB is None:
-            policy_loss = losses.policy_gradient_loss(output.log_prob_TB, targets.advantage_TB)
+            policy_loss = losses.policy_gradient_loss(output.log_prob_TB, advantage_TB)
         else:
             policy_loss = losses.clipped_surrogate_loss(
-                output.log_prob_TB - first_TB, targets.advantage_TB, config.clip_range or math.inf
+                output.log_prob_TB - first_TB, advantage_TB, config.clip_range or math.inf
             )
         value_loss = losses.value_loss(output.value_UB[:-1], targets.value_TB)
         entropy = self._distribution.entropy(output.parameters_TBP).mean()

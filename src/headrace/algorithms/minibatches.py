@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from headrace.algorithms.base import Learners
 from headrace.errors import ConfigError
+from headrace.ops.normalization import moments_of
 from headrace.records import Batch, PolicyInput
 
 
@@ -65,6 +67,14 @@ def columns_of(batch: Batch, index_M: Tensor) -> Batch:
         bootstrap=chosen(batch.bootstrap),
         version=chosen(batch.version),
     )
+
+
+def standardized(advantage: Tensor, learners: Learners) -> Tensor:
+    """Returns advantages with mean 0 and deviation 1 over the minibatch of all learners."""
+    if learners.count == 1:
+        return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    mean, variance = moments_of(advantage.double().flatten(), learners)
+    return (advantage - mean.float()) / (variance.sqrt().float() + 1e-8)
 
 
 def mean_metrics(steps: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

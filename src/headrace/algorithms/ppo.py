@@ -31,6 +31,7 @@ from headrace.algorithms.minibatches import (
     load_generator,
     mean_metrics,
     shuffled,
+    standardized,
 )
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
@@ -46,7 +47,6 @@ from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
 from headrace.ops.gae import gae_targets
-from headrace.ops.normalization import moments_of
 from headrace.ops.rewards import RewardTransform
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
@@ -236,7 +236,7 @@ class Ppo:
         log_ratio = self._distribution.log_prob(parameters, samples.action) - samples.log_prob
         advantage = samples.advantage
         if config.normalize_advantage:
-            advantage = self._normalized(advantage)
+            advantage = standardized(advantage, self.learners)
         policy_loss = losses.clipped_surrogate_loss(log_ratio, advantage, clip_range)
         if config.value_clip_range:
             value_loss = losses.clipped_value_loss(
@@ -311,12 +311,6 @@ class Ppo:
         load_optimizer(self._optimizer, state["optimizer"])
         load_generator(self._generator, state["generator"])
         self._rewards.load_state_dict(state["rewards"])
-
-    def _normalized(self, advantage: Tensor) -> Tensor:
-        if self.learners.count == 1:
-            return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-        mean, variance = moments_of(advantage.double().flatten(), self.learners)
-        return (advantage - mean.float()) / (variance.sqrt().float() + 1e-8)
 
     def _forward(self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]) -> Any:
         with torch.autocast(
