@@ -30,7 +30,7 @@ LAYERS = (
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
-    ("tree", "rows", "length"),
+    ("tree", "rows", "length", "imports"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headrace.errors import ConfigError
+from headrace.imports import import_named
 
 ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
@@ -71,7 +71,7 @@ def import_attribute(kind: str, target: str) -> Any:
     """Imports "module:attribute"."""
     module_name, _, attribute = target.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = import_named(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"cannot import the {kind} {target!r}: {error} (modules are looked for in this folder "

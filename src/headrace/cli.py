@@ -56,9 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = COMMANDS.get(arguments[0])
     if argv is None and command is train_command:  # who counts minutes counts our imports, too
         command = partial(train_command, started_s=STARTED_S)
-    # As `python` itself does for a script: my_module of this folder is found.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         if command is None:
             raise ConfigError(

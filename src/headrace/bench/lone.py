@@ -38,7 +38,7 @@ def rate_of_processes(
     sizes = [len(part) for part in np.array_split(np.arange(num_envs), processes)]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "headrace.bench.lone"],
+            [sys.executable, "-P", "-m", "headrace.bench.lone"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -25,6 +25,7 @@ from headrace.bench.wire_ours import messages
 from headrace.bench.wire_tally import TIMEOUT_S, Tally, Task
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.pools.transport import import_grpc, shared_options
+from headrace.run.cluster_ray import job_config
 
 _METHOD = "/bench/session"
 _RAY_STORE_NBYTES = 256 << 20
@@ -180,6 +181,7 @@ class RayServer:
         self._ray = ray
         ray.init(
             address="local",
+            job_config=job_config(),
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=_RAY_STORE_NBYTES,

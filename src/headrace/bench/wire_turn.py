@@ -48,7 +48,8 @@ def serve(task: Task, text: str) -> dict[str, Any]:
     host: subprocess.Popen[bytes] | None = None
     try:
         if ends.host:
-            command = [sys.executable, "-m", "headrace.bench.wire_turn", text, server.address]
+            command = [sys.executable, "-P", "-m", "headrace.bench.wire_turn"]
+            command += [text, server.address]
             host = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         pid = host.pid if host is not None else None
         tally = Tally(task.seconds, host_cpu_s=lambda: None if pid is None else cpu_s_of(pid))

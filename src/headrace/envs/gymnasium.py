@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import inspect
 import os
 import re
@@ -22,6 +21,7 @@ from headrace.envs.checks import Translated, error_text
 from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
+from headrace.imports import import_named
 from headrace.specs import EnvSpec
 
 _TRIED_STEPS = 8  # random ones, before a run starts
@@ -221,7 +221,7 @@ def _is_factory(name: str) -> bool:
 def _factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = getattr(import_named(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"cannot import the environment {name!r}: {error} (modules are looked for in this "
@@ -247,7 +247,7 @@ def _registered(name: str) -> Any:
     package = packages.package_of(bare)
     try:
         if module:
-            importlib.import_module(module)
+            import_named(module)
         if bare not in gym.registry and package is not None:
             packages.register(package)
     except ImportError as error:

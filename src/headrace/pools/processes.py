@@ -64,7 +64,8 @@ _DUMP_SIGNAL = signal.SIGUSR2
 _DUMP_WAIT_MS = 200
 _DUMP_PAUSE_MS = 20  # the dump comes in many small writes
 _CHUNK = 1 << 16
-# The sys.path of the parent comes first: the module may be found through it alone.
+# The sys.path of the parent comes first: the module may be found through it alone. Before it is
+# there, -P keeps Python from looking into this folder first of all, as -c and -m would have it.
 _START = """
 import json, os, runpy, sys
 fd = int(sys.argv[1])
@@ -103,7 +104,7 @@ class WorkerProcess:
         with anonymous_file() as file:
             os.pwrite(file.fileno(), json.dumps(page).encode(), 0)
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(file.fileno()), module, name],
+                [sys.executable, "-P", "-c", _START, str(file.fileno()), module, name],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

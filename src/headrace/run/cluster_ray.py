@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,7 @@ def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[RayCluster
         try:
             ray.init(
                 address=address,
+                job_config=job_config(),
                 namespace=f"headrace-{secrets.token_hex(4)}",
                 log_to_driver=False,
                 configure_logging=False,
@@ -218,6 +219,23 @@ def ensure_allowed(cluster: str) -> None:
     exposed = cluster == "auto" or not is_loopback(parse_address(cluster, flag="--cluster").host)
     if exposed and os.environ.get(_MODE) != "token":
         raise ConfigError(f"whoever reaches Ray's ports can run code on all nodes: {_FIX}")
+
+
+class _NoPaths(list[str]):
+    """What Ray adds nothing to."""
+
+    def extend(self, paths: Iterable[str]) -> None:
+        """Leaves out the driver's folder, and that of its script."""
+
+
+def job_config() -> Any:
+    """Returns what has Ray's workers look for modules where Python does: see `import_named`.
+
+    Ray would have them look into the driver's working folder first, before the standard library.
+    """
+    config = importlib.import_module("ray.job_config").JobConfig()
+    config._py_driver_sys_path = _NoPaths()
+    return config
 
 
 def one_line(error: BaseException) -> str:

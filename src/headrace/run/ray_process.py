@@ -13,6 +13,7 @@ from typing import Any
 
 from headrace.errors import PeerLost
 from headrace.pools.processes import WorkerEnd
+from headrace.run.cluster_ray import job_config
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     ray: Any = importlib.import_module("ray")
     ray.init(
         address="local",
+        job_config=job_config(),
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
