@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import typing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from headrace.config import (
     RunConfig,
     completed,
     from_dict,
+    leaf_paths,
     merged,
+    reaches_out,
     read_toml,
     takes_turns,
     to_dict,
@@ -192,6 +197,20 @@ def test_what_a_resumed_run_may_change_is_a_setting() -> None:
         assert last in {field.name for field in dataclasses.fields(kind)}
     for name in ("env", "algorithm", "seed", "lockstep", "server", "network", "learning", "out"):
         assert name not in FREE_ON_RESUME
+
+
+def test_every_setting_that_is_a_text_is_known_to_reach_out_or_not() -> None:
+    """A new address, file or account belongs into `REACHING_OUT`; a text of another kind here."""
+    inward = {
+        *("env", "algorithm", "preset", "out", "env_kwargs", "network"),  # of the run for good
+        *("device", "actor_device", "critic_device", "learner_devices", "inference_devices"),
+    }
+    for env, rule in itertools.product(("catch", "ALE/x", "CartPole-v1"), catalog.ALGORITHMS):
+        config = from_dict({"env": env, "algorithm": rule})
+        for *sections, name in leaf_paths(env, rule).values():
+            kind = type(functools.reduce(getattr, sections, config))
+            if typing.get_type_hints(kind)[name] is str and name not in inward:
+                assert reaches_out(".".join([*sections, name])), name
 
 
 def test_every_setting_says_what_it_is() -> None:

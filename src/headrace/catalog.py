@@ -59,12 +59,22 @@ def resolve(kind: str, table: Mapping[str, str], name: str, *, trust_code: bool 
     target = table.get(name)
     if target is None and ":" not in name:
         raise ConfigError(f"no {kind} named {name!r}; {nearest(name, table)}")
-    if target is None and not trust_code:
-        raise ConfigError(
-            f"this run names the {kind} {name!r}, which is code outside headrace: "
-            "read it, then say --trust-code (trust_code=True) to import it"
-        )
+    if not trust_code and is_foreign(table, name):
+        raise not_trusted(kind, name)
     return import_attribute(kind, target or name)
+
+
+def is_foreign(table: Mapping[str, str], name: str) -> bool:
+    """Whether `name` stands for code outside headrace, as Gymnasium's "module:ID-v0" does too."""
+    return ":" in name and not any(_covers(entry, name) for entry in table)
+
+
+def not_trusted(kind: str, name: str, *, who: str = "this run") -> ConfigError:
+    """Returns what is raised where `who` names code that is not trusted."""
+    return ConfigError(
+        f"{who} names the {kind} {name!r}, which is code outside headrace: "
+        "read it, then say --trust-code (trust_code=True) to import it"
+    )
 
 
 def import_attribute(kind: str, target: str) -> Any:
@@ -96,14 +106,14 @@ def environment_family(env: str, *, trust_code: bool = True) -> Any:
     family knows which there are.
     """
     for name, target in ENVIRONMENTS.items():
-        if name == env or (name.endswith(("/", ":")) and env.startswith(name)):
+        if _covers(name, env):
             return import_attribute("environment", target)
+    if not trust_code and is_foreign(ENVIRONMENTS, env):
+        raise not_trusted("environment", env)
     if env.rpartition(":")[2].isidentifier() and ":" in env:
-        own = resolve("environment", ENVIRONMENTS, env, trust_code=trust_code)
+        own = import_attribute("environment", env)
         if hasattr(own, "config_type"):
             return own
-    elif ":" in env and not trust_code:
-        resolve("environment", {}, env, trust_code=False)  # raises: Gymnasium would import a module
     elif not re.search(r"/|-v\d+$", env):  # no name that Gymnasium could know
         ours = [name for name in ENVIRONMENTS if name[-1] not in "/:"]
         near = difflib.get_close_matches(env.lower(), ours, 1)
@@ -114,6 +124,10 @@ def environment_family(env: str, *, trust_code: bool = True) -> Any:
             "my_module:factory; see `headrace envs`"
         )
     return import_attribute("environment", GYMNASIUM)
+
+
+def _covers(entry: str, name: str) -> bool:
+    return entry == name or (entry.endswith(("/", ":")) and name.startswith(entry))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

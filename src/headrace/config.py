@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import tomli_w
 
@@ -209,6 +210,21 @@ FREE_ON_RESUME = frozenset(
 )
 """Settings that a resumed run may change; every other one is the run's."""
 
+REACHING_OUT = frozenset({"wandb", "remote", "cluster", "learning.replay.replay_folder"})
+"""Of these, those that reach out of the run's folder and this machine: whom it listens to, where it
+connects, which files elsewhere it opens. A run that somebody else made may ask for them too, so
+whoever goes on with one types them again."""
+
+_STAYING_IN = frozenset(
+    {
+        *(f"cluster.{name}" for name in ("cluster_hosts", "host_cpus")),
+        *(f"remote.{name}" for name in ("envs_per_message", "max_hosts", "max_envs_per_host")),
+        *(f"remote.{name}_timeout_s" for name in ("hello", "host", "no_host")),
+        "remote.message_compression",
+    }
+)
+"""Of their sections, what does nothing unless something else reaches out."""
+
 
 def section_types(env: str, algorithm: str, *, trust_code: bool = True) -> dict[str, type[Any]]:
     """Returns the config types of the two sections that depend on what was chosen."""
@@ -256,6 +272,9 @@ def from_dict(values: Mapping[str, Any], *, trust_code: bool = True) -> RunConfi
     known = {"algorithm": DEFAULT_ALGORITHM, **values}
     for name in ("env", "algorithm"):
         _checked(str, known[name], name)
+    if not trust_code:
+        for kind, name in foreign_code(values):
+            raise catalog.not_trusted(kind, name)
     sections = section_types(known["env"], known["algorithm"], trust_code=trust_code)
     config = _build(RunConfig, values, "", sections)
     return completed(cast(RunConfig, config), trust_code=trust_code)
@@ -296,6 +315,101 @@ def leaf_paths(env: str, algorithm: str) -> dict[str, tuple[str, ...]]:
     return paths
 
 
+def foreign_code(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what nested values name from outside headrace: its kind and its name."""
+    network = values.get("network")
+    named = (
+        ("environment", catalog.ENVIRONMENTS, values.get("env")),
+        ("algorithm", catalog.ALGORITHMS, values.get("algorithm")),
+        (
+            "network",
+            catalog.NETWORKS,
+            network.get("network") if isinstance(network, Mapping) else None,
+        ),
+    )
+    for kind, table, name in named:
+        if isinstance(name, str) and catalog.is_foreign(table, name):
+            yield kind, name
+
+
+def ensure_typed(config: RunConfig, changes: Mapping[str, Any]) -> None:
+    """Refuses what a run's own settings would reach out for; see `REACHING_OUT`.
+
+    Args:
+        config: The settings of a run that goes on.
+        changes: Those of them that were typed for it, nested.
+
+    Raises:
+        ConfigError: shows what the run asks for, and what to type.
+    """
+    asked = [one for one in _asked(config) if not _is_in(one.path, changes)]
+    if not asked:
+        return
+    typed: dict[str, Any] = {}
+    for one in asked:
+        typed = merged(typed, nested(one.path, one.value))
+    again = " ".join(_flag(one.path[-1], one.value) for one in asked)
+    without = " ".join(_flag(one.path[-1], one.default) for one in asked)
+    raise ConfigError(
+        f"this run asks for {again}, which reaches out of its folder or this machine: type that "
+        f"again to have it, or {without} to go on without it (in Python, changes={typed})"
+    )
+
+
+def flags_again(config: RunConfig) -> list[str]:
+    """Returns what must be typed to go on with a run as it is; see `ensure_typed`."""
+    return [_flag(one.path[-1], one.value) for one in _asked(config)]
+
+
+def reaches_out(name: str) -> bool:
+    """Whether the setting of a dotted name reaches out of the run's folder and this machine."""
+    outward = any(name == other or name.startswith(f"{other}.") for other in REACHING_OUT)
+    return outward and name not in _STAYING_IN
+
+
+class _Setting(NamedTuple):
+    path: tuple[str, ...]
+    value: Any
+    default: Any
+
+
+def _asked(config: RunConfig) -> list[_Setting]:
+    """Returns the settings that reach out, and say so: those that are not as they are unasked."""
+    return [
+        one
+        for one in _settings(config)
+        if one.value != one.default and reaches_out(".".join(one.path))
+    ]
+
+
+def _settings(section: Any, path: tuple[str, ...] = ()) -> Iterator[_Setting]:
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, (*path, entry.name))
+        else:
+            default = entry.metadata.get("default", entry.default)
+            yield _Setting((*path, entry.name), value, default)
+
+
+def _is_in(path: Sequence[str], values: Any) -> bool:
+    """Whether nested values have one at `path`."""
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _flag(name: str, value: Any) -> str:
+    """Returns the words that give a setting its value on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    text = str(value)
+    return f"--{flag} {shlex.quote(text if text.isprintable() else ascii(text))}"
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns nested plain values; settings that are None are left out, since TOML has no null."""
     return cast(dict[str, Any], _without_none(dataclasses.asdict(config)))
@@ -330,6 +444,13 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def nested(path: Sequence[str], value: Any) -> Any:
+    """Returns `value` at `path` of nested values."""
+    for part in reversed(path):
+        value = {part: value}
+    return value
 
 
 def _build(

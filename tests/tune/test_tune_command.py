@@ -129,6 +129,16 @@ def test_a_file_that_is_there_is_not_touched(
     assert "compile" in read_toml(path)
 
 
+def test_a_file_that_names_code_is_trained_with_when_trusted(
+    capsys: pytest.CaptureFixture[str], quick: list[Choice]
+) -> None:
+    own = ["--network", "headrace.networks.models:mlp"]  # as one that is not in the catalog
+    main(["tune", "catch", *SMALL, *own, "--out", "mine.toml"])
+    said = capsys.readouterr().out.partition("train with it: headrace ")[2].partition("\n")[0]
+    assert said == "train --config mine.toml --trust-code"
+    main(["tune", *said.split()[1:], *SMALL, "--out", "again.toml"])
+
+
 def test_the_winner_is_written_and_printed(
     capsys: pytest.CaptureFixture[str], quick: list[Choice]
 ) -> None:

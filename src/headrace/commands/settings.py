@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from headrace import presets
+from headrace import catalog, presets
 from headrace.config import (
     DEFAULT_ALGORITHM,
     RunConfig,
+    foreign_code,
+    leaf_paths,
     merged,
+    nested,
+    reaches_out,
     read_toml,
     section,
     section_types,
@@ -74,6 +78,7 @@ def read_request(
         ConfigError: names what is wrong.
     """
     file = read_toml(Path(chosen.config)) if chosen.config else {}
+    _ensure_trusted(file, chosen, rest)
     named = {key: getattr(chosen, key) for key in ("env", "algorithm", "preset")}
     wants_help = "-h" in rest or "--help" in rest
     if wants_help:
@@ -87,9 +92,44 @@ def read_request(
     flags = difference(to_dict(base), to_dict(config))
     own = presets.find(chosen.preset).values if chosen.preset else {}
     asked = merged(merged(own, file), flags)
-    pinned = {word.partition("=")[0] for word in rest if word.startswith("--")}
-    pinned = {word.removeprefix("--").replace("-", "_") for word in pinned}
-    return Request(config, asked, frozenset(pinned | set(_leaves(file))))
+    return Request(config, asked, frozenset(_typed(rest) | set(_leaves(file))))
+
+
+def _typed(rest: list[str]) -> set[str]:
+    """Returns the names of the settings that flags give, --no-NAME for a false one too."""
+    names = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    names = {name.removeprefix("--").replace("-", "_") for name in names}
+    return names | {name.removeprefix("no_") for name in names}
+
+
+def _ensure_trusted(file: Mapping[str, Any], chosen: argparse.Namespace, rest: list[str]) -> None:
+    """Refuses code that only the file names: who has typed a name knows what it stands for.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if chosen.trust_code:
+        return
+    typed = _typed(rest) | {key for key in ("env", "algorithm") if getattr(chosen, key)}
+    left = {key: value for key, value in file.items() if key not in typed}
+    for kind, name in foreign_code(left):
+        raise catalog.not_trusted(kind, name, who=chosen.config)
+
+
+def typed_again(base: RunConfig, config: RunConfig, rest: list[str]) -> dict[str, Any]:
+    """Returns what a resumed run is to change, nested: what flags in `rest` made of `base`.
+
+    That is also what reaches out and was typed as the run has it: see `config.ensure_typed`.
+    """
+    changes = _config_difference(base, config)
+    given = _typed(rest)
+    for name, path in leaf_paths(base.env, base.algorithm).items():
+        if name in given and reaches_out(".".join(path)):
+            value: Any = config
+            for part in path:
+                value = getattr(value, part)
+            changes = merged(changes, nested(path, value))
+    return changes
 
 
 def _peeked(given: Mapping[str, Any], rest: list[str]) -> dict[str, Any]:
@@ -198,6 +238,6 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[str]:
             yield key
 
 
-def config_difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+def _config_difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:
     """Returns the settings that two configs differ in; None is one too."""
     return difference(dataclasses.asdict(before), dataclasses.asdict(after))

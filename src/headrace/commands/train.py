@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from headrace.commands.settings import (
-    config_difference,
     first_pass,
     new_parser,
     parse_flags,
     read_request,
+    typed_again,
 )
 from headrace.commands.tune import say_beginning, say_trial
+from headrace.config import flags_again, foreign_code, to_dict
 from headrace.errors import ConfigError
 from headrace.length import clock_from
 from headrace.run import api
@@ -38,7 +39,9 @@ HELP = """Trains an agent and leaves everything in a run directory.
   Order: defaults < preset < --config (TOML) < flags. `headrace presets` lists
   presets; the values below are those of the preset that ENV takes unasked.
   --autotune first looks for the fastest settings by short trials, as `headrace
-  tune` does. Ctrl-C saves and ends; a second one ends at once."""
+  tune` does. Code that FILE or RUN names from outside headrace needs
+  --trust-code. What reaches out of a RUN (--listen, --cluster, --wandb, …) is
+  typed again on --resume. Ctrl-C saves and ends; a second one ends at once."""
 
 _BUDGET_S = 120.0
 
@@ -97,7 +100,7 @@ def _resume(chosen: argparse.Namespace, rest: list[str], started_s: float) -> No
     run = RunDirectory.open(Path(chosen.resume))
     base = api.resumed_config(run, {}, trust_code=chosen.trust_code)
     config = parse_flags(base, rest, prog="headrace train --resume RUN", description=HELP)
-    changes = config_difference(base, config)
+    changes = typed_again(base, config, rest)
     _train(started_s, resume=chosen.resume, changes=changes, trust_code=chosen.trust_code)
 
 
@@ -129,6 +132,10 @@ def _train(
     if result.finished:
         by_frames = int(result.metrics["env_frames"]) >= config.total_frames
         end, more = "done", f" --total-{'frames' if by_frames else 'minutes'} MORE"
-    print(f"{end}; go on with: headrace train --resume {result.run}{more}")
-    print(f"evaluate and film: headrace eval {result.run} --video agent.mp4")
+    trust = ["--trust-code"] if any(foreign_code(to_dict(config))) else []
+    again = " ".join([str(result.run), *trust, *flags_again(config)])
+    print(f"{end}; go on with: headrace train --resume {again}{more}")
+    print(
+        f"evaluate and film: headrace eval {' '.join([str(result.run), *trust])} --video agent.mp4"
+    )
     print(f"curves: tensorboard --logdir {result.run}")

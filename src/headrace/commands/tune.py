@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from headrace.commands.settings import Request, first_pass, read_request, values_for_file
-from headrace.config import RunConfig
+from headrace.config import RunConfig, foreign_code, to_dict
 from headrace.errors import ConfigError
 from headrace.tune import file, report
 from headrace.tune.knobs import Knobs
@@ -133,7 +133,8 @@ def tune_command(argv: list[str]) -> None:
         Console().print(report.table(tuned))
         print("\n".join(report.sentences(tuned)))
         if written:
-            print(f"train with it: headrace train --config {shlex.quote(str(path))}")
+            trust = " --trust-code" if any(foreign_code(to_dict(config))) else ""
+            print(f"train with it: headrace train --config {shlex.quote(str(path))}{trust}")
     if failure is not None:
         raise failure
     if tuned.result.stopped:

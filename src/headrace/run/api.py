@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace.config import (
     FREE_ON_RESUME,
     RunConfig,
+    ensure_typed,
     from_dict,
     merged,
     read_toml,
@@ -86,6 +87,7 @@ def prepare(
     if resume is not None and config is None:
         run = RunDirectory.open(Path(resume))
         full = resumed_config(run, changes or {}, trust_code=trust_code)
+        ensure_typed(full, changes or {})
         if full.cluster.cluster:
             _cluster().check_cluster(full)
         if full.wandb:
@@ -151,7 +153,10 @@ def train(
     Args:
         config: A new run's settings.
         resume: Run directory to go on with, instead of `config`.
-        changes: On resume: settings that replace the run's; only `config.FREE_ON_RESUME` may.
+        changes: On resume: settings that replace the run's; only `config.FREE_ON_RESUME` may, and
+            what is to reach out of the run's folder and this machine (`listen`, `insecure`,
+            `cluster`, `wandb`, `replay_folder`, …) must be among them, as it must be typed again on
+            the command line.
         on_update: Called after every update with the number of updates and metrics on the device;
             never on a cluster, where the device is another machine's.
         on_checkpoint: Called after every checkpoint with its folder.

@@ -19,6 +19,7 @@ from headrace.config import (
     from_dict,
     leaf_paths,
     merged,
+    nested,
     section,
     section_types,
 )
@@ -187,7 +188,5 @@ def _nested(env: str, rule: str, settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path[0]} was given whole, and a setting of it too: give {path[0]} as a dict, or "
                 "put the setting into it"
             )
-        for part in reversed(path):
-            value = {part: value}  # noqa: PLW2901
-        values = merged(values, value)
+        values = merged(values, nested(path, value))
     return values
