@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,33 @@ def test_the_learning_rate_falls_in_a_line_to_zero() -> None:
     assert rates == [0.5, 0.375, 0.25, 0.0, 0.0]
     constant = OptimizerConfig(learning_rate=0.5, learning_rate_schedule="constant")
     assert learning_rate_at(constant, 0.9) == 0.5
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    config = OptimizerConfig(
+        learning_rate=0.5, learning_rate_warmup=0.125, learning_rate_decay=0.25
+    )
+    progress = (0.0, 0.0625, 0.125, 0.5, 0.75, 0.875, 1.0, 1.5)
+    rates = [learning_rate_at(config, done) for done in progress]
+    assert rates == [0.0, 0.25, 0.5, 0.5, 0.5, 0.25, 0.0, 0.0]
+    constant = OptimizerConfig(learning_rate_schedule="constant", learning_rate_warmup=0.5)
+    assert learning_rate_at(constant, 0.25) == constant.learning_rate / 2
+    assert learning_rate_at(constant, 0.9) == constant.learning_rate
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate_warmup": 1.0},
+        {"learning_rate_warmup": -0.1},
+        {"learning_rate_decay": 0.0},
+        {"learning_rate_decay": 1.1},
+        {"learning_rate_decay": 0.5, "learning_rate_schedule": "constant"},
+    ],
+)
+def test_shares_that_are_none_and_decay_of_what_stays_are_refused(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="learning_rate_decay"):
+        OptimizerConfig(**settings)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "optimizer_eps", "max_gradient_norm"])

@@ -33,6 +33,10 @@ class OptimizerConfig:
     """Step size at the start of the run."""
     learning_rate_schedule: Literal["linear", "constant"] = "linear"
     """linear: to zero at the end of the run."""
+    learning_rate_warmup: float = 0.0
+    """Share of the run, its first part, in which the step size rises from zero."""
+    learning_rate_decay: float = 1.0
+    """Share of the run, its last part, in which `linear` falls; before, the step size stays."""
     optimizer_eps: float = 1e-5
     """Added to the denominator; for losses that are means (see the module)."""
     rmsprop_decay: float = 0.99
@@ -54,6 +58,16 @@ class OptimizerConfig:
         if self.learning_rate < 0 or self.optimizer_eps < 0 or self.max_gradient_norm < 0:
             raise ConfigError(
                 "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
+            )
+        if not 0 <= self.learning_rate_warmup < 1 or not 0 < self.learning_rate_decay <= 1:
+            raise ConfigError(
+                "learning_rate_warmup and learning_rate_decay are shares of the run: "
+                "0 <= warmup < 1 and 0 < decay <= 1"
+            )
+        if self.learning_rate_schedule == "constant" and self.learning_rate_decay != 1:
+            raise ConfigError(
+                "learning_rate_decay has no effect on a constant step size: say "
+                "--learning-rate-schedule linear as well"
             )
 
 
@@ -221,9 +235,12 @@ def _moment_names(optimizer: Optimizer) -> set[str]:
 
 def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
     """Returns the step size when the share `progress` in [0, 1] of the run is done."""
+    rate = config.learning_rate
+    if progress < config.learning_rate_warmup:
+        rate *= max(0.0, progress) / config.learning_rate_warmup
     if config.learning_rate_schedule == "linear":
-        return config.learning_rate * max(0.0, 1.0 - progress)
-    return config.learning_rate
+        rate *= min(1.0, max(0.0, 1.0 - progress) / config.learning_rate_decay)
+    return rate
 
 
 def clipped_step(

@@ -47,9 +47,11 @@ _DESKTOP: dict[str, Any] = {
         "entropy_cost": 0.003,
         "vtrace_lambda": 0.95,
         "optimizer": {
-            "optimizer": "adam",
-            "learning_rate": 1.5e-3,
+            "optimizer": "muon",
+            "learning_rate": 1e-3,
             "learning_rate_schedule": "linear",
+            "learning_rate_warmup": 0.06,
+            "learning_rate_decay": 0.4,
             "optimizer_eps": 1e-5,
             "max_gradient_norm": 0.5,
         },
@@ -84,9 +86,15 @@ IMPALA = {
         {**_IMPALA_ATARI, "environment": ATARI_STICKY},
     ),
     "atari-desktop": Preset(
-        "One Atari game on a machine of few cores: shallow network, small batches, Adam.",
-        "ours, measured in docs/results.md; environment as in preset atari",
-        {"algorithm": "impala", "total_frames": 8_000_000, "environment": ATARI, **_DESKTOP},
+        "One Atari game on a machine of few cores: small frames, shallow network, small batches.",
+        "ours, measured in docs/results.md; environment as in preset atari, but for frames of 64 x "
+        "64 pixels as in Hafner et al. 2023, DreamerV3, arXiv:2301.04104",
+        {
+            "algorithm": "impala",
+            "total_frames": 8_000_000,
+            "environment": {**ATARI, "frame_size": 64},
+            **_DESKTOP,
+        },
     ),
     "catch": Preset(
         "Catch in a quarter of a minute on one core.",
