@@ -30,7 +30,7 @@ LAYERS = (
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
-    ("tree", "rows", "length", "imports"),
+    ("tree", "rows", "length", "imports", "run_files"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

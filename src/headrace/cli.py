@@ -20,6 +20,7 @@ from headrace.commands.tune import tune_command
 from headrace.commands.worker import worker_command
 from headrace.envs import atari, packages
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
+from headrace.run_files import escaped
 
 OWN_ENVIRONMENTS = {
     "catch": "a ball falls, a paddle catches it; best return 1",
@@ -75,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail_code(error: Exception) -> int:
-    print(f"headrace: {error}", file=sys.stderr, flush=True)
+    print(f"headrace: {escaped(str(error))}", file=sys.stderr, flush=True)
     return 1
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"headrace: {message}", file=sys.stderr)
+    print(f"headrace: {escaped(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -18,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from headrace import run_files
 from headrace.errors import ConfigError
 
 SCHEMA = 1
@@ -34,6 +36,10 @@ SCHEMA = 1
 
 _NAME = re.compile(r"agent_steps_(\d{12,})(\.replaced)?")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
+_FILE = re.compile(rf"({_GROUP.pattern})\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_META_NBYTES = 1 << 26
+_INT64_END = 1 << 63
 _PIECE_NBYTES = 1 << 26
 _DTYPES = {  # as safetensors calls them
     torch.float64: "F64",
@@ -54,7 +60,7 @@ _OWN_KEYS = ("schema", "agent_steps", "files", "meta_sha256")
 
 
 class DamagedCheckpoint(ConfigError):
-    """A file of a checkpoint is missing, short or changed; an older checkpoint may be whole."""
+    """A file of a checkpoint is not as it was written; an older checkpoint may be whole."""
 
 
 class Checkpoint(NamedTuple):
@@ -85,9 +91,11 @@ def save(
 
     Raises:
         OSError: the disk is full or may not be written; earlier checkpoints are intact.
-        ValueError: a group or a key of `meta` is not allowed.
+        ConfigError: the folder is a link.
+        ValueError: a group or a key of `meta` is not allowed, or `meta` is too large to be read.
     """
     _check_names(tensors, meta)
+    run_files.ensure_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Before writing, so that what a killed process left does not fill the disk for its successor.
     _remove_hidden(directory)
@@ -158,7 +166,10 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, s
 def _encode_meta(content: Mapping[str, Any]) -> bytes:
     # Through JSON first: the digest is of what a reader will see, where every key is a string.
     seen = json.loads(json.dumps(content))
-    return json.dumps({**seen, "meta_sha256": _digest_of_meta(seen)}, indent=1).encode()
+    data = json.dumps({**seen, "meta_sha256": _digest_of_meta(seen)}, indent=1).encode()
+    if len(data) > _MOST_META_NBYTES:
+        raise ValueError(f"meta has {len(data)} bytes, and {_MOST_META_NBYTES} can be read again")
+    return data
 
 
 def _digest_of_meta(content: Mapping[str, Any]) -> str:
@@ -182,7 +193,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     A kill between the two renames leaves the twin under its other name, which readers know as well.
     """
     aside = final.with_name(f"{final.name}.replaced")
-    had_twin = final.exists()
+    had_twin = os.path.lexists(final)
     if had_twin:
         _remove(aside)
         final.rename(aside)
@@ -208,15 +219,15 @@ def _prune(directory: Path, agent_steps: int, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Hides a checkpoint, then deletes it: a kill half-way leaves nothing damaged in sight."""
-    if folder.exists():
+    if os.path.lexists(folder):
         hidden = folder.with_name(f".{folder.name}.deleted")
         folder.rename(hidden)
-        shutil.rmtree(hidden)
+        run_files.remove(hidden)
 
 
 def _remove_hidden(directory: Path) -> None:
     for path in directory.glob(".agent_steps_*"):
-        shutil.rmtree(path)
+        run_files.remove(path)
 
 
 def read(path: Path, *, without: Collection[str] = ()) -> Checkpoint:
@@ -228,36 +239,50 @@ def read(path: Path, *, without: Collection[str] = ()) -> Checkpoint:
         DamagedCheckpoint: names the file and what is wrong with it.
         ConfigError: the checkpoint was written in another schema.
     """
+    with _damage(path):
+        run_files.ensure_folder(path)
     meta = _read_meta(path / "meta.json")
     tensors = {}
     for name, expected in meta["files"].items():
         group = name.removesuffix(".safetensors")
         if group in without:
             continue
-        _verify(path / name, expected)
+        _verify(path / name, **expected)
         try:
             tensors[group] = safetensors.torch.load_file(path / name)
-        except safetensors.SafetensorError as error:
-            raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {error}") from error
+        except (safetensors.SafetensorError, RuntimeError, TypeError) as error:  # of torch: a shape
+            said = str(error)[:200]  # it may repeat what the file says
+            raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {said}") from error
     return Checkpoint(path, tensors, meta)
 
 
 def newest_whole(
-    directory: Path, *, without: Collection[str] = ()
+    directory: Path,
+    *,
+    without: Collection[str] = (),
+    check: Callable[[Checkpoint], None] = lambda _: None,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Finds where to go on from; the groups `without` may be damaged, and are not read.
+
+    Args:
+        directory: folder of all checkpoints of the run.
+        without: groups that are not wanted.
+        check: raises DamagedCheckpoint where the caller's own part of a checkpoint is not whole.
 
     Returns:
         The newest whole checkpoint, None if there is none, and one sentence for each newer one that
         is damaged and was skipped.
 
     Raises:
-        ConfigError: the newest that can be read was written in another schema.
+        ConfigError: the newest that can be read was written in another schema, or the folder is a
+            link.
     """
     warnings: list[str] = []
     for _, path in _newest_first(directory):
         try:
-            return read(path, without=without), warnings
+            found = read(path, without=without)
+            check(found)
+            return found, warnings
         except DamagedCheckpoint as error:
             warnings.append(f"skipped the damaged checkpoint {path.name}: {error}")
     return None, warnings
@@ -265,6 +290,7 @@ def newest_whole(
 
 def _newest_first(directory: Path) -> list[tuple[int, Path]]:
     """Checkpoints as (agent_steps, path); one that was set aside follows its twin."""
+    run_files.ensure_folder(directory)
     if not directory.is_dir():
         return []
     found = [(match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -273,39 +299,67 @@ def _newest_first(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
+    with _damage(path):
+        data = run_files.read(path, _MOST_META_NBYTES)
     try:
-        meta = json.loads(b"".join(_pieces(path)))
+        meta = json.loads(data)
+        if not isinstance(meta, dict) or type(meta.get("schema")) is not int:
+            raise DamagedCheckpoint(f"{path} names no schema")
+        if meta["schema"] != SCHEMA:
+            raise ConfigError(
+                f"{path} has schema {meta['schema']} but this headrace reads schema {SCHEMA}: use "
+                "the version of headrace that wrote the run, or start a new run with another --out"
+            )
+        if meta.get("meta_sha256") != _digest_of_meta(meta):
+            raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or "schema" not in meta:
-        raise DamagedCheckpoint(f"{path} names no schema")
-    if meta["schema"] != SCHEMA:
-        raise ConfigError(
-            f"{path} has schema {meta['schema']} but this headrace reads schema {SCHEMA}: "
-            "use the version of headrace that wrote the run, or start a new run with another --out"
-        )
-    if meta.get("meta_sha256") != _digest_of_meta(meta):
-        raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
+    except RecursionError as error:
+        raise DamagedCheckpoint(f"{path} is nested too deeply") from error
+    _check_own(path, meta)
     return meta
 
 
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
-    digest, nbytes = hashlib.sha256(), 0
-    for piece in _pieces(path):
-        digest.update(piece)
-        nbytes += len(piece)
-    if nbytes != expected["nbytes"]:
-        raise DamagedCheckpoint(f"{path} has {nbytes} bytes instead of {expected['nbytes']}")
-    if digest.hexdigest() != expected["sha256"]:
+def _check_own(path: Path, meta: Mapping[str, Any]) -> None:
+    """Looks at what `save` has added: the SHA-256 shows accidents, and anybody can make one."""
+    steps, files = meta.get("agent_steps"), meta.get("files")
+    if type(steps) is not int or not 0 <= steps < _INT64_END:
+        raise DamagedCheckpoint(f"{path} has no agent_steps")
+    if not isinstance(files, dict):
+        raise DamagedCheckpoint(f"{path} has no list of files")
+    for name, expected in files.items():
+        if not _FILE.fullmatch(name):  # which keeps it inside the folder, too
+            raise DamagedCheckpoint(f"{path} names a file {name[:80]!r}, which is none of ours")
+        match expected:
+            case {"sha256": str(sha256), "nbytes": int(nbytes), **rest} if not rest:
+                known = _SHA256.fullmatch(sha256) and 0 <= nbytes < _INT64_END
+            case _:
+                known = None
+        if not known:
+            raise DamagedCheckpoint(f"{path} does not say size and SHA-256 of {name}")
+
+
+def _verify(path: Path, *, sha256: str, nbytes: int) -> None:
+    digest, left = hashlib.sha256(), nbytes
+    with _damage(path), open(path, "rb", opener=run_files.opener) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != nbytes:
+            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {nbytes}")
+        while piece := file.read(min(left, _PIECE_NBYTES)):
+            digest.update(piece)
+            left -= len(piece)
+    if digest.hexdigest() != sha256:
         raise DamagedCheckpoint(f"{path} does not match its SHA-256")
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What cannot be opened in the block makes a checkpoint damaged."""
     try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE_NBYTES):
-                yield piece
+        yield
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+    except ConfigError as error:  # it says where
+        raise DamagedCheckpoint(str(error)) from error

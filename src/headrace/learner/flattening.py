@@ -14,6 +14,8 @@ from headrace.errors import ConfigError
 Skeleton = dict[str, Any] | int | float | bool | str | None
 """JSON that remembers the containers of a tree, with names in place of its tensors."""
 
+_KINDS = "biufc"  # of numpy's dtypes
+
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Skeleton]:
     """Takes a tree of state apart, such as an optimiser's `state_dict` or a generator's state.
@@ -54,7 +56,7 @@ def _flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Skeleton:
 def _flatten_array(
     array: np.ndarray[Any, Any] | np.generic, path: str, tensors: dict[str, Tensor]
 ) -> Skeleton:
-    if array.dtype.kind not in "biufc":
+    if array.dtype.kind not in _KINDS:
         raise TypeError(f"{path or '/'}: a checkpoint cannot hold an array of {array.dtype}")
     raw = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8) if array.size else None
     return {
@@ -73,31 +75,47 @@ def _put(tensors: dict[str, Tensor], path: str, tensor: Tensor) -> str:
     return name
 
 
-def unflatten(tensors: Mapping[str, Tensor], skeleton: Skeleton) -> Any:
+def unflatten(tensors: Mapping[str, Tensor], skeleton: Skeleton, *, copy: bool = True) -> Any:
     """Restores the tree that `flatten` took apart; tensors stay where they are.
+
+    Args:
+        tensors: By path.
+        skeleton: As `flatten` made it. It may be a stranger's.
+        copy: Whether arrays get memory of their own; else they lie where their tensors do.
 
     Raises:
         ConfigError: a tensor that the skeleton names is missing, or the skeleton is none of ours.
     """
+    try:
+        return _unflatten(dict(tensors), skeleton, copy)
+    except KeyError as error:
+        raise ConfigError(f"the checkpoint has no tensor, or no key, {error}") from error
+    except (RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"the checkpoint holds a tree that is none of ours: {error}") from error
+
+
+def _unflatten(left: dict[str, Tensor], skeleton: Any, copy: bool) -> Any:
+    """Takes tensors out of `left`: each is there once, so that no copy is asked for often."""
     if not isinstance(skeleton, dict):
         return skeleton
-    try:
-        if "tensor" in skeleton:
-            return tensors[skeleton["tensor"]]
-        if "array" in skeleton:
-            return _unflatten_array(tensors[skeleton["array"]], skeleton)
-    except KeyError as error:
-        raise ConfigError(f"the checkpoint has no tensor named {error}") from error
+    if "tensor" in skeleton:
+        return left.pop(skeleton["tensor"])
+    if "array" in skeleton:
+        return _unflatten_array(left.pop(skeleton["array"]), skeleton, copy)
     if "dict" in skeleton:
-        return {key: unflatten(tensors, value) for key, value in skeleton["dict"]}
+        return {key: _unflatten(left, value, copy) for key, value in skeleton["dict"]}
     if "list" in skeleton:
-        return [unflatten(tensors, value) for value in skeleton["list"]]
+        return [_unflatten(left, value, copy) for value in skeleton["list"]]
     if "tuple" in skeleton:
-        return tuple(unflatten(tensors, value) for value in skeleton["tuple"])
-    raise ConfigError(f"the checkpoint holds a container of unknown kind: {', '.join(skeleton)}")
+        return tuple(_unflatten(left, value, copy) for value in skeleton["tuple"])
+    raise ValueError(f"a container of unknown kind: {', '.join(skeleton)[:80]}")
 
 
-def _unflatten_array(raw: Tensor, skeleton: Mapping[str, Any]) -> Any:
-    flat = np.frombuffer(raw.numpy().tobytes(), dtype=skeleton["dtype"])
-    array = flat.reshape(skeleton["shape"]).copy()  # a view of bytes would be read-only
+def _unflatten_array(raw: Tensor, skeleton: Mapping[str, Any], copy: bool) -> Any:
+    dtype = np.dtype(str(skeleton["dtype"]))
+    if dtype.kind not in _KINDS:
+        raise ValueError(f"an array of {dtype}")
+    array = np.frombuffer(raw.numpy(), dtype).reshape(skeleton["shape"])
+    if copy:
+        array = array.copy()  # aligned, and writable
     return array[()] if skeleton["scalar"] else array

@@ -20,7 +20,7 @@ from headrace.config import (
     ensure_typed,
     from_dict,
     merged,
-    read_toml,
+    parse_toml,
     to_toml,
 )
 from headrace.errors import ConfigError
@@ -193,7 +193,8 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
             f"{kept[0]} belongs to the run and cannot change on --resume; "
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
-    return from_dict(merged(read_toml(run.config_path), changes), trust_code=trust_code)
+    values = parse_toml(run.read_config(), run.config_path)
+    return from_dict(merged(values, changes), trust_code=trust_code)
 
 
 def _cluster() -> Any:

@@ -90,8 +90,9 @@ def open_run(
         ConfigError: there is another run, or none to go on with.
     """
     shared = (path / mark).exists()
-    config = path / "config.toml"
-    if shared or (config.is_file() and (resume or (again and config.read_text() == text))):
+    run = ClusterRun(path)
+    there = run.config_path.is_file()
+    if shared or (there and (resume or (again and run.read_config() == text.encode()))):
         run = ClusterRun.open(path)
     elif resume:
         raise ConfigError(

@@ -19,9 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
-from headrace.config import RunConfig, from_dict, read_toml
+from headrace.config import RunConfig, from_dict, parse_toml
 from headrace.errors import ConfigError
-from headrace.learner import checkpoint
 from headrace.networks.models import lower_precision
 from headrace.pools.base import Pool
 from headrace.pools.single import PoolEnv
@@ -30,6 +29,7 @@ from headrace.run import saving
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.pools import derived_seed, make_pool
 from headrace.run.system import choose_device
+from headrace.run_files import escaped
 from headrace.server.acting import Actor, cleared, initial_state
 from headrace.specs import EnvSpec
 from headrace.telemetry.record import RunDirectory
@@ -223,10 +223,13 @@ def load(
         ConfigError: there is no run or no whole checkpoint, or it names code that is not trusted.
     """
     directory = RunDirectory.open(Path(run))
-    config = from_dict(read_toml(directory.config_path), trust_code=trust_code)
-    saved, warnings = checkpoint.newest_whole(directory.checkpoints, without=("replay",))
+    values = parse_toml(directory.read_config(), directory.config_path)
+    config = from_dict(values, trust_code=trust_code)
+    saved, warnings = saving.newest(directory, without=("replay",))
     if saved is None:
         raise ConfigError(f"{run} has no whole checkpoint yet; {' '.join(warnings)}".rstrip("; "))
+    for warning in warnings:
+        logger.warning("%s", escaped(warning))
     where = choose_device(device)
     spec = catalog.environment_family(config.env, trust_code=trust_code).spec(
         config.env, config.environment

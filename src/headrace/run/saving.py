@@ -8,8 +8,11 @@ dropped, which is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
@@ -21,7 +24,7 @@ from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.learner import checkpoint
-from headrace.learner.checkpoint import Checkpoint
+from headrace.learner.checkpoint import Checkpoint, DamagedCheckpoint
 from headrace.learner.feeds import ReplayFeed
 from headrace.learner.flattening import flatten, unflatten
 from headrace.learner.loop import Learner
@@ -48,13 +51,63 @@ class Before:
 
     @classmethod
     def read(cls, saved: Checkpoint | None) -> Self:
-        """Returns the counters of a checkpoint, or of a new run."""
+        """Returns the counters of a checkpoint, or of a new run.
+
+        Raises:
+            DamagedCheckpoint: one is missing, or no such number.
+        """
         if saved is None:
             return cls()
-        counters = dict(saved.meta["counters"])
-        if counters["return_max"] is None:
-            counters["return_max"] = float("nan")
-        return cls(**counters, resume_count=saved.meta["resume_count"] + 1)
+        counters = saved.meta.get("counters")
+        found = dict(counters) if isinstance(counters, dict) else {}
+        found["resume_count"] = saved.meta.get("resume_count")
+        no_episode = found.get("return_max", 0.0) is None
+        if no_episode:
+            found["return_max"] = 0.0
+        for entry in fields(cls):
+            if not _is_number(found.get(entry.name), whole=entry.type == "int"):
+                raise DamagedCheckpoint(f"its meta.json has no {entry.name}, or a strange one")
+        before = cls(**{entry.name: found[entry.name] for entry in fields(cls)})
+        highest = math.nan if no_episode else before.return_max
+        return replace(before, return_max=highest, resume_count=before.resume_count + 1)
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    """Whether this is a count, or a finite number where it need not be `whole`."""
+    if type(value) is int:
+        return 0 <= value < 1 << 63
+    return not whole and type(value) is float and math.isfinite(value)
+
+
+def newest(
+    run: RunDirectory, *, without: Collection[str] = ()
+) -> tuple[Checkpoint | None, list[str]]:
+    """Returns the newest whole checkpoint of a run, and what to say of those passed over."""
+    check = partial(_check, without=without)
+    return checkpoint.newest_whole(run.checkpoints, without=without, check=check)
+
+
+def _check(saved: Checkpoint, *, without: Collection[str]) -> None:
+    """Looks whether all is there that `save` writes, but for the groups `without`.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+    """
+    Before.read(saved)
+    if "weights" not in saved.tensors or not isinstance(saved.meta.get("training"), dict):
+        raise DamagedCheckpoint("it has no weights, or no state of the training")
+    if not _is_number(saved.meta.get("unfinished_unrolls"), whole=True):
+        raise DamagedCheckpoint("its meta.json has no unfinished_unrolls, or strange ones")
+    for group in {"training", "system", "replay"}.difference(without):
+        skeleton = saved.meta.get(group)
+        if skeleton is None:
+            continue
+        try:
+            tree = unflatten(saved.tensors.get(group, {}), skeleton, copy=False)
+        except ConfigError as error:
+            raise DamagedCheckpoint(f"its {group}: {error}") from error
+        if not isinstance(tree, dict):
+            raise DamagedCheckpoint(f"its {group} is no state of ours")
 
 
 def find(run: RunDirectory, on_message: Callable[[str], None]) -> Checkpoint:
@@ -63,7 +116,7 @@ def find(run: RunDirectory, on_message: Callable[[str], None]) -> Checkpoint:
     Raises:
         ConfigError: there is none.
     """
-    saved, warnings = checkpoint.newest_whole(run.checkpoints)
+    saved, warnings = newest(run)
     for warning in warnings:
         on_message(warning)
     if saved is None:
@@ -136,8 +189,30 @@ def restore(
         Whether experience goes on where it was: unrolls, or a replay, that need not fill anew.
 
     Raises:
-        ConfigError: its network is not the one that the settings build.
+        ConfigError: its network is not the one that the settings build, or its state is of
+            something else.
     """
+    with _naming(saved):
+        return _restore(parts, saved, on_message, alone)
+
+
+@contextmanager
+def _naming(saved: Checkpoint) -> Iterator[None]:
+    """What a state of the wrong kind raises, in whatever takes it, names the checkpoint."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{saved.path} does not fit its run ({type(error).__name__}: {error}): delete that "
+            "folder to go on from the checkpoint before it"
+        ) from error
+
+
+def _restore(
+    parts: Parts, saved: Checkpoint, on_message: Callable[[str], None], alone: bool
+) -> bool:
     anew = load_weights(parts.algorithm.model, saved)
     training = unflatten(saved.tensors["training"], saved.meta["training"])
     if anew := [*anew, *_load_training(parts.algorithm, training)]:
@@ -145,7 +220,7 @@ def restore(
             f"{saved.path} does not hold all that this version needs, so this starts anew, whole "
             f"or in part: {', '.join(anew)}"
         )
-    goes_on = has_system = alone and saved.meta["system"] is not None
+    goes_on = has_system = alone and saved.meta.get("system") is not None
     if isinstance(parts.feed, ReplayFeed):
         if alone and saved.meta.get("replay") is not None:
             kept = unflatten(saved.tensors["replay"], saved.meta["replay"])

@@ -20,6 +20,7 @@ from headrace.run.film import Player, Scene, Strayed, write_film
 from headrace.run.pools import derived_seed
 from headrace.run.role import Follower, follow
 from headrace.telemetry.live import LivePage
+from headrace.telemetry.record import RunDirectory
 from headrace.telemetry.video import remove_partial
 
 _ANSWER_S = 2.0  # longest wait for weights before an episode; those it has do, if they are late
@@ -35,7 +36,7 @@ def view(follower: Follower) -> None:
         PeerLost: it is.
     """
     settings = follower.config.viewer
-    folder = follower.run / "videos"
+    folder = RunDirectory(follower.run).videos
     remove_partial(folder)
     with ExitStack() as stack:
         page = None

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
+from headrace import run_files
 from headrace.errors import ConfigError
-from headrace.telemetry.wandb_log import WandbLog
+from headrace.telemetry.wandb_log import ID_NAME, WandbLog
 
+_MOST_CONFIG_NBYTES = 1 << 16  # dotted keys of a megabyte take hours to parse
 _PID_BYTES = 32
 _BLOCK_NBYTES = 1 << 16
 
@@ -31,11 +33,14 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Names only; use `create` for a new run and `open` for one that exists."""
         self.path = path
+        self.lock_path = path / "lock"
         self.config_path = path / "config.toml"
+        self.new_config_path = path / "config.toml.new"
         self.metrics_path = path / "metrics.jsonl"
         self.log_path = path / "log.txt"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.videos = path / "videos"
 
     @classmethod
     def create(cls, path: Path, config_text: str) -> Self:
@@ -48,7 +53,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             cls.ensure_unused(path)
-            run.config_path.write_text(config_text, encoding="utf-8")
+            _write_config(run.config_path, config_text)
         except OSError as error:
             raise ConfigError(
                 f"cannot make the run folder {path} ({error.strerror}): choose another with --out"
@@ -73,18 +78,30 @@ class RunDirectory:
         """Opens the folder of a run that exists, to resume or evaluate it.
 
         Raises:
-            ConfigError: there is no run.
+            ConfigError: there is no run, or its config.toml is a link.
         """
         run = cls(path)
+        run_files.ensure_file(run.config_path)
         if not run.config_path.is_file():
             raise ConfigError(f"{path} is not a run: it has no config.toml; check the path")
         return run
 
+    def read_config(self) -> bytes:
+        """Returns what config.toml holds.
+
+        Raises:
+            ConfigError: it is a link or too long, or cannot be read.
+        """
+        try:
+            return run_files.read(self.config_path, _MOST_CONFIG_NBYTES)
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.config_path}: {error.strerror}") from error
+
     def rewrite_config(self, config_text: str) -> None:
         """Puts new settings in place of the old, whole or not at all: those of a resumed run."""
-        temporary = self.config_path.with_suffix(".toml.new")
-        temporary.write_text(config_text, encoding="utf-8")
-        temporary.replace(self.config_path)
+        self.new_config_path.unlink(missing_ok=True)  # of a killed process
+        _write_config(self.new_config_path, config_text)
+        self.new_config_path.replace(self.config_path)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -94,9 +111,10 @@ class RunDirectory:
         the lock until it ends; a spawned one does not.
 
         Raises:
-            ConfigError: another process trains this run.
+            ConfigError: another process trains this run, or something in its folder is not its own.
         """
-        with (self.path / "lock").open("a+b") as file:
+        self._ensure_own()
+        with open(self.lock_path, "a+b", opener=run_files.opener) as file:
             if not _try_lock(file):
                 file.seek(0)
                 holder = file.read(_PID_BYTES).decode("ascii", "replace").strip() or "unknown"
@@ -109,6 +127,29 @@ class RunDirectory:
             file.flush()
             # The file stays: were it deleted, two processes could each lock a file of that name.
             yield
+
+    def _ensure_own(self) -> None:
+        """Looks at all that training will write to, of which some is opened much later.
+
+        Raises:
+            ConfigError: names a link, or what else is not the run's.
+        """
+        files = (self.config_path, self.new_config_path, self.metrics_path, self.log_path)
+        for file in (*files, self.lock_path, self.path / ID_NAME):
+            run_files.ensure_file(file)
+        for folder in (self.checkpoints, self.tensorboard, self.videos, self.path / "wandb"):
+            run_files.ensure_folder(folder)
+
+
+def _write_config(path: Path, text: str) -> None:
+    data = text.encode()
+    if len(data) > _MOST_CONFIG_NBYTES:
+        raise ConfigError(
+            f"these settings take {len(data)} bytes, and a run's config.toml may have "
+            f"{_MOST_CONFIG_NBYTES}: keep long values in a file of your environment's own"
+        )
+    with open(path, "xb", opener=run_files.opener) as file:
+        file.write(data)
 
 
 if sys.platform == "win32":
@@ -154,7 +195,9 @@ class MetricsWriter:
         _cut_half_line(run.metrics_path)
         self._wandb = wandb
         self._rows = 0 if wandb is None else _count_lines(run.metrics_path)
-        self._file = run.metrics_path.open("a", encoding="utf-8")
+        self._file = open(  # noqa: SIM115 - closed by `close`
+            run.metrics_path, "a", encoding="utf-8", opener=run_files.opener
+        )
         self._tensorboard = _open_tensorboard(run.tensorboard, resumed_at) if tensorboard else None
 
     def __enter__(self) -> Self:
@@ -223,6 +266,7 @@ def _is_wild(value: float | int | str) -> bool:
 
 
 def _open_tensorboard(folder: Path, purge_step: int | None) -> Any:
+    run_files.ensure_folder(folder)
     # Imported here: it takes a second, and a run without curves need not have it.
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
@@ -233,7 +277,7 @@ def _cut_half_line(path: Path) -> None:
     """Truncates a file after its last newline; reads backwards, since it may be long."""
     if not path.exists():
         return
-    with path.open("r+b") as file:
+    with open(path, "r+b", opener=run_files.opener) as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - _BLOCK_NBYTES)
@@ -249,7 +293,7 @@ def _cut_half_line(path: Path) -> None:
 def _count_lines(path: Path) -> int:
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with open(path, "rb", opener=run_files.opener) as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_NBYTES), b""))
 
 
@@ -260,36 +304,51 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         One dict per row, None for a number that was not finite; no rows if there is no file yet.
 
     Raises:
-        ConfigError: names a line that is not JSON.
+        ConfigError: names a line that is not JSON; or the file is a link.
     """
     if not path.exists():
         return []
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with open(path, encoding="utf-8", opener=run_files.opener) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 break
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+            except (RecursionError, ValueError) as error:
                 raise ConfigError(f"{path}, line {number}, is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number}, is no row of metrics")
+            rows.append(row)
     return rows
+
+
+class _OneLine(logging.Formatter):
+    """What is said may be anybody's words: a name in a checkpoint, the output of a worker."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return run_files.escaped(super().format(record))
 
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Appends what the logger `headrace` and its children say, from INFO up, to a file."""
+    """Appends what the logger `headrace` and its children say, from INFO up, to a file.
+
+    Raises:
+        ConfigError: the file is a link, or no file.
+    """
     logger = logging.getLogger("headrace")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
-    )
-    level_before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level_before)
-        logger.removeHandler(handler)
-        handler.close()
+    with open(path, "a", encoding="utf-8", opener=run_files.opener) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(
+            _OneLine("%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s")
+        )
+        level_before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level_before)
+            logger.removeHandler(handler)
+            handler.close()

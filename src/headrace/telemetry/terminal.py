@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from headrace.length import Length
+from headrace.run_files import escaped
 from headrace.telemetry.panel import done, far, render
 from headrace.telemetry.wording import MISSING, Row, clock, fixed, number, plain, share, short, some
 
@@ -54,7 +55,7 @@ def open_display(
         plain_interval_s: shortest time between two plain lines.
         now_s: monotonic clock in seconds.
     """
-    stream = stream or sys.stdout
+    stream, title = stream or sys.stdout, escaped(title)
     console = Console(file=stream, highlight=False, force_terminal=live)
     if live is None:
         live = console.is_terminal and not console.is_dumb_terminal and not _is_ascii(console)
@@ -139,6 +140,7 @@ class _PlainDisplay:
         self._line = ""
 
     def message(self, text: str) -> None:
+        text = escaped(text)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         self._stream.flush()
@@ -167,7 +169,7 @@ class _LiveDisplay:
         self._region.update(table, refresh=True)
 
     def message(self, text: str) -> None:
-        self._region.console.print(text, markup=False)
+        self._region.console.print(escaped(text), markup=False)
 
 
 def plain_line(row: Row, length: Length, eta_s: float) -> str:

@@ -11,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, HeadraceError
+from headrace.run_files import ensure_folder, remove
 
 _LARGER_SIDE_PIXELS = 336
 _PARTIAL = ".partial.mp4"
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what is left of videos whose writers were killed; nobody may be writing one."""
+    """Removes what is left of videos whose writers were killed; nobody may be writing one.
+
+    Raises:
+        ConfigError: the folder is a link.
+    """
+    ensure_folder(folder)
     for path in folder.glob(f".*{_PARTIAL}"):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 class VideoWriter:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -20,10 +21,15 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
+from headrace import run_files
 from headrace.errors import ConfigError
 
 _MOST_WAITING = 1000  # rows; W&B buffers its own, so that more of them waiting means that it hangs
-_ID_NAME = "wandb-id.txt"
+_ID = re.compile(r"[A-Za-z0-9_-]*")
+_MOST_ID_NBYTES = 128
+
+ID_NAME = "wandb-id.txt"
+"""Of the file in a run's folder that keeps the id of the W&B run."""
 
 
 def ensure_wandb() -> None:
@@ -150,11 +156,15 @@ class WandbLog:
 
     def _run_id(self) -> str:
         """Returns the W&B id that belongs to the run directory; makes one at the first call."""
-        path = self._folder / _ID_NAME
-        known = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        path = self._folder / ID_NAME
+        data = run_files.read(path, _MOST_ID_NBYTES) if path.exists() else b""
+        known = data.decode("ascii", "replace").strip()
+        if not _ID.fullmatch(known):  # W&B names a folder after it
+            raise ConfigError(f"{path} holds no id of a W&B run: delete it, to have another")
         if not known:
             known = secrets.token_hex(4)
-            path.write_text(f"{known}\n", encoding="ascii")
+            with open(path, "w", encoding="ascii", opener=run_files.opener) as file:
+                file.write(f"{known}\n")
         return known
 
     def _give_up(self, why: str) -> None:
