@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,219 @@ def test_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
     assert len(warnings) == 1
     assert path.name in warnings[0]
     assert file in warnings[0]
+
+
+def forged(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a meta.json as somebody does who then writes the right SHA-256 into it."""
+    meta = json.loads((path / "meta.json").read_text())
+    change(meta)
+    del meta["meta_sha256"]
+    (path / "meta.json").write_bytes(checkpoint._encode_meta(meta))
+
+
+def instead(path: Path, put: Callable[[Path], Any]) -> None:
+    """Moves what is at `path` beside the checkpoints, and has `put` put something in its place."""
+    path.rename(path.parents[1] / f"moved-{path.name}")
+    put(path)
+
+
+def linked(path: Path) -> None:
+    instead(path, lambda there: there.symlink_to(path.parents[1] / f"moved-{path.name}"))
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)  # which Windows lacks
+
+
+def added(name: str) -> Callable[[Path], None]:
+    """Names one more file, which is there, with size and SHA-256 that are right."""
+
+    def add(path: Path) -> None:
+        (path.parent / "outside.safetensors").write_bytes(b"")
+        sound = {"sha256": hashlib.sha256(b"").hexdigest(), "nbytes": 0}
+        forged(path, lambda meta: meta["files"].update({name: sound}))
+
+    return add
+
+
+def entry(value: Any) -> Callable[[Path], None]:
+    """Puts a value in place of size and SHA-256 of the weights."""
+    return lambda path: forged(
+        path, lambda meta: meta["files"].update({"weights.safetensors": value})
+    )
+
+
+def swapped(**values: Any) -> Callable[[Path], None]:
+    return lambda path: forged(path, lambda meta: meta.update(values))
+
+
+def text(data: str) -> Callable[[Path], None]:
+    return lambda path: (path / "meta.json").write_text(data) and None
+
+
+SHA256 = "0" * 64
+STRANGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "weights are a link": ("is a link", lambda path: linked(path / "weights.safetensors")),
+    "meta is a link": ("is a link", lambda path: linked(path / "meta.json")),
+    "the folder is a link": ("is a link", linked),
+    "the folder is a file": ("no folder", lambda path: instead(path, Path.touch)),
+    "weights are endless": (
+        "is a link",
+        lambda path: instead(
+            path / "weights.safetensors", lambda there: there.symlink_to("/dev/zero")
+        ),
+    ),
+    "meta is endless": (
+        "is a link",
+        lambda path: instead(path / "meta.json", lambda there: there.symlink_to("/dev/zero")),
+    ),
+    "weights are a fifo": (
+        "is a fifo",
+        lambda path: instead(path / "weights.safetensors", fifo),
+    ),
+    "meta is a fifo": (
+        "is a fifo",
+        lambda path: instead(path / "meta.json", fifo),
+    ),
+    "weights are a folder": (
+        "is a folder",
+        lambda path: instead(path / "weights.safetensors", Path.mkdir),
+    ),
+    "a name leads up": ("'../outside.safetensors'", added("../outside.safetensors")),
+    "a name is absolute": ("'/dev/null'", added("/dev/null")),
+    "a name has a new line": (r"'a\\nb.safetensors'", added("a\nb.safetensors")),
+    "a name ends in one": (r"safetensors\\n'", added("weights.safetensors\n")),
+    "a name has an escape": (r"'\\x1b", added("\x1b[2J.safetensors")),
+    "a file of another kind": ("'meta.json'", added("meta.json")),
+    "deep JSON": ("too deep", text("[" * 200_000)),
+    "deep JSON inside": ("too deep", text('{"schema": 1, "a": ' + "[" * 200_000)),
+    "a huge number": ("not JSON", text('{"schema": 1' + "0" * 5000 + "}")),
+    "a list": ("schema", text("[1]")),
+    "a schema of another type": ("schema", swapped(schema="1")),
+    "no schema": ("schema", swapped(schema=None)),
+    "steps of another type": ("agent_steps", swapped(agent_steps=[2])),
+    "steps below 0": ("agent_steps", swapped(agent_steps=-2)),
+    "more steps than can be": ("agent_steps", swapped(agent_steps=10**30)),
+    "no files": ("files", swapped(files=None)),
+    "files as a list": ("files", swapped(files=["weights.safetensors"])),
+    "a number for a file": ("SHA-256 of weights", entry(7)),
+    "no size": ("SHA-256 of weights", entry({"sha256": SHA256})),
+    "a size of text": ("SHA-256 of weights", entry({"sha256": SHA256, "nbytes": "7"})),
+    "a size below 0": ("SHA-256 of weights", entry({"sha256": SHA256, "nbytes": -1})),
+    "a huge size": ("SHA-256 of weights", entry({"sha256": SHA256, "nbytes": 10**30})),
+    "a SHA-256 of another type": ("SHA-256 of weights", entry({"sha256": 7, "nbytes": 7})),
+    "a SHA-256 that is none": ("SHA-256 of weights", entry({"sha256": "\n", "nbytes": 7})),
+    "more than size and SHA-256": (
+        "SHA-256 of weights",
+        entry({"sha256": SHA256, "nbytes": 7, "path": "x"}),
+    ),
+    "another size": ("instead of 7", entry({"sha256": SHA256, "nbytes": 7})),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fifos")
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_checkpoint_is_damaged_like_any_other(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "checkpoints"
+    write(directory, 1)
+    path = write(directory, 2)
+    complaint, damage = STRANGE[name]
+    damage(path)
+    with pytest.raises(DamagedCheckpoint, match=complaint):
+        read(path)
+    found, warnings = newest_whole(directory)
+    assert found is not None
+    assert found.meta["agent_steps"] == 1
+    assert [path.name in warning for warning in warnings] == [True]
+    assert warnings[0].isprintable()
+
+
+def test_a_shape_that_no_tensor_has_is_damage(tmp_path: Path) -> None:
+    path, shape = write(tmp_path, 2), [0, 2**64 - 1]
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    (path / "weights.safetensors").write_bytes(data)
+    entry({"sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)})(path)
+    with pytest.raises(DamagedCheckpoint, match="not a safetensors file"):
+        read(path)
+
+
+def test_what_the_caller_finds_damaged_is_skipped_too(tmp_path: Path) -> None:
+    for steps in (1, 2):
+        write(tmp_path, steps)
+
+    def check(found: checkpoint.Checkpoint) -> None:
+        if found.meta["agent_steps"] == 2:
+            raise DamagedCheckpoint("not mine")
+
+    found, warnings = newest_whole(tmp_path, check=check)
+    assert found is not None
+    assert found.meta["agent_steps"] == 1
+    assert warnings == ["skipped the damaged checkpoint agent_steps_000000000002: not mine"]
+
+
+@pytest.mark.parametrize("name", [".agent_steps_x", ".agent_steps_000000000001.deleted"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "file"])
+def test_hidden_leftovers_go_whatever_they_are(tmp_path: Path, name: str, kind: str) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    (theirs / "kept").touch()
+    if kind == "file":
+        (ours / name).touch()
+    else:
+        (ours / name).symlink_to(theirs if kind == "link" else tmp_path / "nowhere")
+    path = write(ours, 1)
+    assert names(ours) == [path.name]
+    assert names(theirs) == ["kept"]
+
+
+def test_links_among_the_checkpoints_go_in_their_turn(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    (theirs / "kept").touch()
+    for steps in (1, 2):
+        (ours / f"agent_steps_{steps:012d}").symlink_to(theirs)
+    (ours / "agent_steps_000000000001.replaced").symlink_to(tmp_path / "nowhere")
+    path = write(ours, 2, keep=1)
+    assert names(ours) == [path.name]
+    assert read(path).meta["agent_steps"] == 2
+    assert names(theirs) == ["kept"]
+
+
+def test_a_link_for_all_checkpoints_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", 1)
+    before = names(tmp_path / "theirs")
+    (tmp_path / "ours").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=r"ours is a link.*delete it"):
+        newest_whole(tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r"ours is a link.*delete it"):
+        write(tmp_path / "ours", 2)
+    assert names(tmp_path / "theirs") == before
+
+
+def test_a_run_that_is_reached_through_a_link_is_read_and_written(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    write(tmp_path / "link" / "checkpoints", 1)
+    found, warnings = newest_whole(tmp_path / "link" / "checkpoints")
+    assert found is not None
+    assert warnings == []
+
+
+def test_a_meta_that_could_not_be_read_again_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_MOST_META_NBYTES", 100)
+    with pytest.raises(ValueError, match="can be read again"):
+        write(tmp_path, 1)
+    assert names(tmp_path) == []
+    monkeypatch.undo()
+    path = write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_MOST_META_NBYTES", 100)
+    with pytest.raises(DamagedCheckpoint, match="over 100 bytes"):
+        read(path)
 
 
 def test_other_schema_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,3 +610,59 @@ def test_unflatten_names_a_missing_tensor() -> None:
     _, skeleton = flatten({"a": torch.ones(1)})
     with pytest.raises(ConfigError, match="/a"):
         unflatten({}, skeleton)
+
+
+ARRAY = {"array": "bytes", "dtype": "<f4", "shape": [2], "scalar": False}
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(
+    "skeleton",
+    [
+        {"dict": 7},
+        {"dict": [["key"]]},
+        {"dict": [["key", 1, 2]]},
+        {"dict": [[["key"], 1]]},
+        {"list": None},
+        {"tuple": 1.5},
+        {"tensor": ["bytes"]},
+        {"set": []},
+        {},
+        {"list": [{"tensor": "bytes"}, {"tensor": "bytes"}]},
+        {"array": "bytes"},
+        ARRAY | {"dtype": "O"},
+        ARRAY | {"dtype": "S0"},
+        ARRAY | {"dtype": "V4"},
+        ARRAY | {"dtype": ["<f4"]},
+        ARRAY | {"dtype": "<f8"},
+        ARRAY | {"shape": [3]},
+        ARRAY | {"shape": "2"},
+        ARRAY | {"shape": [2, 10**30]},
+        ARRAY | {"array": "half"},
+    ],
+    ids=str,
+)
+def test_a_strangers_skeleton_is_refused(skeleton: Any, copy: bool) -> None:
+    tensors = {
+        "bytes": torch.arange(8, dtype=torch.uint8),
+        "half": torch.ones(4, dtype=torch.bfloat16),
+    }
+    with pytest.raises(ConfigError, match="the checkpoint"):
+        unflatten(tensors, skeleton, copy=copy)
+
+
+def test_a_skeleton_without_end_is_refused() -> None:
+    skeleton: Any = 1
+    for _ in range(5000):
+        skeleton = {"list": [skeleton]}
+    with pytest.raises(ConfigError, match="none of ours"):
+        unflatten({}, skeleton)
+
+
+def test_arrays_are_lent_where_no_copy_is_wanted() -> None:
+    tensors, skeleton = flatten({"a": np.arange(3)})
+    lent = unflatten(tensors, skeleton, copy=False)["a"]
+    own = unflatten(tensors, skeleton)["a"]
+    tensors["/a"].zero_()
+    assert lent.tolist() == [0, 0, 0]
+    assert own.tolist() == [0, 1, 2]
