@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,76 @@ def test_log_gets_what_the_package_says_while_the_block_runs(run: RunDirectory) 
     assert "INFO" in text
     assert "headrace.server: worker 3 restarted" in text
     assert "unheard" not in text
+
+
+def test_a_line_of_the_log_is_one_line_whatever_is_said(run: RunDirectory) -> None:
+    logger = logging.getLogger("headrace.pools")
+    with log_to(run.log_path):
+        logger.info("worker 3 printed: %s", "a\nrm -r ~\x1b[2J\r\udcff")
+        logger.info("worker 4 is well")
+    first, second = run.log_path.read_text().splitlines()
+    assert first.endswith(r"worker 3 printed: a\nrm -r ~\x1b[2J\r\udcff")
+    assert second.endswith("worker 4 is well")
+
+
+def opened(run: RunDirectory) -> dict[str, Callable[[], object]]:
+    return {
+        "log.txt": lambda: log_to(run.log_path).__enter__(),
+        "lock": lambda: run.lock().__enter__(),
+        "config.toml": lambda: RunDirectory.open(run.path),
+        "metrics.jsonl": lambda: MetricsWriter(run, tensorboard=False),
+        "tensorboard": lambda: MetricsWriter(run),
+    }
+
+
+@pytest.mark.parametrize("name", ["log.txt", "lock", "config.toml", "metrics.jsonl", "tensorboard"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "endless link", "fifo"])
+def test_nothing_in_the_folder_is_opened_through_a_link(
+    run: RunDirectory, tmp_path: Path, name: str, kind: str
+) -> None:
+    theirs, ours = tmp_path / "theirs", run.path / name
+    theirs.mkdir()
+    profile = theirs / "profile"
+    profile.write_text("half a line")
+    ours.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(ours)
+    elif kind == "link":
+        ours.symlink_to(theirs if name == "tensorboard" else profile)
+    else:
+        ours.symlink_to("/dev/zero" if kind == "endless link" else theirs / "nowhere")
+    with pytest.raises(ConfigError, match=f"{ours} is .*delete it"):
+        opened(run)[name]()
+    assert [path.name for path in theirs.iterdir()] == ["profile"]
+    assert profile.read_text() == "half a line"
+
+
+def test_metrics_are_read_from_the_folder_itself(run: RunDirectory) -> None:
+    run.metrics_path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is a link"):
+        read_metrics(run.metrics_path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[1]"])
+def test_read_metrics_names_a_line_that_is_no_row(run: RunDirectory, line: str) -> None:
+    run.metrics_path.write_text(f'{{"x": 1}}\n{line}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        read_metrics(run.metrics_path)
+
+
+def test_settings_left_half_written_are_written_anew(run: RunDirectory) -> None:
+    run.new_config_path.write_text("half")
+    run.rewrite_config("seed = 2\n")
+    assert run.config_path.read_text() == "seed = 2\n"
+    assert not run.new_config_path.exists()
+
+
+def test_new_settings_replace_a_link_and_not_what_it_leads_to(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    run.new_config_path.symlink_to(tmp_path / "theirs")
+    run.rewrite_config("seed = 2\n")
+    assert run.config_path.read_text() == "seed = 2\n"
+    assert not run.config_path.is_symlink()
+    assert (tmp_path / "theirs").read_text() == "theirs"

@@ -258,3 +258,14 @@ def test_stream_without_unicode_still_gets_its_lines() -> None:
     with open_display(Length(10), "ünder", stream=stream) as display:
         display.update({"env_frames": 5})
     assert b"5/10 frames" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_is_said_stays_on_its_line_and_moves_no_cursor(live: bool) -> None:
+    stream = io.StringIO()
+    with open_display(LENGTH, "title\x1b[2J", stream=stream, live=live) as display:
+        display.message("a\nb\x1b[31m\rc")
+        display.update(FULL)
+    assert "a\\nb\\x1b[31m\\rc\n" in stream.getvalue().replace("\r\n", "\n")
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\x1b[31mc" not in stream.getvalue()

@@ -81,3 +81,17 @@ def test_only_what_was_never_finished_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     remove_partial(tmp_path / "nowhere")
+
+
+def test_leftovers_go_whatever_they_are_and_nothing_outside(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder in (theirs, ours, ours / ".a.1.partial.mp4", theirs / ".x.1.partial.mp4"):
+        folder.mkdir()
+    (ours / ".b.1.partial.mp4").symlink_to(theirs)
+    remove_partial(ours)
+    assert list(ours.iterdir()) == []
+    ours.rmdir()
+    ours.symlink_to(theirs)
+    with pytest.raises(ConfigError, match="is a link"):
+        remove_partial(ours)
+    assert [path.name for path in theirs.iterdir()] == [".x.1.partial.mp4"]

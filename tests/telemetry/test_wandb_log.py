@@ -125,6 +125,23 @@ def test_resumed_run_goes_on_with_the_same_id_and_higher_steps(
     assert [row["env_frames"] for _, row in wandb.logged] == [300, 400, 100, 200]
 
 
+@pytest.mark.parametrize("known", ["../elsewhere", "a\nb", "\x1b[2J", "x" * 200, "é", None])
+def test_an_id_that_is_none_is_said_and_not_used(
+    wandb: FakeWandb, run: RunDirectory, known: str | None
+) -> None:
+    path = run.path / "wandb-id.txt"
+    if known is None:
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(known)
+    said: list[str] = []
+    with writer(run, said):
+        pass
+    assert wandb.inits == []
+    assert [str(path) in text and "nothing else is lost" in text for text in said] == [True]
+    assert run.metrics_path.exists()
+
+
 def test_two_runs_have_two_ids(wandb: FakeWandb, tmp_path: Path) -> None:
     for name in ("one", "two"):
         writer(RunDirectory.create(tmp_path / name, ""), []).close()

@@ -191,7 +191,12 @@ class MetricsWriter:
         A run that was killed has rows from after its checkpoint: in metrics.jsonl they stay, with
         those of the resumed run behind them; TensorBoard hides what lies beyond `resumed_at`
         env_frames. `wandb` is closed with the rest.
+
+        Raises:
+            ConfigError: what should be the run's own file or folder is a link.
         """
+        if tensorboard:
+            run_files.ensure_folder(run.tensorboard)
         _cut_half_line(run.metrics_path)
         self._wandb = wandb
         self._rows = 0 if wandb is None else _count_lines(run.metrics_path)
@@ -266,7 +271,6 @@ def _is_wild(value: float | int | str) -> bool:
 
 
 def _open_tensorboard(folder: Path, purge_step: int | None) -> Any:
-    run_files.ensure_folder(folder)
     # Imported here: it takes a second, and a run without curves need not have it.
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
