@@ -77,7 +77,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def more(run: Path) -> list[str]:
-    return ["train", "--resume", str(run), "--total-frames", "5000", "--device", "cpu"]
+    return ["train", "--resume", str(run), "--total-frames", "1600", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("kind", ["a link", "an endless link", "a fifo", "a folder"])
@@ -246,8 +246,8 @@ def test_a_passed_over_checkpoint_is_said_by_eval_and_resume(
 def test_a_state_of_something_else_names_the_checkpoint(run: Path, items: list[Any]) -> None:
     path = second(run, with_(system={"dict": items}))
     nothing = Hooks(lambda _: None, lambda *_: None, lambda _: None, on_message=lambda _: None)
-    prepared = prepare(resume=run, changes={"total_frames": 5000})
-    with pytest.raises(ConfigError, match=f"{path} does not fit its run.*delete that folder"):
+    prepared = prepare(resume=run, changes={"total_frames": 1600})
+    with pytest.raises(ConfigError, match=f"{path} does not fit its run.*move that folder away"):
         start(prepared, nothing)
 
 

@@ -38,7 +38,7 @@ _NAME = re.compile(r"agent_steps_(\d{12,})(\.replaced)?")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
 _FILE = re.compile(rf"({_GROUP.pattern})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_META_NBYTES = 1 << 26
+_MOST_META_NBYTES = 1 << 26  # parsed, JSON may take twenty times as much
 _INT64_END = 1 << 63
 _PIECE_NBYTES = 1 << 26
 _DTYPES = {  # as safetensors calls them
@@ -250,7 +250,7 @@ def read(path: Path, *, without: Collection[str] = ()) -> Checkpoint:
         _verify(path / name, **expected)
         try:
             tensors[group] = safetensors.torch.load_file(path / name)
-        except (safetensors.SafetensorError, RuntimeError, TypeError) as error:  # of torch: a shape
+        except (safetensors.SafetensorError, TypeError) as error:  # a shape that torch cannot have
             said = str(error)[:200]  # it may repeat what the file says
             raise DamagedCheckpoint(f"{path / name} is not a safetensors file: {said}") from error
     return Checkpoint(path, tensors, meta)

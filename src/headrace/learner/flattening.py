@@ -90,7 +90,7 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Skeleton, *, copy: bool =
         return _unflatten(dict(tensors), skeleton, copy)
     except KeyError as error:
         raise ConfigError(f"the checkpoint has no tensor, or no key, {error}") from error
-    except (RecursionError, RuntimeError, TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"the checkpoint holds a tree that is none of ours: {error}") from error
 
 

@@ -205,8 +205,8 @@ def _naming(saved: Checkpoint) -> Iterator[None]:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{saved.path} does not fit its run ({type(error).__name__}: {error}): delete that "
-            "folder to go on from the checkpoint before it"
+            f"{saved.path} does not fit its run ({type(error).__name__}: {error}): move that "
+            "folder away to go on from the checkpoint before it"
         ) from error
 
 
