@@ -174,16 +174,25 @@ def test_what_a_killed_viewer_left_is_removed(tmp_path: Path) -> None:
     assert names == ["agent_steps_000000000001.mp4", "agent_steps_000012345678.mp4"]
 
 
-def test_a_clip_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
-    (tmp_path / "videos").touch()
-    follower = FakeFollower(tmp_path, video_interval_s=1e-9)
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_clip_that_cannot_be_written_is_a_note(tmp_path: Path, kind: str) -> None:
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    for folder in (run, theirs):
+        folder.mkdir()
+    (theirs / ".x.partial.mp4").touch()
+    if kind == "file":
+        (run / "videos").touch()
+    else:
+        (run / "videos").symlink_to(theirs)
+    follower = FakeFollower(run, video_interval_s=1e-9)
     follower.over = lambda: False
     follower.versions = iter(range(4))
     with pytest.raises(StopIteration):  # it goes on until here
         viewer.view(follower)
     assert follower.clips == []
     assert len(follower.notes) == 3
-    assert all("no clip: cannot make the folder" in note for note in follower.notes)
+    assert all(f"no clip: {run / 'videos'} is " in note for note in follower.notes)
+    assert [path.name for path in theirs.iterdir()] == [".x.partial.mp4"]
 
 
 def test_the_page_shows_the_play_while_somebody_looks(

@@ -19,6 +19,7 @@ from headrace.errors import ConfigError
 from headrace.run.film import Player, Scene, Strayed, write_film
 from headrace.run.pools import derived_seed
 from headrace.run.role import Follower, follow
+from headrace.run_files import ensure_folder
 from headrace.telemetry.live import LivePage
 from headrace.telemetry.record import RunDirectory
 from headrace.telemetry.video import remove_partial
@@ -37,7 +38,8 @@ def view(follower: Follower) -> None:
     """
     settings = follower.config.viewer
     folder = RunDirectory(follower.run).videos
-    remove_partial(folder)
+    with contextlib.suppress(ConfigError):  # which each clip says
+        remove_partial(folder)
     with ExitStack() as stack:
         page = None
         if settings.watch:
@@ -143,6 +145,7 @@ def _write_clip(follower: Follower, play: Play, folder: Path) -> None:
     """Films one episode, named after the age of the weights that it starts with."""
     path = folder / f"agent_steps_{follower.agent_steps:012d}.mp4"
     try:
+        ensure_folder(folder)
         earned = write_film(play.scenes, path)
     except (ConfigError, OSError) as error:
         follower.tell({"note": f"no clip: {str(error).splitlines()[0]}"})
