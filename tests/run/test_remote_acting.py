@@ -31,6 +31,7 @@ from headrace.pools.wire import Kind, WireError
 from headrace.presets import find
 from headrace.run import acting_workers, build
 from headrace.run.acting_host import run_session
+from headrace.run.acting_mandate import read_mandate
 from headrace.run.acting_source import ActingSource, make_acting_source
 from headrace.run.acting_worker import make_worker
 from headrace.run.api import prepare, start
@@ -192,6 +193,12 @@ def acting_hosts(algorithm: str = "impala", **settings: Any) -> tuple[ActingHost
     assert isinstance(source, ActingHosts)
     source._listener = SimpleNamespace(address="here:1", counters={"lost": 0}, check=lambda: None)
     return source, model
+
+
+def test_a_host_acts_in_eval_mode() -> None:
+    source, _ = acting_hosts()
+    mandate = read_mandate(Pair(source).welcome, cores=1, trust_code=False)
+    assert not any(part.training for part in mandate.model.modules())
 
 
 def columns(source: ActingSource, slots: list[int]) -> list[dict[str, np.ndarray]]:

@@ -69,6 +69,7 @@ def test_a_follower_has_exactly_the_weights_that_were_published(
     with closing(Pipes(config, model)) as pipes:
         follower = pipes.follower
         own: Any = follower.policy.actor("greedy", 0.0).model
+        assert not any(part.training for part in own.modules())
         assert follower.newest(0.0) == -1
         assert b'{"wants": 1}' in os.read(pipes.status, 1000)
         pipes.publish(7, 700)

@@ -43,6 +43,7 @@ from headrace.algorithms.optimizers import (
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
+from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
@@ -209,10 +210,11 @@ class Ppo:
     def samples(self, batch: Batch) -> Samples:
         """Returns what gradients are taken of: advantages and targets are fixed for all passes.
 
-        Values are those of the weights that learn. Unrolls store none; in turns they would be the
-        same, and where the policy that acted is older, these are the better estimates.
+        Values are those of the weights that learn, in eval mode. Unrolls store none; in turns they
+        would be the same, and where the policy that acted is older, these are the better estimates.
         """
-        output, _ = self._forward(batch.inputs, batch.recurrent)
+        with in_eval_mode(self.model):
+            output, _ = self._forward(batch.inputs, batch.recurrent)
         reward_TB, discount_TB = self._rewards(batch)
         targets = gae_targets(reward_TB, discount_TB, output.value, lambda_=self._config.gae_lambda)
         samples = Samples(

@@ -47,6 +47,7 @@ from headrace.algorithms.optimizers import (
 )
 from headrace.algorithms.r2d2_config import R2d2Config
 from headrace.errors import ConfigError
+from headrace.networks.modes import frozen, in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops.distributions import Categorical
 from headrace.ops.exploration import epsilon_greedy, epsilon_ladder
@@ -122,7 +123,7 @@ class R2d2:
         if not is_recurrent:  # nothing to warm up
             config = dataclasses.replace(config, burn_in_steps=0)
         self.model = model
-        self.target_model = copy.deepcopy(model).requires_grad_(False)
+        self.target_model = frozen(copy.deepcopy(model))
         self.eval_epsilon = config.eval_epsilon
         self.experience = ExperienceSpec(
             unroll_steps=_piece_steps(config, is_recurrent=is_recurrent),
@@ -192,7 +193,7 @@ class R2d2:
                 return self._run(self.target_model, learned.inputs, state)[0]
 
         target_later = self.beside(of_target)
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(self.model):  # as the policy that acted got there
             online_state = self._burned_in(self.model, burn_in)
         batch = learned
         online, _ = self._run(self.model, batch.inputs, online_state)
@@ -314,10 +315,11 @@ class R2d2:
         inputs, at = sequences.final_inputs(batch, finals), (finals.step, finals.column)
         # One step on from the state after the row that the clock ended; `forward`, since code that
         # is compiled would be so anew for every F.
-        value_1FA = [
-            self._run(model.forward, inputs, tuple(part[at] for part in output.states))[0].value
-            for model, output in ((self.model, online), (self.target_model, target))
-        ]
+        with in_eval_mode(self.model):
+            value_1FA = [
+                self._run(model.forward, inputs, tuple(part[at] for part in output.states))[0].value
+                for model, output in ((self.model, online), (self.target_model, target))
+            ]
         value_F = self._best_value(value_1FA[0], value_1FA[1], None)[0]
         return sequences.in_place(value_F, finals, shape=batch.truncated.shape)
 

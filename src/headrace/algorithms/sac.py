@@ -41,6 +41,7 @@ from headrace.algorithms.sac_update import ActorSide, CriticSide, Learned
 from headrace.algorithms.transitions import Transition, transitions
 from headrace.errors import ConfigError
 from headrace.networks.actor_critics import ActorCriticsNet
+from headrace.networks.modes import frozen
 from headrace.ops.rewards import transform_reward
 from headrace.ops.squashed_normal import SquashedNormal
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
@@ -93,7 +94,7 @@ class Sac:
             )
         model.set_products(precision)
         self.model = model
-        self.target_critics = copy.deepcopy(model.critics).requires_grad_(False)
+        self.target_critics = frozen(copy.deepcopy(model.critics))
         self.experience = ExperienceSpec(
             unroll_steps=_PIECE_STEPS,
             batch_unrolls=config.batch_unrolls,

@@ -40,6 +40,7 @@ from headrace.algorithms.sac_objectives import (
     targets_of,
 )
 from headrace.algorithms.transitions import Transition
+from headrace.networks.modes import in_eval_mode
 from headrace.ops.soft_values import move_towards, temperature_loss
 from headrace.ops.squashed_normal import SquashedNormal
 
@@ -124,10 +125,11 @@ class ActorSide:
         return _called(self.actor, params, rows)
 
     def drawn(self, rows: Tensor, noise_BD: Tensor) -> Drawn:
-        """Draws actions by the weights as they are."""
-        return draw_actions(
-            lambda seen: self.act(_own(self.optimizer), seen), rows, noise_BD, self.policy
-        )
+        """Draws actions by the weights as they are, in eval mode."""
+        with in_eval_mode(self.actor):
+            return draw_actions(
+                lambda seen: self.act(_own(self.optimizer), seen), rows, noise_BD, self.policy
+            )
 
     def propose(self, transition: Transition, draws: Draws) -> Proposed:
         """Draws actions here and behind."""

@@ -13,6 +13,7 @@ from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, from_dict
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
+from headrace.networks.modes import frozen
 from headrace.pools.messages import describe, spec_difference
 from headrace.pools.wire import Compression, check_compression
 from headrace.run.build import make_algorithm, make_model
@@ -72,7 +73,7 @@ def read_mandate(welcome: Mapping[str, Any], *, cores: int, trust_code: bool) ->
             f"{config.env} is another environment on this host than in the run: {difference}; "
             "install the same packages on both"
         )
-    model: Any = make_model(config, spec, _CPU, trust_code=trust_code).requires_grad_(False)
+    model: Any = frozen(make_model(config, spec, _CPU, trust_code=trust_code))
     algorithm = make_algorithm(config, model, spec, torch.float32, trust_code=trust_code)
     lower_precision(model, choose_precision(config.precision, _CPU))
     if fingerprint(model) != weights:

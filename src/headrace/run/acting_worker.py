@@ -31,6 +31,7 @@ from headrace.config import RunConfig, from_dict
 from headrace.errors import PeerLost
 from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
+from headrace.networks.modes import frozen
 from headrace.pools.processes import WorkerEnd
 from headrace.run.acting_workers import (
     BEATS,
@@ -150,7 +151,7 @@ def make_worker(
     share, generation = Share(*settings["share"]), settings["generation"]
     worker, resume_count = settings["worker"], settings["resume_count"]
     spec: EnvSpec = catalog.environment_family(config.env).spec(config.env, config.environment)
-    model: Any = make_model(config, spec, _CPU).requires_grad_(False)
+    model: Any = frozen(make_model(config, spec, _CPU))
     algorithm = make_algorithm(config, model, spec, torch.float32)  # it acts, and never updates
     lower_precision(model, choose_precision(config.precision, _CPU))
     unrolls = make_table(

@@ -22,6 +22,7 @@ from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import HEADS_OF
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
+from headrace.networks.modes import frozen
 from headrace.run.acting_source import ActingSource, make_acting_source
 from headrace.run.compute import (
     Compute,
@@ -239,7 +240,7 @@ def build(
         torch._dynamo.config.recompile_limit = 32
     for notice in () if share.rank else _notices(config, family, spec, algorithm):
         on_message(notice)
-    server_model: Any = copy.deepcopy(model).requires_grad_(False).to(compute.acting)
+    server_model: Any = frozen(copy.deepcopy(model)).to(compute.acting)
     lower_precision(server_model, compute.acting_precision)
     place_sides(config, algorithm)
     if compute.compiled:
@@ -401,7 +402,7 @@ def _acting(
 ) -> ActingSource:
     """Starts those who act beside their environments: on processors, whatever learns."""
     cpu = torch.device("cpu")
-    model: Any = make_model(config, spec, cpu, trust_code=trust_code).requires_grad_(False)
+    model: Any = frozen(make_model(config, spec, cpu, trust_code=trust_code))
     lower_precision(model, choose_precision(config.precision, cpu))
     source = make_acting_source(
         config,

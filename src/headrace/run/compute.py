@@ -14,6 +14,7 @@ from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
+from headrace.networks.modes import frozen
 from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import cuda_capture
@@ -124,7 +125,7 @@ def multiply_adds(algorithm: Algorithm, spec: EnvSpec) -> int:
     if not any(isinstance(module, _CONVOLUTIONS) for module in model.modules()):
         return weights
     device = next(model.parameters()).device
-    copied = copy.deepcopy(model).eval()  # the hooks, and what a forward pass may leave, are its
+    copied = frozen(copy.deepcopy(model))  # the hooks, and what a forward pass may leave, are its
     for module in copied.modules():
         if isinstance(module, _CONVOLUTIONS):
             module.register_forward_hook(count)

@@ -22,6 +22,7 @@ from headrace.algorithms.base import ActionMode, Algorithm
 from headrace.config import RunConfig, from_dict, parse_toml
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
+from headrace.networks.modes import frozen
 from headrace.pools.base import Pool
 from headrace.pools.single import PoolEnv
 from headrace.records import PolicyState
@@ -234,10 +235,9 @@ def load(
     spec = catalog.environment_family(config.env, trust_code=trust_code).spec(
         config.env, config.environment
     )
-    model = make_model(config, spec, where, trust_code=trust_code)
+    model = frozen(make_model(config, spec, where, trust_code=trust_code))
     if anew := saving.load_weights(model, saved):
         logger.warning("%s lacks, and so the agent is without, %s", saved.path, ", ".join(anew))
-    model.requires_grad_(False)
     if precision == "bfloat16":
         lower_precision(model, torch.bfloat16)
     algorithm = make_algorithm(config, model, spec, torch.float32, trust_code=trust_code)

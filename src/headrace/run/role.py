@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from headrace import catalog
 from headrace.config import from_dict
 from headrace.errors import PeerLost
+from headrace.networks.modes import frozen
 from headrace.pools.processes import WorkerEnd
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.policy import Policy
@@ -80,7 +81,7 @@ class Follower:
         spec: EnvSpec = catalog.environment_family(self.config.env).spec(
             self.config.env, self.config.environment
         )
-        model: Any = make_model(self.config, spec, _CPU).requires_grad_(False)
+        model: Any = frozen(make_model(self.config, spec, _CPU))
         algorithm = make_algorithm(self.config, model, spec, torch.float32)  # it never updates
         self.policy = Policy(self.config, algorithm, spec, _CPU)
         self._stamped = Stamped(model)

@@ -1,0 +1,113 @@
+"""A network of the user's with dropout and batch norm: it learns in training mode, acts in eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from headrace import RunConfig, evaluate, load, train
+from headrace.config import from_dict, merged
+from headrace.run.build import build
+from tests.run.test_local import newest
+
+SMALL = {"unroll_steps": 7, "batch_unrolls": 6}
+REPLAY = {"replay_min": 20}
+RUNS: dict[str, dict[str, Any]] = {
+    "impala": {"env": "catch", "algorithm": "impala", "learning": SMALL},
+    "ppo": {"env": "catch", "algorithm": "ppo", "learning": {**SMALL, "minibatches": 2}},
+    "r2d2": {
+        "env": "catch",
+        "algorithm": "r2d2",
+        "network": {"lstm_size": 8},
+        "learning": {
+            "unroll_steps": 4,
+            "burn_in_steps": 4,
+            "n_steps": 2,
+            "batch_unrolls": 4,
+            "target_update_interval": 3,
+            "replay": REPLAY,
+        },
+        "environment": {"truncate_after": 5},
+    },
+    "sac": {
+        "env": "pointmass",
+        "algorithm": "sac",
+        "learning": {"batch_unrolls": 16, "replay": REPLAY},
+    },
+}
+
+
+def a_config(out: Path | str, rule: str, network: str = "strict", **settings: Any) -> RunConfig:
+    base = {
+        "out": str(out),
+        "device": "cpu",
+        "precision": "float32",
+        "compile": "off",
+        "tensorboard": False,
+        "total_frames": 1200,
+        "server": {"num_envs": 8},
+        "network": {"network": f"mode_net:{network}"},
+    }
+    return from_dict(merged(merged(base, RUNS[rule]), settings))
+
+
+@pytest.fixture(autouse=True)
+def _networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_statistics_move_where_it_learns_and_nowhere_else(tmp_path: Path, rule: str) -> None:
+    """The network itself raises where it runs in the wrong mode; see `mode_net`."""
+    out = tmp_path / "run"
+    train(a_config(out, rule, lockstep=True, server={"eval_envs": 3}))
+    policy = load(out, trust_code=True)
+    model: Any = policy.actor("greedy", 0.0).model
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    (passes,) = {
+        int(buffer)
+        for name, buffer in before.items()
+        if "num_batches" in name and "critics" not in name
+    }
+    updates = newest(out).meta["counters"]["updates"]
+    assert passes == updates * (8 if rule == "ppo" else 1)  # 4 epochs of 2 minibatches
+    results = [evaluate(policy, episodes=3, seed=3).returns for _ in range(2)]
+    np.testing.assert_array_equal(*results)
+    seen = np.zeros(policy.spec.observation_space.shape, policy.spec.observation_space.dtype)
+    policy.act(seen, policy.initial_state(), reset=True)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inference": "worker", "workers": {"num_workers": 1}},
+        {"pool": "device"},
+        {"pool": "shm", "server": {"eval_envs": 2}},
+    ],
+    ids=["workers", "device-pool", "server-thread"],
+)
+def test_whoever_acts_does_so_in_eval_mode(tmp_path: Path, settings: dict[str, Any]) -> None:
+    result = train(a_config(tmp_path / "run", "impala", **settings))
+    assert result.metrics["updates"] > 10
+
+
+def test_the_networks_that_act_or_give_targets_are_copies_in_eval_mode() -> None:
+    for rule in RUNS:
+        parts = build(
+            a_config("", rule, lockstep=True),
+            resume_count=0,
+            on_episodes=lambda *_: None,
+            on_eval_episodes=lambda *_: None,
+        )
+        parts.close()
+        algorithm: Any = parts.algorithm
+        targets = [getattr(algorithm, name, None) for name in ("target_model", "target_critics")]
+        for model in filter(None, (parts.server_model, *targets)):
+            assert not any(part.training or part is algorithm.model for part in model.modules())
+        assert all(part.training for part in algorithm.model.modules())
