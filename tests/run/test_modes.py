@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from headrace import RunConfig, evaluate, load, train
 from headrace.config import from_dict, merged
-from headrace.run.build import build
+from headrace.run.build import Parts, build
+from headrace.run.warmup import warm_up
 from tests.run.test_local import newest
 
 SMALL = {"unroll_steps": 7, "batch_unrolls": 6}
@@ -97,17 +99,32 @@ def test_whoever_acts_does_so_in_eval_mode(tmp_path: Path, settings: dict[str, A
     assert result.metrics["updates"] > 10
 
 
-def test_the_networks_that_act_or_give_targets_are_copies_in_eval_mode() -> None:
-    for rule in RUNS:
-        parts = build(
-            a_config("", rule, lockstep=True),
-            resume_count=0,
-            on_episodes=lambda *_: None,
-            on_eval_episodes=lambda *_: None,
-        )
-        parts.close()
-        algorithm: Any = parts.algorithm
-        targets = [getattr(algorithm, name, None) for name in ("target_model", "target_critics")]
-        for model in filter(None, (parts.server_model, *targets)):
-            assert not any(part.training or part is algorithm.model for part in model.modules())
-        assert all(part.training for part in algorithm.model.modules())
+def built(rule: str, network: str = "strict") -> Parts:
+    parts = build(
+        a_config("", rule, network, lockstep=True),
+        resume_count=0,
+        on_episodes=lambda *_: None,
+        on_eval_episodes=lambda *_: None,
+    )
+    parts.close()
+    return parts
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_the_networks_that_act_or_give_targets_are_copies_in_eval_mode(rule: str) -> None:
+    parts = built(rule)
+    algorithm: Any = parts.algorithm
+    targets = [getattr(algorithm, name, None) for name in ("target_model", "target_critics")]
+    for model in filter(None, (parts.server_model, *targets)):
+        assert not any(part.training or part is algorithm.model for part in model.modules())
+    assert all(part.training for part in algorithm.model.modules())
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_a_warm_up_leaves_neither_statistics_nor_draws(rule: str) -> None:
+    parts = built(rule)
+    before, drawn = copy.deepcopy(parts.algorithm.model.state_dict()), torch.get_rng_state()
+    warm_up(parts)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, tensor in parts.algorithm.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -33,6 +33,7 @@ from headrace.run.compute import (
 )
 from headrace.run.device_pool import make_device_pool
 from headrace.run.device_seat import make_device_seat
+from headrace.run.draws import own_draws
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import derived_seed, make_pool
 from headrace.run.share import WHOLE, Share
@@ -118,8 +119,7 @@ def make_model(
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(config.seed, 0))
+    with own_draws(derived_seed(config.seed, 0)):
         try:
             model = builder(spec, network)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.networks.modes import frozen
+from headrace.run.draws import own_draws
 from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import cuda_capture
@@ -131,7 +132,7 @@ def multiply_adds(algorithm: Algorithm, spec: EnvSpec) -> int:
             module.register_forward_hook(count)
     state = initial_state(spec, copied, 1, device)
     mask = torch.ones(1, spec.action_mask_size, dtype=torch.bool, device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with own_draws():
         try:
             Actor(algorithm=algorithm, model=copied, mode="greedy").act(
                 state,

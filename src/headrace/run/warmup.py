@@ -15,6 +15,7 @@ import torch
 from headrace.errors import ConfigError
 from headrace.run.build import Parts
 from headrace.run.compute import compile_update
+from headrace.run.draws import own_draws
 from headrace.server.acting import Actor, initial_state
 from headrace.server.device_seat import DeviceSeat
 from headrace.server.graphs import GraphedActor, cuda_capture
@@ -65,7 +66,26 @@ def _reason(text: str) -> str:
     return " ".join((errors or told or ["no reason given"])[0].rstrip(".:").split())
 
 
+@contextmanager
+def _forgotten(parts: Parts) -> Iterator[None]:
+    """Takes back what passes leave: statistics of networks, and the global random states."""
+    networks = (parts.algorithm.model, parts.server_model)
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    with own_draws():
+        try:
+            yield
+        finally:
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)
+
+
 def _run_all(parts: Parts) -> None:
+    with _forgotten(parts):
+        _run_shapes(parts)
+
+
+def _run_shapes(parts: Parts) -> None:
     device = parts.compute.acting
     parts.algorithm.warm_up(parts.feed.example())
     server_model: Any = parts.server_model
