@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -119,6 +119,37 @@ def test_an_update_takes_a_batch_and_publishes_the_next_version() -> None:
     assert bench.algorithm.progress == [0.25]
     assert bench.algorithm.batches[0].action.shape == (T, B)
     assert bench.learn() is None, "the unrolls are used up"
+
+
+def test_running_statistics_are_published_as_the_mean_of_all_learners() -> None:
+    class Two:
+        count = 2
+
+        def average(self, tensors: list[Tensor]) -> None:
+            for tensor in tensors:  # the other has seen nothing but zeros
+                tensor.div_(2)
+
+    class Seeing(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.BatchNorm1d(1)
+            self.model: Any = nn.Sequential(self.model, self.seen)
+
+        def update(self, batch: Batch, *, progress: float) -> Update:
+            assert self.seen.running_mean is not None
+            self.seen.running_mean.add_(6.0)
+            return Update({}, torch.tensor(True))
+
+    bench, algorithm, group = Bench(), Seeing(), cast(Any, Two())
+    acting: Any = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    weights = Weights(acting)
+    learner = Learner(algorithm, bench.feed, weights, device=CPU, group=group)
+    for _ in range(T + 1):
+        bench.append(0)
+    assert learner.learn(progress=0.0, timeout_s=0.0, waits=Waits()) is not None
+    weights.pull()
+    assert (acting[1].running_mean.item(), acting[1].running_var.item()) == (3.0, 0.5)
+    assert torch.equal(acting[0].weight, algorithm.model[0].weight), "gradients were averaged"
 
 
 def test_unrolls_that_wait_or_are_too_old_are_not_used() -> None:

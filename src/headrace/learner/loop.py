@@ -1,11 +1,15 @@
-"""The learner: takes batches, updates the weights, publishes them."""
+"""The learner: takes batches, updates the weights, publishes them.
+
+Of several learners each normalises by its own share of a batch where a network has batch norm; the
+running statistics are averaged after every update, so that all act, and save, by the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.algorithms.base import Algorithm
 from headrace.errors import TrainingDiverged
@@ -18,6 +22,16 @@ from headrace.weights import WeightsEnd
 
 LAG_BINS = 64
 """Bins of the policy-lag histogram: lags of 0, 1, … updates; the last takes all beyond."""
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Returns what batch norm, and whatever names its statistics alike, has seen on average."""
+    found = (
+        getattr(module, name, None)
+        for module in model.modules()
+        for name in ("running_mean", "running_var")
+    )
+    return [statistic for statistic in found if isinstance(statistic, Tensor)]
 
 
 class Learner:
@@ -52,6 +66,7 @@ class Learner:
         self.lag_counts = torch.zeros(LAG_BINS, dtype=torch.int64, device=device)
         self._weights = weights
         self._group = group
+        self._statistics = running_statistics(algorithm.model)
         self._held: Batch | None = None
         # On a GPU the check is read one update later, when it has long been computed.
         self._defer_check = device.type == "cuda"
@@ -86,6 +101,8 @@ class Learner:
             batch = batch._replace(weight=batch.weight / self._group.largest(batch.weight.amax()))
         update = self.algorithm.update(batch, progress=progress)
         self._check(update.finite)
+        if self._group is not None:
+            self._group.average(self._statistics)
         self.feed.learned(update)
         if experience.replay is None:  # what a replay gives is old on purpose
             lag = (self.version - batch.version).clamp(0, LAG_BINS - 1).flatten()
