@@ -5,9 +5,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from headrace.errors import ConfigError
-from headrace.networks import models
+from headrace.networks import assemble, models
 from headrace.networks.models import NetworkConfig, PolicyValueNet
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
@@ -120,6 +121,28 @@ def test_low_precision_stays_in_the_torso(builder: Builder, spec: EnvSpec, lstm_
     for outputs in (learner, server):
         torch.testing.assert_close(outputs.parameters, exact.parameters, atol=2e-3, rtol=0.05)
         torch.testing.assert_close(outputs.value, exact.value, atol=0.02, rtol=0.05)
+
+
+def test_batch_norm_of_a_torso_keeps_its_statistics_in_float32() -> None:
+    class Torso(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            low = x.flatten(1).to(self.first.weight.dtype)
+            return self.norm(self.first(low)) * self.scale  # type: ignore[no-any-return]
+
+    spec = make_spec(8, dtype=np.float32, high=1, stack=1)
+    model: Any = assemble(Torso, 8, spec, NetworkConfig())
+    torso: Any = model.torso
+    torso.norm.running_mean.fill_(100.3)
+    models.lower_precision(model, torch.bfloat16)
+    assert torch.equal(torso.norm.running_mean, torch.full((8,), 100.3))
+    assert {torso.first.weight.dtype, torso.scale.dtype} == {torch.bfloat16}
+    output, _ = model.eval()(make_inputs(spec), ())
+    assert output.value.dtype == torch.float32
 
 
 def test_the_core_sees_clipped_reward_and_previous_action() -> None:
