@@ -142,6 +142,8 @@ class RunConfig:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"
             )
+        if not 0 <= (self.seed or 0) < 1 << 64:
+            raise ConfigError(f"seed must be from 0 to 2**64 - 1, not {self.seed}: say --seed 1")
         if bool(self.actor_device) != bool(self.critic_device):
             raise ConfigError("actor_device and critic_device go together: give both, or neither")
         if self.max_policy_lag is not None and self.max_policy_lag < 0:

@@ -23,8 +23,8 @@ from headrace.run import viewer
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.film import Player
 from headrace.run.policy import Policy
-from headrace.run.pools import derived_seed
 from headrace.run.role import Follower
+from headrace.run.seeds import Use, derived_seed
 from headrace.telemetry import live
 from headrace.telemetry.live import LivePage
 
@@ -105,7 +105,7 @@ def test_a_clip_has_every_frame_of_its_episode(tmp_path: Path) -> None:
     watch_to_the_end(follower)
     path = tmp_path / "videos" / "agent_steps_000012345678.mp4"
     assert list(path.parent.iterdir()) == [path]
-    with Player(follower.policy, seed=derived_seed(follower.config.seed, 9)) as player:
+    with Player(follower.policy, seed=derived_seed(follower.config.seed, Use.VIEWER)) as player:
         scenes = list(player.episode("greedy", 0.0))
     assert follower.clips == [{"clip": str(path), "return": scenes[-1].earned}]
     assert follower.notes == [f"clip videos/{path.name}, return {scenes[-1].earned:.2f}"]

@@ -36,8 +36,9 @@ from headrace.run.build import exploration
 from headrace.run.experience import spreads_ends
 from headrace.run.host_blocks import LinkLost
 from headrace.run.host_reports import Reports
-from headrace.run.pools import derived_seed, make_pool
+from headrace.run.pools import make_pool
 from headrace.run.remote_weights import FollowedWeights
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.worker import generation_seed
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
@@ -209,7 +210,7 @@ def make_acting(mandate: Mandate, wire: Wire, reports: Reports, *, in_process: b
     wire.on(Kind.SLOTS, lambda message: slots.gain(message.sequence))
     seeds = mandate.resume_count, mandate.first_env, mandate.generation
     generator = torch.Generator()
-    generator.manual_seed(derived_seed(config.seed, 4, *seeds))
+    generator.manual_seed(derived_seed(config.seed, Use.HOST_ACTIONS, *seeds))
     ladder = exploration(algorithm, config.server.num_envs)
     seat = Seat(
         make_pool(
@@ -217,7 +218,8 @@ def make_acting(mandate: Mandate, wire: Wire, reports: Reports, *, in_process: b
             num_envs=mandate.num_envs,
             batch_size=mandate.max_batch,
             seed=generation_seed(
-                derived_seed(config.seed, 2, mandate.resume_count), mandate.generation
+                derived_seed(config.seed, Use.TRAINING_ENVIRONMENTS, mandate.resume_count),
+                mandate.generation,
             ),
             first_env=mandate.first_env,
             # Answered all at once, they gain nothing from processes.

@@ -44,7 +44,8 @@ from headrace.run.acting_workers import (
 )
 from headrace.run.build import exploration, make_algorithm, make_model
 from headrace.run.experience import spreads_ends
-from headrace.run.pools import derived_seed, make_pool
+from headrace.run.pools import make_pool
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.system import choose_precision, keep_memory
 from headrace.run.worker import generation_seed
 from headrace.server.acting import Actor, initial_state
@@ -167,13 +168,16 @@ def make_worker(
     unrolls.first_env, unrolls.generation = share.first_env, generation
     ladder = exploration(algorithm, config.server.num_envs)
     generator = torch.Generator()
-    generator.manual_seed(derived_seed(config.seed, 4, resume_count, worker, generation))
+    generator.manual_seed(
+        derived_seed(config.seed, Use.WORKER_ACTIONS, resume_count, worker, generation)
+    )
+    environments = derived_seed(config.seed, Use.TRAINING_ENVIRONMENTS, resume_count)
     seat = Seat(
         make_pool(
             config,
             num_envs=share.num_envs,
             batch_size=share.max_batch,
-            seed=generation_seed(derived_seed(config.seed, 2, resume_count), generation),
+            seed=generation_seed(environments, generation),
             first_env=share.first_env,
             in_process=True,
             on_message=reports.note,

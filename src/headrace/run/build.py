@@ -35,7 +35,8 @@ from headrace.run.device_pool import make_device_pool
 from headrace.run.device_seat import make_device_seat
 from headrace.run.draws import own_draws
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
-from headrace.run.pools import derived_seed, make_pool
+from headrace.run.pools import make_pool
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.share import WHOLE, Share
 from headrace.run.system import choose_precision
 from headrace.server.acting import Actor, initial_state
@@ -119,7 +120,7 @@ def make_model(
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
-    with own_draws(derived_seed(config.seed, 0)):
+    with own_draws(derived_seed(config.seed, Use.NETWORK)):
         try:
             model = builder(spec, network)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -246,7 +247,9 @@ def build(
     if compute.compiled:
         compile_update(algorithm, server_model, compute.device)
     generator = torch.Generator(compute.acting)
-    generator.manual_seed(derived_seed(config.seed, 1, resume_count, *share.draws(config)))
+    generator.manual_seed(
+        derived_seed(config.seed, Use.SERVER_ACTIONS, resume_count, *share.draws(config))
+    )
     actor = Actor(algorithm=algorithm, model=server_model, generator=generator)
     num_envs = config.server.num_envs
     local = Weights(server_model)
@@ -258,7 +261,7 @@ def build(
     where = compute.device if place is None else place.device
     ours: dict[str, Any] = {
         "num_envs": num_envs,
-        "seed": derived_seed(config.seed, 2, resume_count),
+        "seed": derived_seed(config.seed, Use.TRAINING_ENVIRONMENTS, resume_count),
         "first_env": share.rank * num_envs,
     }
     weights: WeightsEnd = local
@@ -312,7 +315,7 @@ def build(
             queue=queue,
             unrolls=unrolls,
             device=compute.device,
-            seed=derived_seed(config.seed, 6, resume_count, *share.own),
+            seed=derived_seed(config.seed, Use.REPLAY, resume_count, *share.own),
         )
         evaluation = _evaluation(
             config,
@@ -357,14 +360,14 @@ def _evaluation(
         return None
     device = next(server_model.parameters()).device
     generator = torch.Generator(device)
-    generator.manual_seed(derived_seed(config.seed, 7, resume_count))
+    generator.manual_seed(derived_seed(config.seed, Use.EVALUATION_ACTIONS, resume_count))
     epsilon = getattr(algorithm, "eval_epsilon", 0.0)
     return Seat(
         make_pool(
             config,
             num_envs=count,
             batch_size=count,
-            seed=derived_seed(config.seed, 3, resume_count),
+            seed=derived_seed(config.seed, Use.EVALUATION_ENVIRONMENTS, resume_count),
             evaluation=True,
             on_message=on_message,
         ),

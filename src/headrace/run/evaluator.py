@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 
 from headrace.run.evaluate import evaluate
-from headrace.run.pools import derived_seed
 from headrace.run.role import Follower, follow
+from headrace.run.seeds import Use, derived_seed
 
 _ANSWER_S = 10.0  # longest wait for weights: an update of a large batch may take seconds
 _SAME_S = 0.5  # before it asks again where there was no update since
@@ -37,7 +37,8 @@ def judge(follower: Follower) -> None:
             episodes=settings.eval_episodes,
             mode=mode,
             epsilon=epsilon,
-            seed=derived_seed(follower.config.seed, 8, version),  # other episodes each time
+            # Other episodes each time.
+            seed=derived_seed(follower.config.seed, Use.EVALUATOR, version),
             in_process=True,
             attend=patience.attend,
         )

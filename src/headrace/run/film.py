@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headrace.algorithms.base import ActionMode
 from headrace.errors import ConfigError, HeadraceError
 from headrace.run.policy import Policy
-from headrace.run.pools import derived_seed
+from headrace.run.seeds import Use, derived_seed
 from headrace.telemetry.video import VideoWriter
 
 _FPS = 15  # of agent steps; an Atari game runs at 60 frames per second, 4 to a step
@@ -57,7 +57,9 @@ def film(
     Raises:
         ConfigError: the file cannot be written.
     """
-    with Player(policy, seed=derived_seed(policy.config.seed, 6), on_message=on_message) as player:
+    with Player(
+        policy, seed=derived_seed(policy.config.seed, Use.FILM), on_message=on_message
+    ) as player:
         return write_film(lambda: player.episode(mode, epsilon), path)
 
 
@@ -169,7 +171,7 @@ class Player:
 
     def _make(self) -> tuple[gym.Env[Any, Any], gym.Env[Any, Any] | None]:
         """Returns the environment and, where it can be, the twin that draws."""
-        seed = self._seed if self._made == 0 else derived_seed(self._seed, self._made)
+        seed = self._seed if self._made == 0 else derived_seed(self._seed, Use.EPISODE, self._made)
         self._made += 1
         env = self._policy.make_env(seed)
         self._open.callback(env.close)

@@ -33,8 +33,8 @@ from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
 from headrace.run.build import Parts
 from headrace.run.meeting import share_learning, spread_state
-from headrace.run.pools import derived_seed
 from headrace.run.saving import Before
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.share import learner_devices, uncompiled
 
 MODULE = "headrace.run.learner_rank"
@@ -57,7 +57,7 @@ def exchange_timeout_s(config: RunConfig) -> float:
 
 def draws_seed(config: RunConfig, resume_count: int) -> int:
     """Returns where the seeds of what learners draw in updates come from, in one session."""
-    return derived_seed(config.seed, 8, resume_count)
+    return derived_seed(config.seed, Use.SESSION_UPDATES, resume_count)
 
 
 class OtherLearners:

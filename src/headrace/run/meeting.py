@@ -26,8 +26,8 @@ from headrace.learner.group import Group
 from headrace.learner.loop import Learner
 from headrace.records import Update
 from headrace.run.build import Parts
-from headrace.run.pools import derived_seed
 from headrace.run.report import Counts, counts_of
+from headrace.run.seeds import Use, derived_seed
 from headrace.telemetry.metrics import Waits
 
 POLL_S = 0.2
@@ -215,7 +215,7 @@ def spread_state(parts: Parts, group: Group, *, seed: int) -> None:
     algorithm.model.load_state_dict(named["weights/"])
     algorithm.load_state_dict(unflatten(named["training/"], _skeleton(data)))
     if hasattr(algorithm, "draw_apart"):
-        algorithm.draw_apart(derived_seed(seed, group.rank))
+        algorithm.draw_apart(derived_seed(seed, Use.RANK_UPDATES, group.rank))
 
 
 def _skeleton(data: bytes) -> Any:

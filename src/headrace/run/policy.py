@@ -28,7 +28,8 @@ from headrace.pools.single import PoolEnv
 from headrace.records import PolicyState
 from headrace.run import saving
 from headrace.run.build import make_algorithm, make_model
-from headrace.run.pools import derived_seed, make_pool
+from headrace.run.pools import make_pool
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.system import choose_device
 from headrace.run_files import escaped
 from headrace.server.acting import Actor, cleared, initial_state
@@ -51,7 +52,7 @@ class Policy:
         self.device = device
         self._leaves = () if spec.structure is None else tree.leaves(spec.structure)
         self._generator = torch.Generator(device)
-        self._generator.manual_seed(derived_seed(config.seed, 4))
+        self._generator.manual_seed(derived_seed(config.seed, Use.POLICY_ACTIONS))
 
     def make_env(self, seed: int | None = None) -> gym.Env[Any, Any]:
         """Returns one environment as agents are judged in: a lost life ends no episode.
@@ -82,7 +83,7 @@ class Policy:
     ) -> Pool:
         """Returns a pool of such environments."""
         if seed is None:
-            seed = derived_seed(self.config.seed, 5)
+            seed = derived_seed(self.config.seed, Use.POLICY_ENVIRONMENTS)
         return make_pool(
             self.config,
             num_envs=num_envs,

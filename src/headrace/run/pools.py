@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from headrace import catalog
@@ -16,11 +15,6 @@ from headrace.pools.inline import InlinePool
 from headrace.pools.shm import WorkerEnvs
 from headrace.run.device_pool import make_device_pool
 from headrace.run.system import usable_cores
-
-
-def derived_seed(*parts: int) -> int:
-    """Returns a 31-bit seed from several numbers, none of them a neighbour's."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 
 def make_pool(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from headrace.errors import ConfigError
 from headrace.run.film import Player, Scene, Strayed, write_film
-from headrace.run.pools import derived_seed
 from headrace.run.role import Follower, follow
+from headrace.run.seeds import Use, derived_seed
 from headrace.run_files import ensure_folder
 from headrace.telemetry.live import LivePage
 from headrace.telemetry.record import RunDirectory
@@ -47,7 +47,7 @@ def view(follower: Follower) -> None:
         player = stack.enter_context(
             Player(
                 follower.policy,
-                seed=derived_seed(follower.config.seed, 9),
+                seed=derived_seed(follower.config.seed, Use.VIEWER),
                 on_message=lambda text: follower.tell({"note": text}),
             )
         )

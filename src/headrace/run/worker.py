@@ -38,6 +38,7 @@ from headrace.pools.shm_layout import (
     write_infos,
     write_step,
 )
+from headrace.run.seeds import Use, derived_seed
 from headrace.steps import RUN_IDS, EnvStep, EpisodeInfo
 
 TOGETHER_S = 100e-6
@@ -199,7 +200,7 @@ def generation_seed(seed: int, generation: int) -> int:
     """Returns the run's own seed for the first start, and another one for each later start."""
     if not generation:
         return seed
-    return int(np.random.SeedSequence((seed, generation)).generate_state(1)[0] >> 1)
+    return derived_seed(seed, Use.RESTART, generation)
 
 
 def as_tuples(value: Any) -> Any:
