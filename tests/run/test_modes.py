@@ -14,7 +14,7 @@ from headrace import RunConfig, evaluate, load, train
 from headrace.config import from_dict, merged
 from headrace.run.build import Parts, build
 from headrace.run.warmup import warm_up
-from tests.run.test_local import newest
+from tests.run.test_local import assert_same_weights, newest, stop_after
 
 SMALL = {"unroll_steps": 7, "batch_unrolls": 6}
 REPLAY = {"replay_min": 20}
@@ -52,7 +52,7 @@ def a_config(out: Path | str, rule: str, network: str = "strict", **settings: An
         "tensorboard": False,
         "total_frames": 1200,
         "server": {"num_envs": 8},
-        "network": {"network": f"mode_net:{network}"},
+        "network": {"network": f"users_parts:{network}"},
     }
     return from_dict(merged(merged(base, RUNS[rule]), settings))
 
@@ -64,7 +64,7 @@ def _networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rule", RUNS)
 def test_statistics_move_where_it_learns_and_nowhere_else(tmp_path: Path, rule: str) -> None:
-    """The network itself raises where it runs in the wrong mode; see `mode_net`."""
+    """The network itself raises where it runs in the wrong mode; see `users_parts`."""
     out = tmp_path / "run"
     train(a_config(out, rule, lockstep=True, server={"eval_envs": 3}))
     policy = load(out, trust_code=True)
@@ -128,3 +128,25 @@ def test_a_warm_up_leaves_neither_statistics_nor_draws(rule: str) -> None:
     assert torch.equal(torch.get_rng_state(), drawn)
     for name, tensor in parts.algorithm.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_in_lockstep_one_seed_gives_one_run(tmp_path: Path, rule: str) -> None:
+    """With dropout; that of ppo in an environment that draws from all the global states."""
+    settings: dict[str, Any] = {"lockstep": True, "total_frames": 600}
+    if rule == "ppo":
+        settings["env"] = "users_parts:Chancy"
+    for name in ("a", "b"):
+        train(a_config(tmp_path / name, rule, "dropout", **settings))
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    drawn = torch.get_rng_state()
+    train(a_config(whole, "ppo", "dropout", lockstep=True))
+    assert torch.equal(torch.get_rng_state(), drawn), "the caller's own draws go on"
+    config = a_config(halves, "ppo", "dropout", lockstep=True)
+    assert not train(config, on_update=stop_after(9)).finished
+    assert train(resume=halves, trust_code=True).metrics["updates"] > 20
+    assert_same_weights(whole, halves)

@@ -29,6 +29,7 @@ from headrace.learner.loop import Learner
 from headrace.pools.processes import WorkerEnd
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
+from headrace.run.draws import own_draws
 from headrace.run.learners import calls_of, draws_seed, exchange_timeout_s
 from headrace.run.local import train_overlapped
 from headrace.run.meeting import (
@@ -174,6 +175,7 @@ def run_rank(config: RunConfig, line: Line, settings: Mapping[str, Any]) -> None
     share = Share(settings["rank"], settings["count"])
     own = share_config(config, share)
     with ExitStack() as stack:
+        stack.enter_context(own_draws(share.global_seed(config, settings["resume_count"])))
         parts = build(
             own,
             resume_count=settings["resume_count"],

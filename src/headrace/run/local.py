@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -39,6 +39,7 @@ from headrace.run import saving
 from headrace.run.acting_workers import ActingWorkers
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build
+from headrace.run.draws import own_draws
 from headrace.run.learners import OtherLearners, other_learners
 from headrace.run.meeting import Meeting, in_turns_together, learn_together
 from headrace.run.report import Reporter, Row
@@ -108,6 +109,7 @@ def run_training(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         share = Share(0, len(learner_devices(config)))
         own = share_config(config, share)  # first of all: it refuses what cannot be
+        stack.enter_context(own_draws(share.global_seed(config, before.resume_count)))
         others = stack.enter_context(
             other_learners(
                 config, run.path, before, trust_code=trust_code, told=messages.put, add=episodes.add
@@ -169,8 +171,9 @@ def run_training(
         writer = stack.enter_context(
             MetricsWriter(run, config.tensorboard, resumed_at, wandb=wandb)
         )
-        roles = Roles(config, run.path, parts.algorithm.model, on_message=messages.put)
-        stack.callback(roles.close)
+        roles = stack.enter_context(
+            closing(Roles(config, run.path, parts.algorithm.model, on_message=messages.put))
+        )
         session = Session(
             config=config,
             run=run,

@@ -1,9 +1,9 @@
 """What a checkpoint of a run holds, and how a run goes on from one.
 
 Always: weights, optimiser, counters, random state of the actions. In lockstep, with environments
-that can be saved, also every environment, the policy's state and all unrolls, so that the resumed
-run is bit-equal to one that never stopped. Otherwise new episodes start and unfinished unrolls are
-dropped, which is said.
+that can be saved, also every environment, the policy's state, all unrolls and the global random
+states, so that the resumed run is bit-equal to one that never stopped. Otherwise new episodes start
+and unfinished unrolls are dropped, which is said.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from headrace.learner.flattening import flatten, unflatten
 from headrace.learner.loop import Learner
 from headrace.pools.base import Restorable
 from headrace.run.build import Parts
+from headrace.run.draws import global_states, set_global_states
 from headrace.run.report import Reporter
 from headrace.run.share import learner_devices
 from headrace.server.acting import Actor
@@ -311,6 +312,7 @@ def _system_state(parts: Parts) -> dict[str, Any]:
         ],
         "generator": parts.generator.get_state(),
         "evaluation": [generator.get_state() for generator in _of_evaluation(parts)],
+        "global": global_states(),
     }
 
 
@@ -330,3 +332,5 @@ def _load_system_state(parts: Parts, state: dict[str, Any]) -> None:
     saved_states = state.get("evaluation", [])  # runs of before have none
     for generator, drawn in zip(_of_evaluation(parts), saved_states, strict=False):
         generator.set_state(drawn.cpu())
+    if "global" in state:  # runs of before have none
+        set_global_states(state["global"])

@@ -37,6 +37,8 @@ class Use(IntEnum):
     """And each of them."""
     RESTART = 16
     """Environments of a worker that was started again."""
+    GLOBAL = 17
+    """torch, numpy and Python, for what a user brings (`run.draws`)."""
 
 
 def derived_seed(seed: int, use: Use, *parts: int) -> int:

@@ -17,6 +17,7 @@ from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.records import PolicyState, PolicyStep
 from headrace.run.compute import choose_compute
+from headrace.run.seeds import Use, derived_seed
 from headrace.run.system import choose_device, usable_cores
 from headrace.server.acting import Acting
 
@@ -40,6 +41,10 @@ class Share(NamedTuple):
     def draws(self, config: RunConfig) -> tuple[int, ...]:
         """The same for its actions: in lockstep all draw alike, each for the rows of all."""
         return () if config.lockstep else self.own
+
+    def global_seed(self, config: RunConfig, resume_count: int) -> int:
+        """Where the global random states of its process begin."""
+        return derived_seed(config.seed, Use.GLOBAL, resume_count, *self.own)
 
     def actor(self, actor: Acting, config: RunConfig) -> Acting:
         """Returns what acts for this learner's environments."""

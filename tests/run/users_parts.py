@@ -1,13 +1,13 @@
-"""Networks for tests of modes and draws, found through the sys.path of the test.
-
-Each part says by an exception where it runs in the wrong mode, in whichever process that is.
-"""
+"""What a user brings, for tests of modes and draws; found through the sys.path of the test."""
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ FEATURES = 16
 
 
 class Witness(nn.Module):
-    """Raises unless a pass is in training mode exactly where it has a gradient."""
+    """Raises, in whichever process, unless passes with a gradient are those in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training != torch.is_grad_enabled():
@@ -59,3 +59,22 @@ def dropout(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
 def batch_norm(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Batch norm."""
     return _assembled(spec, config, lambda: nn.BatchNorm1d(FEATURES))
+
+
+class Chancy(gym.Env[Any, Any]):
+    """Draws from the global states of numpy, Python and torch."""
+
+    action_space = gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(-10.0, 10.0, (3,), np.float32)
+
+    def _seen(self) -> np.ndarray:
+        normal = np.random.standard_normal()  # noqa: NPY002 - the global state is meant
+        return np.float32([normal, random.random(), float(torch.rand(1))]).clip(-9.0, 9.0)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        seen = self._seen()
+        return seen, float(action * seen[0]), random.random() < 0.1, False, {}
