@@ -45,6 +45,7 @@ from headrace.algorithms.optimizers import (
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
+from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
@@ -268,9 +269,11 @@ class Impala:
         config = self._config
         first_TB: Tensor | None = None
         for _ in range(config.passes):
-            # One step a pass differentiates the very values that its targets are made of.
-            with torch.set_grad_enabled(config.minibatches == 1):
+            if config.minibatches == 1:  # the step differentiates what its targets are made of
                 output = self._forward(batch)
+            else:
+                with torch.no_grad(), in_eval_mode(self.model):
+                    output = self._forward(batch)
             targets = self._targets(batch, output)
             if config.minibatches == 1:
                 yield self._loss(batch, output, targets, first_TB)
