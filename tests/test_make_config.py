@@ -160,7 +160,7 @@ def test_an_environment_of_ones_own_gets_settings_of_its_kind(algorithm: str, en
     assert PRESETS[config.preset].values.get("algorithm", "impala") == algorithm
     assert config.total_frames <= 2_000_000
     assert config.learning.reward_transform != "clip"
-    assert config.learning.optimizer.optimizer == "adam"
+    assert config.learning.optimizer.optimizer in ("adam", "muon")
     assert config.network.normalize_observations
     if env in ("image_discrete", "both_discrete"):
         assert "images" in config.preset
@@ -243,7 +243,7 @@ def test_no_plain_default_is_ataris() -> None:
     config = from_dict({"env": "CartPole-v1"})
     assert config.total_frames == 1_000_000
     assert config.learning.reward_transform == "none"
-    assert config.learning.optimizer.optimizer == "adam"
+    assert config.learning.optimizer.optimizer in ("adam", "muon")
     assert {entry.name for entry in dataclasses.fields(config)} >= {"preset", "total_minutes"}
 
 

@@ -185,7 +185,6 @@ IMPALA = {
             "algorithm": "impala",
             "total_frames": 2_000_000,
             **_DESKTOP,
-            "network": {**_DESKTOP["network"], "network": "nature"},
             "learning": {**_DESKTOP["learning"], "reward_transform": "normalize"},
         },
     ),
