@@ -48,10 +48,10 @@ _DESKTOP: dict[str, Any] = {
         "vtrace_lambda": 0.95,
         "optimizer": {
             "optimizer": "muon",
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "learning_rate_schedule": "linear",
             "learning_rate_warmup": 0.06,
-            "learning_rate_decay": 0.4,
+            "learning_rate_decay": 0.6,
             "optimizer_eps": 1e-5,
             "max_gradient_norm": 0.5,
         },
