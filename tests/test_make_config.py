@@ -268,3 +268,8 @@ def test_pendulum_under_another_name_is_learned(tmp_path: Path) -> None:
     )
     played = headrace.evaluate(headrace.load(result.run, trust_code=True), episodes=20)
     assert np.mean(played.returns) >= -200.0
+
+
+def test_a_constant_step_size_may_be_asked_of_a_preset_whose_falls() -> None:
+    config = typed("ALE/Pong-v5 --learning-rate-schedule constant")
+    assert config == make_config("ALE/Pong-v5", learning_rate_schedule="constant")

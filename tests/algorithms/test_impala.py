@@ -158,8 +158,13 @@ def test_a_terminated_step_is_worth_its_reward_alone() -> None:
     assert impala.loss(batch)[1]["loss/value"].item() == 0.0
 
 
-def targets_by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[Tensor, Tensor]:
-    """What values should be, and the weight of every log-probability, one number at a time."""
+def targets_by_hand(
+    table: Table, batch: Batch, config: ImpalaConfig, first_TB: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What values should be, and the weight of every log-probability, one number at a time.
+
+    The weight has the ratio of the policy that said `first_TB`, or else of this one.
+    """
     T, B = batch.action.shape
     states = batch.inputs.observation[:, :, 0, 0].long()
     targets = torch.zeros(2, T, B, dtype=torch.float64)
@@ -185,7 +190,10 @@ def targets_by_hand(table: Table, batch: Batch, config: ImpalaConfig) -> tuple[T
         for t in range(T):
             advantage = reward[t] + discount[t] * vs[t + 1] - value[t]
             targets[0, t, b] = vs[t]
-            targets[1, t, b] = min(config.vtrace_pg_rho_max, ratio[t]) * advantage
+            weight = ratio[t]
+            if first_TB is not None:
+                weight = math.exp(first_TB[t, b].item() - batch.log_prob[t, b].item())
+            targets[1, t, b] = min(config.vtrace_pg_rho_max, weight) * advantage
     return targets[0], targets[1]
 
 
@@ -298,7 +306,7 @@ def test_passes_are_clipped_against_the_policy_of_the_first(
     first_TB = said_by(twin, batch)[1].detach()
     low, high = (1 - clip_range, 1 + clip_range) if clip_range else (0, math.inf)
     for _ in range(3):
-        target_TB, weight_TB = targets_by_hand(twin, batch, config)
+        target_TB, weight_TB = targets_by_hand(twin, batch, config, first_TB)
         for columns in torch.rand(3, generator=generator).argsort().chunk(minibatches):
             some = columns if minibatches > 1 else slice(None)
             value_TM, log_prob_TM, entropy_TM = (x[:, some] for x in said_by(twin, batch))

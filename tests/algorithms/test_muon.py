@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +19,7 @@ from headrace.algorithms.optimizers import (
     load_optimizer,
     make_optimizer,
 )
+from headrace.errors import ConfigError
 from headrace.networks import models
 from headrace.networks.config import NetworkConfig
 from headrace.specs import EnvSpec
@@ -51,29 +53,41 @@ def test_every_singular_value_becomes_about_one(shape: tuple[int, int]) -> None:
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("rank", [1, 2, 30])
+def test_a_gradient_of_few_directions_stays_in_them(rank: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(size, rank, generator=generator) for size in (256, 1152))
+    near = orthogonalized(left @ right.t())
+    torch.testing.assert_close(
+        near.double(), by_singular_values(left @ right.t()), atol=2e-4, rtol=1e-3
+    )
+
+
 def test_a_gradient_of_nothing_takes_no_step() -> None:
     assert not orthogonalized(torch.zeros(3, 4)).any()
 
 
-def test_a_step_is_its_formula() -> None:
+@pytest.mark.parametrize("shape", [(6, 2, 3, 3), (40, 5)], ids=["wide", "tall"])
+def test_a_step_is_its_formula(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(1)
-    conv = torch.randn(6, 2, 3, 3, generator=generator).requires_grad_()
+    weight = torch.randn(shape, generator=generator).requires_grad_()
+    longer = max(shape[0], math.prod(shape[1:]))
     bias = torch.zeros(6, requires_grad=True)
-    optimizer = make_optimizer([conv, bias], CONFIG, hidden=[conv])
+    optimizer = make_optimizer([weight, bias], CONFIG, hidden=[weight])
     twin = bias.detach().clone().requires_grad_()
     adam = torch.optim.Adam([twin], lr=0.01, eps=CONFIG.optimizer_eps)
-    wanted, mean = conv.detach().double(), torch.zeros(6, 2, 3, 3, dtype=torch.float64)
+    wanted, mean = weight.detach().double(), torch.zeros(shape, dtype=torch.float64)
     for _ in range(3):
-        conv.grad = torch.randn(conv.shape, generator=generator)
+        weight.grad = torch.randn(shape, generator=generator)
         bias.grad = torch.randn(6, generator=generator)
         twin.grad = bias.grad.clone()
         optimizer.step()
         adam.step()
-        mean = 0.9 * mean + 0.1 * conv.grad
-        ahead = 0.1 * conv.grad + 0.9 * mean
+        mean = 0.9 * mean + 0.1 * weight.grad
+        ahead = 0.1 * weight.grad + 0.9 * mean
         # As long as one of Adam's, 0.2 learning rates in every entry, were all values one.
-        wanted -= 0.01 * 0.2 * 18**0.5 * by_singular_values(ahead.flatten(1)).view(conv.shape)
-        torch.testing.assert_close(conv.detach().double(), wanted, atol=1e-6, rtol=1e-5)
+        wanted -= 0.01 * 0.2 * longer**0.5 * by_singular_values(ahead.flatten(1)).view(shape)
+        torch.testing.assert_close(weight.detach().double(), wanted, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(bias, twin)
 
 
@@ -91,7 +105,7 @@ def test_what_has_no_gradient_stays_and_a_closure_is_refused() -> None:
 @pytest.mark.parametrize("network", ["impala_shallow", "impala_deep", "mlp"])
 def test_convolutions_and_layers_are_hidden_and_heads_are_not(network: str) -> None:
     spec = SPEC if network != "mlp" else dataclasses.replace(SPEC, frame_stack=1)
-    model = getattr(models, network)(spec, NetworkConfig())
+    model = getattr(models, network)(spec, NetworkConfig(lstm_size=8))
     hidden = {id(weight) for weight in hidden_weights(model)}
     for name, param in model.named_parameters():
         is_weight = name.startswith("torso.") and param.ndim >= 2
@@ -102,7 +116,38 @@ def test_hidden_layers_of_action_values_are_not_heads() -> None:
     model = models.impala_shallow(SPEC, NetworkConfig(heads="duelling"))
     hidden = {id(weight) for weight in hidden_weights(model)}
     names = {name for name, param in model.named_parameters() if id(param) in hidden}
-    assert {name for name in names if not name.startswith("torso.")} != set()
+    heads = {name for name in names if not name.startswith("torso.")}
+    assert heads == {"head.value.0.weight", "head.advantage.0.weight"}
+
+
+def test_weights_that_two_layers_share_or_that_are_made_are_stepped_once() -> None:
+    first, second, made = (nn.Linear(3, 3, bias=False) for _ in range(3))
+    second.weight = first.weight
+    nn.utils.parametrizations.weight_norm(made)
+    model = nn.Sequential(first, second, made)
+    hidden = hidden_weights(model)
+    assert [id(weight) for weight in hidden] == [id(first.weight)]
+    optimizer = make_optimizer(model.parameters(), CONFIG, hidden=hidden)
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len({id(param) for param in params}) == len(params) == 3
+
+
+def test_all_may_be_hidden_and_none_is_refused() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight.grad = torch.randn(3, 3)
+    before = layer.weight.detach().clone()
+    make_optimizer(layer.parameters(), CONFIG, hidden=hidden_weights(layer)).step()
+    assert not torch.equal(layer.weight, before)
+    with pytest.raises(ConfigError, match="--optimizer adam"):
+        make_optimizer([torch.zeros(3)], CONFIG)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_a_mean_that_never_moves_is_refused(momentum: float) -> None:
+    with pytest.raises(ConfigError, match="muon_momentum"):
+        OptimizerConfig(optimizer="muon", muon_momentum=momentum)
 
 
 def test_saved_moments_go_on() -> None:

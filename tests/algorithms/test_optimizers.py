@@ -213,10 +213,9 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         {"learning_rate_warmup": -0.1},
         {"learning_rate_decay": 0.0},
         {"learning_rate_decay": 1.1},
-        {"learning_rate_decay": 0.5, "learning_rate_schedule": "constant"},
     ],
 )
-def test_shares_that_are_none_and_decay_of_what_stays_are_refused(settings: Any) -> None:
+def test_what_is_no_share_of_a_run_is_refused(settings: Any) -> None:
     with pytest.raises(ConfigError, match="learning_rate_decay"):
         OptimizerConfig(**settings)
 

@@ -20,6 +20,11 @@ SMALL = {"unroll_steps": 7, "batch_unrolls": 6}
 REPLAY = {"replay_min": 20}
 RUNS: dict[str, dict[str, Any]] = {
     "impala": {"env": "catch", "algorithm": "impala", "learning": SMALL},
+    "impala-minibatches": {
+        "env": "catch",
+        "algorithm": "impala",
+        "learning": {**SMALL, "minibatches": 2},
+    },
     "ppo": {"env": "catch", "algorithm": "ppo", "learning": {**SMALL, "minibatches": 2}},
     "r2d2": {
         "env": "catch",
@@ -76,7 +81,8 @@ def test_statistics_move_where_it_learns_and_nowhere_else(tmp_path: Path, rule: 
         if "num_batches" in name and "critics" not in name
     }
     updates = newest(out).meta["counters"]["updates"]
-    assert passes == updates * (8 if rule == "ppo" else 1)  # 4 epochs of 2 minibatches
+    steps = {"ppo": 4 * 2, "impala-minibatches": 2}.get(rule, 1)  # ppo's epochs are four
+    assert passes == updates * steps
     results = [evaluate(policy, episodes=3, seed=3).returns for _ in range(2)]
     np.testing.assert_array_equal(*results)
     seen = np.zeros(policy.spec.observation_space.shape, policy.spec.observation_space.dtype)

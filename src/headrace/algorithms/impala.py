@@ -9,7 +9,8 @@ With several passes over a batch the policy loss is PPO's clipped surrogate, on 
 advantages, of the ratio to the policy at the batch's first pass, as in Luo et al. 2019, "IMPACT:
 Importance Weighted Asynchronous Architectures with Clipped Target Networks", arXiv:1912.00167,
 section 3, with that policy as the target network. V-trace's own ratios are against the policy that
-acted; ratios, targets and advantages are made anew at the start of each pass.
+acted; targets are made anew at the start of each pass. But the weight of an advantage keeps the
+ratio of the first: the surrogate has what came since.
 
 Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls, M = those
 of a minibatch, P = parameters of the policy.
@@ -105,7 +106,7 @@ class ImpalaConfig:
             raise ConfigError(
                 "passes must be 1 to 4, minibatches at least 1, and clip_range not negative"
             )
-        check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls)
+        check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls, least=1)
         if self.clip_range and self.passes == self.minibatches == 1:
             raise ConfigError(
                 "clip_range has no effect on one gradient step a batch: say --passes 2 as well"
@@ -236,8 +237,8 @@ class Impala:
         """Runs one step's loss and its gradient, and forgets them."""
         config = self._config
         if config.minibatches > 1:
-            with torch.no_grad():
-                self.loss(batch)
+            with torch.no_grad(), in_eval_mode(self.model):
+                self._forward(batch)
             some = torch.arange(config.batch_unrolls // config.minibatches)
             batch = columns_of(batch, some.to(batch.reward.device))
         total, _ = self.loss(batch)
@@ -274,12 +275,13 @@ class Impala:
             else:
                 with torch.no_grad(), in_eval_mode(self.model):
                     output = self._forward(batch)
-            targets = self._targets(batch, output)
-            if config.minibatches == 1:
-                yield self._loss(batch, output, targets, first_TB)
+            is_first = first_TB is None
             if first_TB is None:
                 first_TB = output.log_prob_TB.detach()
-            if config.minibatches > 1:
+            targets = self._targets(batch, output, first_TB)
+            if config.minibatches == 1:
+                yield self._loss(batch, output, targets, None if is_first else first_TB)
+            else:
                 for index_M in shuffled(self._generator, config.batch_unrolls, config.minibatches):
                     part = VTraceTargets(*(x.index_select(1, index_M) for x in targets))
                     chosen = columns_of(batch, index_M)
@@ -298,7 +300,10 @@ class Impala:
         log_prob_TB = self._distribution.log_prob(parameters_TBP, batch.action)
         return _Output(parameters_TBP, log_prob_TB, output.value)
 
-    def _targets(self, batch: Batch, output: _Output) -> VTraceTargets:
+    def _targets(
+        self, batch: Batch, output: _Output, first_TB: Tensor | None = None
+    ) -> VTraceTargets:
+        """Returns V-trace's targets; `first_TB` is the log-probability at the first pass."""
         config = self._config
         reward_TB, discount_TB = self._rewards(batch)
         return vtrace_targets(
@@ -310,6 +315,7 @@ class Impala:
             c_max=config.vtrace_c_max,
             pg_rho_max=config.vtrace_pg_rho_max,
             lambda_=config.vtrace_lambda,
+            pg_log_ratio_TB=None if first_TB is None else first_TB - batch.log_prob,
         )
 
     def _loss(

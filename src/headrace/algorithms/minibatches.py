@@ -16,10 +16,13 @@ from headrace.ops.normalization import moments_of
 from headrace.records import Batch, PolicyInput
 
 
-def check_minibatches(minibatches: int, what: str, columns: int) -> None:
-    """Raises ConfigError if `columns`, which the settings `what` make, give no equal shares."""
+def check_minibatches(minibatches: int, what: str, columns: int, *, least: int) -> None:
+    """Raises ConfigError if `columns`, which the settings `what` make, give no equal shares.
+
+    Its sentence names a number that gives each share at least `least` of them.
+    """
     if columns % minibatches:
-        most = min(minibatches, max(1, columns // 2))
+        most = min(minibatches, max(1, columns // least))
         fitting = next(d for d in range(most, 0, -1) if columns % d == 0)
         raise ConfigError(
             f"minibatches={minibatches} must divide {what}={columns}: say --minibatches {fitting}"

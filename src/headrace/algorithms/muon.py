@@ -50,7 +50,8 @@ class Muon(Optimizer):
             eps: Adam's.
         """
         super().__init__([{"params": list(hidden), "momentum": momentum}], {"lr": lr})
-        self._adam = torch.optim.Adam(rest, lr=lr, betas=betas, eps=eps, fused=True)
+        group = {"params": list(rest)}  # which may be empty, as a list may not
+        self._adam = torch.optim.Adam([group], lr=lr, betas=betas, eps=eps, fused=True)
         self.param_groups += self._adam.param_groups
 
     @overload
@@ -84,6 +85,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
     Five steps X <- a X + b (X X^T) X + c (X X^T)^2 X. All of them multiply X from the left by
     polynomials of the small square X X^T, so only these are iterated, and X is multiplied once.
+    Rounding grows on the way: products of float32 must not be cut to fewer bits
+    (`torch.set_float32_matmul_precision`).
     """
     a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]

@@ -20,6 +20,7 @@ from headrace.algorithms.base import ALONE, Learners
 from headrace.algorithms.muon import Muon
 from headrace.errors import ConfigError
 from headrace.networks.heads import OutputLayer
+from headrace.networks.recurrent import Gates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +31,7 @@ class OptimizerConfig:
     """adam; muon for weights of hidden layers and adam for the rest; rmsprop, PyTorch's (eps
     outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
-    """Step size at the start of the run."""
+    """The largest step size; warm-up and schedule multiply it."""
     learning_rate_schedule: Literal["linear", "constant"] = "linear"
     """linear: to zero at the end of the run."""
     learning_rate_warmup: float = 0.0
@@ -59,15 +60,12 @@ class OptimizerConfig:
             raise ConfigError(
                 "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
             )
+        if not 0 <= self.muon_momentum < 1:
+            raise ConfigError("muon_momentum must be at least 0 and below 1")
         if not 0 <= self.learning_rate_warmup < 1 or not 0 < self.learning_rate_decay <= 1:
             raise ConfigError(
                 "learning_rate_warmup and learning_rate_decay are shares of the run: "
                 "0 <= warmup < 1 and 0 < decay <= 1"
-            )
-        if self.learning_rate_schedule == "constant" and self.learning_rate_decay != 1:
-            raise ConfigError(
-                "learning_rate_decay has no effect on a constant step size: say "
-                "--learning-rate-schedule linear as well"
             )
 
 
@@ -134,23 +132,39 @@ class RMSpropTF(Optimizer):
 
 
 def hidden_weights(model: nn.Module) -> list[Tensor]:
-    """Returns the weights of linear layers and convolutions, but for those of output layers."""
-    return [
-        module.weight
+    """Returns the weights of linear layers and convolutions, each once.
+
+    Not those of an `OutputLayer`, or of gates, which are several matrices in one; nor weights that
+    are made of other parameters, as by `spectral_norm`.
+    """
+    layers = (
+        module
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and not isinstance(module, OutputLayer)
-    ]
+        and not isinstance(module, OutputLayer | Gates)
+    )
+    found = (layer._parameters.get("weight") for layer in layers)
+    return list({id(weight): weight for weight in found if weight is not None}.values())
 
 
 def make_optimizer(
     params: Iterable[Tensor], config: OptimizerConfig, *, hidden: Sequence[Tensor] = ()
 ) -> Optimizer:
-    """Returns the optimiser that `config` names; muon steps those of `params` that are `hidden`."""
+    """Returns the optimiser that `config` names; muon steps those of `params` that are `hidden`.
+
+    Raises:
+        ConfigError: there is nothing for muon to step.
+    """
     if config.optimizer == "muon":
-        ids = {id(weight) for weight in hidden}
+        params, ids = list(params), {id(weight) for weight in hidden}
+        stepped = [param for param in params if id(param) in ids]
+        if not stepped:
+            raise ConfigError(
+                "this network has no linear layer or convolution before its heads that muon could "
+                "step: say --optimizer adam"
+            )
         return Muon(
-            hidden,
+            stepped,
             [param for param in params if id(param) not in ids],
             lr=config.learning_rate,
             momentum=config.muon_momentum,

@@ -168,7 +168,7 @@ class Ppo:
         if not self._is_recurrent:
             self._columns *= config.unroll_steps
         what = "batch_unrolls" if self._is_recurrent else "unroll_steps x batch_unrolls"
-        check_minibatches(config.minibatches, what, self._columns)
+        check_minibatches(config.minibatches, what, self._columns, least=2)
         self._optimizer = make_optimizer(
             model.parameters(), config.optimizer, hidden=hidden_weights(model)
         )

@@ -125,17 +125,21 @@ class ActorSide:
         return _called(self.actor, params, rows)
 
     def drawn(self, rows: Tensor, noise_BD: Tensor) -> Drawn:
-        """Draws actions by the weights as they are, in eval mode."""
+        """Draws actions by the weights as they are."""
+        return draw_actions(
+            lambda seen: self.act(_own(self.optimizer), seen), rows, noise_BD, self.policy
+        )
+
+    def behind(self, transition: Transition, draws: Draws) -> Drawn:
+        """Draws the actions that targets are made of, in eval mode."""
         with in_eval_mode(self.actor):
-            return draw_actions(
-                lambda seen: self.act(_own(self.optimizer), seen), rows, noise_BD, self.policy
-            )
+            return self.drawn(transition.next_observation, draws.next_noise)
 
     def propose(self, transition: Transition, draws: Draws) -> Proposed:
         """Draws actions here and behind."""
         return Proposed(
             self.drawn(transition.observation, draws.noise),
-            self.drawn(transition.next_observation, draws.next_noise),
+            self.behind(transition, draws),
             self.alpha,
         )
 
@@ -270,7 +274,7 @@ def learn_in_sequence(
 ) -> Learned:
     """Critics first, then the actor by critics that are new: both on one device."""
     alpha = actor.alpha
-    behind = actor.drawn(transition.next_observation, draws.next_noise)
+    behind = actor.behind(transition, draws)
     of_critics = critics.learn(
         transition, behind, alpha=alpha, draws=draws, weight_B=weight_B, scale=scale
     )

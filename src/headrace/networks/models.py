@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from headrace.errors import ConfigError
 from headrace.networks.action_values import ActionValueNet
@@ -180,16 +180,17 @@ def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
         _lower(model.value_torso, dtype)
 
 
-_FLOAT32 = (MlpTorso, ObservationNormalizer, _BatchNorm)
-"""Batch norm: a mean in bfloat16 may be wrong by more than the deviation."""
+_FLOAT32 = (MlpTorso, ObservationNormalizer, _NormBase)
+"""Batch norm, and what is like it: a mean in bfloat16 may be wrong by more than the deviation."""
 
 
 def _lower(module: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, _FLOAT32):
         return
     if any(isinstance(part, _FLOAT32) for part in module.modules()):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
         for child in module.children():
             _lower(child, dtype)
     else:

@@ -1,8 +1,9 @@
 """Training mode and eval mode: in which of the two a network runs, where.
 
-What a gradient goes through runs in training mode. Whatever acts, judges or gives targets runs in
-eval mode: dropout drops nothing there, and batch norm sees every row by its running statistics,
-which stay as they are. Networks of headrace know no difference; a user's may.
+A pass that a gradient goes through runs in training mode, and so does what else is made of it, such
+as V-trace's targets. Every other pass, to act, to score or to give targets, runs in eval mode:
+dropout drops nothing, and batch norm sees every row by its running statistics, which stay as they
+are. Networks of headrace have neither of the two; a user's may.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _CACHED_ROWS = 8
 """Images whose floats a core's cache holds: four stacked frames take 0.9 MB."""
 
 Arrange = Callable[[Tensor, int], Tensor]
-"""Lays constants [3, *frame] out for an image of so many channels."""
+"""Lays constants [2, *frame] out for an image of so many channels."""
 
 
 class _Kept(NamedTuple):
@@ -92,7 +92,7 @@ class PixelNormalizer(ObservationNormalizer):
         self._kept: _Kept | None = None
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Normalises uint8 [..., *shape] to float32."""
+        """Normalises uint8 [N, ..., *shape] to float32."""
         return self.normalized(frames, self.constants(), torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,10 +120,11 @@ class PixelNormalizer(ObservationNormalizer):
 
     @staticmethod
     def normalized(pixels: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalises bytes [N, *shape] by constants [2, *shape]; the arithmetic is float32."""
+        """Normalises bytes [N, ..., *shape] by constants [2, *shape]; the arithmetic is float32."""
         scale, shift = constants
         out = torch.empty_like(pixels, dtype=dtype)
-        rows = _CACHED_ROWS if pixels.device.type == "cpu" else len(pixels)
+        in_pieces = pixels.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = _CACHED_ROWS if in_pieces else max(1, len(pixels))
         for start in range(0, len(pixels), rows):
             some = slice(start, start + rows)
             x = torch.addcmul(shift, pixels[some].float(), scale)

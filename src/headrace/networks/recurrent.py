@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+class Gates(nn.Linear):
+    """What an LSTM's four gates are made of, stacked: four matrices for an optimiser, not one."""
+
+
 class ResetLSTM(nn.Module):
     """LSTM whose state is zeroed before rows that reset.
 
@@ -21,8 +25,8 @@ class ResetLSTM(nn.Module):
     def __init__(self, input_size: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.input = nn.Linear(input_size, 4 * hidden)
-        self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.input = Gates(input_size, 4 * hidden)
+        self.recurrent = Gates(hidden, 4 * hidden, bias=False)
         bound = hidden**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

@@ -23,7 +23,7 @@ class VTraceTargets(NamedTuple):
 
 
 @torch.no_grad()
-def vtrace_targets(
+def vtrace_targets(  # noqa: PLR0913 - V-trace has four clips and a decay
     log_ratio_TB: Tensor,
     reward_TB: Tensor,
     discount_TB: Tensor,
@@ -33,6 +33,7 @@ def vtrace_targets(
     c_max: float = 1.0,
     pg_rho_max: float = 1.0,
     lambda_: float = 1.0,
+    pg_log_ratio_TB: Tensor | None = None,
 ) -> VTraceTargets:
     """Corrects value targets and advantages for the lag of the behaviour policy.
 
@@ -47,6 +48,8 @@ def vtrace_targets(
         c_max: clip of the ratio in the trace; sets the speed, not the fixed point.
         pg_rho_max: clip of the ratio in the advantage.
         lambda_: decay of the trace, 1 for the longest.
+        pg_log_ratio_TB: `log_ratio_TB` for the advantage alone, where a loss has the rest of the
+            ratio itself; None for the same.
     """
     inputs = (log_ratio_TB, reward_TB, discount_TB, value_UB)
     dtype = reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
@@ -63,5 +66,7 @@ def vtrace_targets(
     # Advantage uses the corrected target of the next step, not its value: the paper's policy
     # gradient (section 4.2). An end has discount 0, so no target of the next episode gets in.
     td_target_TB = reward_TB + discount_TB * target_UB[1:]
+    if pg_log_ratio_TB is not None:
+        ratio_TB = pg_log_ratio_TB.to(dtype).exp()
     advantage_TB = ratio_TB.clamp(max=pg_rho_max) * (td_target_TB - value_TB)
     return VTraceTargets(target_UB[:-1], advantage_TB)
