@@ -250,7 +250,7 @@ def _batch_settings(config: RunConfig, batch: int, pinned: Collection[str]) -> d
 
     With a replay an update is made for as many agent steps as before, so that only the size of the
     gradient's sample changes: sequences are then sampled more often. Without one every unroll is
-    learned from once, and larger batches mean fewer updates. What the user has set stays.
+    in one batch, and larger batches mean fewer updates. What the user has set stays.
     """
     learning: dict[str, Any] = {"batch_unrolls": batch}
     before, replay = config.learning.batch_unrolls, _replay_of(config)
