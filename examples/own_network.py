@@ -24,8 +24,8 @@ class ResidualTorso(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(64, 64) for _ in range(2)])
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Returns features in the dtype of the weights."""
-        features = self.first(observation.flatten(1).to(self.first.weight.dtype))
+        """Returns features."""
+        features = self.first(observation.flatten(1).float())
         for block in self.blocks:
             features = features + block(torch.relu(features))
         return torch.relu(features)

@@ -99,7 +99,7 @@ class ExperienceSpec:
     passes: int = 1
     """How often every row of a batch goes through a gradient in one update."""
     replay: ReplaySpec | None = None
-    """How experience is kept and sampled; None to learn from unrolls in order, each in one batch."""
+    """How experience is kept and sampled; None to learn from unrolls in order, one batch each."""
     updates_per_call: int = 1
     """Updates that one call of `update` takes, each with batch_unrolls sequences of its own."""
 

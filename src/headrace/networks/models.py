@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from headrace.errors import ConfigError
 from headrace.networks.action_values import ActionValueNet
@@ -167,30 +166,24 @@ AnyNet = PolicyValueNet | ActionValueNet | ActorCriticsNet
 
 
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights of the torsos, in place, and nothing else.
+    """Casts the weights of headrace's own torsos, in place, and nothing else.
 
-    Models of other classes and the parts of a torso that need float32 are left; an
-    `ActorCriticsNet` acts in float32, whatever it learned in.
+    Models and torsos of other classes are left, since they may not cast what they are given, and so
+    are the parts of a torso that need float32; an `ActorCriticsNet` acts in float32, whatever it
+    learned in.
     """
     if isinstance(model, ActorCriticsNet):
         model.set_products(torch.float32)
     if isinstance(model, PolicyValueNet | ActionValueNet):
-        _lower(model.torso, dtype)
-    if isinstance(model, PolicyValueNet) and model.value_torso is not None:
-        _lower(model.value_torso, dtype)
-
-
-_FLOAT32 = (MlpTorso, ObservationNormalizer, _NormBase)
-"""Batch norm, and what is like it: a mean in bfloat16 may be wrong by more than the deviation."""
+        for torso in (model.torso, getattr(model, "value_torso", None)):
+            if type(torso).__module__.startswith("headrace."):
+                _lower(torso, dtype)
 
 
 def _lower(module: nn.Module, dtype: torch.dtype) -> None:
-    if isinstance(module, _FLOAT32):
+    if isinstance(module, MlpTorso | ObservationNormalizer):
         return
-    if any(isinstance(part, _FLOAT32) for part in module.modules()):
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
+    if any(isinstance(part, MlpTorso | ObservationNormalizer) for part in module.modules()):
         for child in module.children():
             _lower(child, dtype)
     else:
