@@ -343,9 +343,13 @@ def test_leftovers_that_cannot_be_removed_stop_no_save(
 def test_an_old_checkpoint_that_cannot_be_removed_stops_no_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refusing(_: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError
+
     write(tmp_path, 1)
     with monkeypatch.context() as context:
-        context.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(PermissionError))
+        context.setattr(shutil, "rmtree", refusing)
         path = write(tmp_path, 2, keep=1)
     found, warnings = newest_whole(tmp_path)
     assert found is not None

@@ -254,9 +254,9 @@ def test_garbage_later_ends_that_stream_alone(
     bad.close()
     tools.wait_until(lambda: book.left)
     assert len(book.left) == 1
-    assert book.left[0][0].startswith("bad?[2J, 127.0.0.1:")  # nothing that moves a cursor
+    assert book.left[0][0].startswith(r"bad\x1b[2J, 127.0.0.1:")  # nothing that moves a cursor
     assert listener.counters["garbage"] == 1
-    assert book.says("closed bad?[2J", words)
+    assert book.says(r"closed bad\x1b[2J", words)
     check_served(good)
     good.close()
 

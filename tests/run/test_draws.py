@@ -32,7 +32,8 @@ def test_states_go_on_from_what_a_checkpoint_has_kept() -> None:
 def test_gpus_that_a_block_is_the_first_to_use_are_seeded_at_random(
     is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used, seeded = [not is_first], []
+    used = [not is_first]
+    seeded: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used[-1])
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16)])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
