@@ -15,6 +15,7 @@ import pytest
 from headrace import cli
 from headrace.cli import USAGE, main
 from headrace.config import from_dict, merged, read_toml
+from headrace.errors import ConfigError
 from headrace.presets import PRESETS, find
 from headrace.run.api import train
 
@@ -106,6 +107,18 @@ def test_a_mistake_is_one_sentence(
 def test_an_unknown_game_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ale_py")
     assert "nearest: ALE/Breakout-v5" in mistake(capsys, "train", "ALE/Breakot-v5")
+
+
+def test_an_error_of_several_lines_keeps_them_and_poses_as_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: list[str]) -> None:
+        raise ConfigError("\x1b[31mno\x1b[0m:\nheadrace: \x1b[2Jall is well")
+
+    monkeypatch.setitem(cli.COMMANDS, "envs", failing)
+    with pytest.raises(SystemExit):
+        main(["envs"])
+    assert capsys.readouterr().err == "headrace: no:\n    headrace: \\x1b[2Jall is well\n"
 
 
 @pytest.mark.parametrize(

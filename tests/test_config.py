@@ -68,6 +68,8 @@ def test_what_no_layer_sets_has_its_default() -> None:
         ({"seed": "one"}, "seed must be a int, not 'one'"),
         ({"seed": 1.5}, "seed must be a int, not 1.5"),
         ({"seed": True}, "seed must be a int, not True"),
+        ({"total_frames": 10**400}, r"total_frames must be below 2\*\*64"),
+        ({"learning": {"discount": -(10**400)}}, r"learning.discount must be below 2\*\*64"),
         ({"lockstep": 1}, "lockstep must be a bool, not 1"),
         ({"learning": {"discount": "high"}}, "learning.discount must be a float, not 'high'"),
         ({"learning": {"discount": True}}, "learning.discount must be a float, not True"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -95,7 +96,9 @@ def test_a_folder_is_one_of_its_own(path: Path, name: str) -> None:
         run_files.ensure_folder(path)
     path.unlink()
     path.symlink_to(path.parent)
-    with pytest.raises(ConfigError, match="is a link"):
+    with pytest.raises(
+        ConfigError, match=r"is a link.*make its whole folder a link, or give --out"
+    ):
         run_files.ensure_folder(path)
     path.unlink()
     path.mkdir()
@@ -134,7 +137,31 @@ def test_a_removed_link_to_a_folder_leaves_what_is_there(path: Path) -> None:
         ("\x1b[2J\x07\x00", r"\x1b[2J\x07\x00"),
         ("\u202egnp.exe \u2028 \x85", r"\u202egnp.exe \u2028 \x85"),
         ("name of a file: \udcff", r"name of a file: \udcff"),
+        ("\x1b[33mWARN: \tit is old\x1b[0m", "WARN:   it is old"),
+        ("\x1b[1;31mred\x1b[m and \x1b[31", r"red and \x1b[31"),
     ],
 )
 def test_a_line_stays_one_and_moves_no_cursor(text: str, line: str) -> None:
     assert run_files.escaped(text) == line
+
+
+def test_lines_stay_lines_and_pose_as_none_of_ours() -> None:
+    assert run_files.escaped_lines("one") == "one"
+    said = "one:\n  two\x1b[2J\n\nheadrace: \u2028\r\n"
+    assert run_files.escaped_lines(said) == (
+        "one:\n      two\\x1b[2J\n    \n    headrace: \\u2028\\r"
+    )
+
+
+@pytest.mark.parametrize("error", [PermissionError, RecursionError])
+def test_what_cannot_be_removed_stays(
+    path: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(_: Path) -> None:
+        raise error
+
+    run_files.remove(path)  # there is nothing
+    path.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    run_files.remove(path)
+    assert path.exists()

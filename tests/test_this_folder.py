@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from headrace import catalog
+from headrace.envs.gymnasium import GYMNASIUM
+from headrace.envs.wrappers import GymnasiumConfig
+from headrace.errors import ConfigError
 from headrace.imports import import_named
 
 SOURCE = Path(__file__).parents[1] / "src"
-# As the installed `headrace` starts, which has the folder of its script on the path, and not this.
-HEADRACE = [sys.executable, "-P", "-c", "from headrace.cli import main; main()"]
+# As pip installs it: the folder of its script comes first on the path, and not this one.
+HEADRACE = "import sys\nfrom headrace.cli import main\nsys.exit(main())\n"
 OPTIONAL = ("ale_py", "cv2", "envpool", "lz4", "moviepy", "ray", "shtab", "sitecustomize", "wandb")
 DECOY = 'open(f"{__file__}.ran", "w").close()'
 OWN = """
@@ -33,8 +37,11 @@ SMALL = [
 
 
 def headrace(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    launcher = folder.with_name("bin") / "headrace"
+    launcher.parent.mkdir(exist_ok=True)
+    launcher.write_text(HEADRACE)
     ended = subprocess.run(
-        [*HEADRACE, *argv],
+        [sys.executable, str(launcher), *argv],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
         capture_output=True,
@@ -100,7 +107,10 @@ def own(tmp_path: Path) -> Path:
         ["envs"],
         *(
             pytest.param(["train", "--resume", ".", "--total-frames", "800", *flags], marks=SLOW)
-            for flags in (["--evaluator"], ["--learner-devices", "cpu,cpu"])
+            for flags in (
+                ["--evaluator", "--compile", "on"],
+                ["--learner-devices", "cpu,cpu"],
+            )
         ),
     ],
 )
@@ -161,3 +171,44 @@ def test_only_what_nowhere_else_is_found_is_looked_for_here(
     assert sys.path == [*before, str(here)]
     for name in ("a_module_of_theirs", "a_bare_folder"):
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("has_path", [True, False])
+def test_who_names_what_another_module_lacks_learns_which_that_is(
+    has_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "their_module.py").write_text("def factory(): pass")
+    (there / "their_module.py").write_text("")
+    (there / "their_folder").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", [str(there), *sys.path])
+    name = "their_module" if has_path else "their_folder"
+    found = str(there / "their_module.py") if has_path else "a bare folder"
+    for look in (
+        lambda: catalog.import_attribute("network", f"{name}:factory"),
+        lambda: GYMNASIUM.spec(f"{name}:factory", GymnasiumConfig()),
+    ):
+        with pytest.raises(ConfigError, match=f"{found}.*looked for last: .*rename it"):
+            look()
+    monkeypatch.delitem(sys.modules, name)
+
+
+@SLOW
+def test_children_of_benchmarks_find_headrace_where_it_was_found(tmp_path: Path) -> None:
+    """A Python without headrace, where that is not all the same one."""
+    start = f"import sys; sys.path[:0] = {[str(SOURCE), *filter(None, sys.path)]}"
+    code = f"{start}; from headrace.cli import main; main(sys.argv[1:])"
+    for name in ("pools", "wire"):
+        ended = subprocess.run(
+            [sys._base_executable, "-c", code, "bench", name, "--smoke"],
+            cwd=tmp_path,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr

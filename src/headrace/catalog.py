@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headrace.errors import ConfigError
-from headrace.imports import import_named
+from headrace.imports import has_no, import_named
 
 ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
@@ -84,17 +84,15 @@ def import_attribute(kind: str, target: str) -> Any:
         module = import_named(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"cannot import the {kind} {target!r}: {error} (modules are looked for in this folder "
-            "and in PYTHONPATH)"
+            f"cannot import the {kind} {target!r}: {error} (modules are looked for in PYTHONPATH "
+            "and, last, in this folder)"
         ) from error
     except Exception as error:
         raise ConfigError(
             f"cannot import the {kind} {target!r}: {type(error).__name__}: {error}"
         ) from error
     if not attribute or not hasattr(module, attribute):
-        raise ConfigError(
-            f"cannot import the {kind} {target!r}: {module_name} has no {attribute!r}"
-        )
+        raise ConfigError(f"cannot import the {kind} {target!r}: {has_no(module, attribute)}")
     return getattr(module, attribute)
 
 

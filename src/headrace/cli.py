@@ -20,7 +20,7 @@ from headrace.commands.tune import tune_command
 from headrace.commands.worker import worker_command
 from headrace.envs import atari, packages
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError
-from headrace.run_files import escaped
+from headrace.run_files import escaped_lines
 
 OWN_ENVIRONMENTS = {
     "catch": "a ball falls, a paddle catches it; best return 1",
@@ -76,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail_code(error: Exception) -> int:
-    print(f"headrace: {escaped(str(error))}", file=sys.stderr, flush=True)
+    print(f"headrace: {escaped_lines(str(error))}", file=sys.stderr, flush=True)
     return 1
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"headrace: {escaped(message)}", file=sys.stderr)
+    print(f"headrace: {escaped_lines(message)}", file=sys.stderr)
     sys.exit(code)
 
 

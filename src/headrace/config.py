@@ -213,9 +213,9 @@ FREE_ON_RESUME = frozenset(
 """Settings that a resumed run may change; every other one is the run's."""
 
 REACHING_OUT = frozenset({"wandb", "remote", "cluster", "learning.replay.replay_folder"})
-"""Of these, those that reach out of the run's folder and this machine: whom it listens to, where it
-connects, which files elsewhere it opens. A run that somebody else made may ask for them too, so
-whoever goes on with one types them again."""
+"""Settings that open ports, connect to other machines, or name files outside the run's folder.
+
+A run that somebody else made may ask for them too, so whoever goes on with one types them again."""
 
 _STAYING_IN = frozenset(
     {
@@ -225,7 +225,7 @@ _STAYING_IN = frozenset(
         "remote.message_compression",
     }
 )
-"""Of their sections, what does nothing unless something else reaches out."""
+"""Settings in those sections that matter only once one of the others is set."""
 
 
 def section_types(env: str, algorithm: str, *, trust_code: bool = True) -> dict[str, type[Any]]:
@@ -505,6 +505,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list of {item.__name__}, not {value!r}")
         return tuple(_checked(item, part, where) for part in value)
+    if hint in (int, float) and isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigError(f"{where} must be below 2**64, and above -2**64")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

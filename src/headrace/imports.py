@@ -12,10 +12,8 @@ from types import ModuleType
 def import_named(name: str) -> ModuleType:
     """Imports a module that the user named, or code that is trusted.
 
-    Before there is one that only this folder has, nothing is looked for here: who types `headrace
-    eval .` in the folder of a stranger's run would run what lies there under the name of a module
-    that Python has, or lacks. From then on this folder comes last of all, for what that module
-    imports.
+    This folder goes onto sys.path only when a named module is found nowhere else, and then last.
+    Otherwise `headrace eval .` in a stranger's run would import that run's files.
     """
     top = name.partition(".")[0]
     if top not in sys.modules:
@@ -24,3 +22,12 @@ def import_named(name: str) -> ModuleType:
         if (found is None or found.origin is None) and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
     return importlib.import_module(name)
+
+
+def has_no(module: ModuleType, attribute: str) -> str:
+    """Says that a module lacks what the user named, and which it is: they may mean another."""
+    origin = module.__spec__.origin if module.__spec__ else None
+    return (
+        f"{module.__name__} has no {attribute!r}: it is {origin or 'a bare folder'}, and one in "
+        "this folder is looked for last: if you mean that, rename it"
+    )

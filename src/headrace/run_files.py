@@ -6,7 +6,9 @@ lead to files that are not the run's, and a device or a fifo has no end: neither
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -20,6 +22,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
@@ -41,7 +44,8 @@ def ensure_folder(path: Path) -> None:
     Raises:
         ConfigError: it is a link, or something else.
     """
-    found = _look(path)
+    elsewhere = "; to have a run on another disk make its whole folder a link, or give --out there"
+    found = _look(path, elsewhere)
     if found is not None and not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path} is no folder, where a run has one of its own: delete it")
 
@@ -71,24 +75,36 @@ def read(path: Path, most_nbytes: int) -> bytes:
 
 
 def remove(path: Path) -> None:
-    """Removes a link itself, not what it leads to; a file; or a folder with all that is in it."""
-    found = os.lstat(path)
-    if stat.S_ISDIR(found.st_mode) and not _is_link(found):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Removes a link itself, not what it leads to; a file; or a folder with all that is in it.
+
+    What cannot be removed stays: a stranger's folder may be closed, or without end.
+    """
+    with contextlib.suppress(OSError, RecursionError):
+        found = os.lstat(path)
+        if stat.S_ISDIR(found.st_mode) and not _is_link(found):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def escaped(text: str) -> str:
-    """Returns a text as one line that moves no cursor: what cannot be printed is an escape."""
+    """Returns a text as one line that moves no cursor: what cannot be printed is an escape.
+
+    Colours go, and a tab is spaces.
+    """
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
-        for each in text
+        for each in _COLOUR.sub("", text).expandtabs()
     )
 
 
-def _look(path: Path) -> os.stat_result | None:
-    """Returns what lies at the path itself; None for nothing."""
+def escaped_lines(text: str) -> str:
+    """Returns a text whose lines are `escaped`, all but the first indented: none poses as ours."""
+    return "\n    ".join(map(escaped, text.rstrip("\n").split("\n")))
+
+
+def _look(path: Path, more: str = "") -> os.stat_result | None:
+    """Returns what lies at the path itself, None for nothing; `more` is said of a link."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -96,7 +112,7 @@ def _look(path: Path) -> os.stat_result | None:
     if _is_link(found):
         raise ConfigError(
             f"{path} is a link, and a run has its files in its own folder: delete it, or copy "
-            "there what it leads to"
+            f"there what it leads to{more}"
         )
     return found
 

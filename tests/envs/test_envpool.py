@@ -249,6 +249,8 @@ def test_actions_are_cut_into_what_the_environment_takes() -> None:
         ({"frame_stack": -1}, "frame_stack"),
         ({"max_episode_steps": -1}, "max_episode_steps"),
         ({"env_kwargs": "{"}, "JSON"),
+        ({"env_kwargs": "[" * 100_000}, "JSON"),
+        ({"env_kwargs": '{"a": ' + "9" * 5000 + "}"}, "JSON"),
         ({"env_kwargs": "[1]"}, "JSON object"),
         ({"env_kwargs": '{"episodic_life": true}'}, "ALE/"),
         ({"env_kwargs": '{"reward_clip": true}'}, "reward_transform"),

@@ -134,6 +134,8 @@ def test_pixels_need_pictures(setting: dict[str, Any], space: gym.Space[Any]) ->
         ({"time_limit": -1}, "time_limit must be at least 0"),
         ({"strictness": "lax"}, "strictness must be one of strict, normal, off, not 'lax'"),
         ({"env_kwargs": "{a: 1}"}, "env_kwargs is not JSON"),
+        ({"env_kwargs": "[" * 100_000}, "env_kwargs is not JSON"),
+        ({"env_kwargs": '{"a": ' + "9" * 5000 + "}"}, "env_kwargs is not JSON"),
         ({"env_kwargs": "[1]"}, r"env_kwargs must be as"),
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -318,6 +319,45 @@ def test_hidden_leftovers_go_whatever_they_are(tmp_path: Path, name: str, kind: 
     assert names(theirs) == ["kept"]
 
 
+@pytest.mark.parametrize("name", [".agent_steps_000000000001", ".agent_steps_000000000001.deleted"])
+@pytest.mark.parametrize("error", [PermissionError, RecursionError])
+def test_leftovers_that_cannot_be_removed_stop_no_save(
+    tmp_path: Path, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    remove = shutil.rmtree
+
+    def refusing(path: Path, **settings: Any) -> None:
+        if path.name == name:
+            raise error
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    for _ in range(2):  # the second takes the place of the first, which is deleted
+        path = write(tmp_path, 1)
+        assert names(tmp_path) == [name, path.name]
+    latest = write(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [name, latest.name]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(_: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError
+
+    write(tmp_path, 1)
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", refusing)
+        path = write(tmp_path, 2, keep=1)
+    found, warnings = newest_whole(tmp_path)
+    assert found is not None
+    assert (found.path, warnings) == (path, [])
+    write(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [path.name]
+
+
 def test_links_among_the_checkpoints_go_in_their_turn(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
@@ -356,7 +396,7 @@ def test_a_meta_that_could_not_be_read_again_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "_MOST_META_NBYTES", 100)
-    with pytest.raises(ValueError, match="can be read again"):
+    with pytest.raises(ConfigError, match=r"can be read again: .*train without --lockstep"):
         write(tmp_path, 1)
     assert names(tmp_path) == []
     monkeypatch.undo()
@@ -634,6 +674,9 @@ ARRAY = {"array": "bytes", "dtype": "<f4", "shape": [2], "scalar": False}
         ARRAY | {"dtype": "S0"},
         ARRAY | {"dtype": "V4"},
         ARRAY | {"dtype": ["<f4"]},
+        ARRAY | {"dtype": "01f4"},
+        ARRAY | {"dtype": "(,1,)f4"},
+        ARRAY | {"dtype": "f٤"},
         ARRAY | {"dtype": "<f8"},
         ARRAY | {"shape": [3]},
         ARRAY | {"shape": "2"},

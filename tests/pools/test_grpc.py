@@ -439,7 +439,7 @@ def test_what_hosts_report_moves_no_cursor(make: Make, said: list[str]) -> None:
     pool = make()
     host = Peer(pool).come()
     pool.take(host, wire.decode(wire.encode(Kind.REPORT, text={"note": "a\x1b[2J\nb"})))
-    assert said[-1] == "worker host node1: a?[2J\nb"
+    assert said[-1] == "worker host node1: a\\x1b[2J\n    b"
     pool.close()
 
 

@@ -718,6 +718,13 @@ def test_a_ray_that_refuses_us_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
         cluster_ray.connected("auto", {}).__enter__()
 
 
+def test_ray_adds_no_folder_of_ours_to_where_its_workers_look() -> None:
+    pytest.importorskip("ray")
+    paths = cluster_ray.job_config()._py_driver_sys_path
+    paths.extend(["x"])
+    assert paths == []
+
+
 def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'headrace\[cluster\]'"):

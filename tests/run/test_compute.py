@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +35,36 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "usable_cores", lambda: 4)
+
+
+@pytest.mark.parametrize("before", [None, "", "1"])
+@pytest.mark.parametrize("fault", [None, RuntimeError, OSError])
+def test_what_torch_starts_to_look_at_the_cpu_finds_no_module_in_this_folder(
+    before: str | None, fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is None:
+        monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONSAFEPATH", before)
+    seen: list[str | None] = []
+
+    def pick() -> None:
+        seen.append(os.environ.get("PYTHONSAFEPATH"))
+        if fault is not None:
+            raise fault
+
+    isa = SimpleNamespace(pick_vec_isa=pick)
+    monkeypatch.setitem(sys.modules, "torch._inductor", SimpleNamespace(cpu_vec_isa=isa))
+    model = nn.Linear(2, 2)
+    compute.compile_update(rule(model), model, CPU)
+    assert seen == ["1"]
+    assert os.environ.get("PYTHONSAFEPATH") == before
+    compute.compile_update(rule(model), model, CPU, graphs=False)
+    there = rule(nn.Linear(2, 2, device="meta"))
+    compute.compile_update(there, there.model, torch.device("meta"))
+    assert seen == ["1"]
+    monkeypatch.setitem(sys.modules, "torch._inductor", SimpleNamespace())
+    compute.compile_update(rule(model), model, CPU)  # a torch that has it elsewhere
 
 
 def rule(model: nn.Module, spec: EnvSpec = IMAGES) -> Ppo:

@@ -242,6 +242,20 @@ def test_a_passed_over_checkpoint_is_said_by_eval_and_resume(
     assert (run / "log.txt").read_text().count(f"skipped the damaged checkpoint {path.name}") == 1
 
 
+@pytest.mark.parametrize(
+    "raised", [ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError]
+)
+def test_whatever_a_state_of_something_else_raises_names_the_checkpoint(
+    run: Path, raised: type[Exception]
+) -> None:
+    saved = newest(run)
+    with (
+        pytest.raises(ConfigError, match=f"{saved.path} does not fit its run"),
+        saving._naming(saved),
+    ):
+        raise raised
+
+
 @pytest.mark.parametrize("items", [[["seats", 5]], []])
 def test_a_state_of_something_else_names_the_checkpoint(run: Path, items: list[Any]) -> None:
     path = second(run, with_(system={"dict": items}))

@@ -191,9 +191,9 @@ def test_metrics_are_read_from_the_folder_itself(run: RunDirectory) -> None:
         read_metrics(run.metrics_path)
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, "[1]"])
+@pytest.mark.parametrize("line", ["[" * 100_000, "[1]", '{"x": "\udcff"}'])
 def test_read_metrics_names_a_line_that_is_no_row(run: RunDirectory, line: str) -> None:
-    run.metrics_path.write_text(f'{{"x": 1}}\n{line}\n')
+    run.metrics_path.write_text(f'{{"x": 1}}\n{line}\n', "utf-8", "surrogateescape")
     with pytest.raises(ConfigError, match="line 2"):
         read_metrics(run.metrics_path)
 

@@ -261,11 +261,11 @@ def test_stream_without_unicode_still_gets_its_lines() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_what_is_said_stays_on_its_line_and_moves_no_cursor(live: bool) -> None:
+def test_what_is_said_moves_no_cursor_and_poses_as_no_line_of_ours(live: bool) -> None:
     stream = io.StringIO()
     with open_display(LENGTH, "title\x1b[2J", stream=stream, live=live) as display:
-        display.message("a\nb\x1b[31m\rc")
+        display.message("a\nb\x1b[31m\rc\x1b[2J")
         display.update(FULL)
-    assert "a\\nb\\x1b[31m\\rc\n" in stream.getvalue().replace("\r\n", "\n")
+    assert "a\n    b\\rc\\x1b[2J\n" in stream.getvalue().replace("\r\n", "\n")
     assert "\x1b[2J" not in stream.getvalue()
-    assert "\x1b[31mc" not in stream.getvalue()
+    assert "\x1b[31m" not in stream.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_only_what_was_never_finished_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     remove_partial(tmp_path / "nowhere")
+
+
+def test_a_link_where_one_may_be_expected_is_not_written_through(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("kept")
+    for name in (f".a.{os.getpid()}", ".a"):
+        (tmp_path / f"{name}.partial.mp4").symlink_to(theirs)
+    with VideoWriter(tmp_path / "a.mp4", fps=30) as video:
+        video.write(np.zeros((84, 84), dtype=np.uint8))
+    assert theirs.read_text() == "kept"
+    assert VideoWriter(tmp_path / "a.mp4", fps=30)._temporary != video._temporary
 
 
 def test_leftovers_go_whatever_they_are_and_nothing_outside(tmp_path: Path) -> None:

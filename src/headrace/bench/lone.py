@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def rate_of_processes(
     children = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "headrace.bench.lone"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -48,7 +50,7 @@ def rate_of_processes(
     try:
         for child, size in zip(children, sizes, strict=True):
             task = {"env": env, "kwargs": kwargs, "num_envs": size, "seconds": seconds}
-            _tell(child, json.dumps({**task, "path": sys.path}))
+            _tell(child, json.dumps(task))
         for child in children:
             _hear(child)
         for child in children:
@@ -101,7 +103,6 @@ def _hear(child: subprocess.Popen[str]) -> str:
 def main() -> None:
     """Runs one process that talks to nobody."""
     task = json.loads(sys.stdin.readline())
-    sys.path[:] = task["path"]
     envs = [make_env(task["env"], task["kwargs"]) for _ in range(task["num_envs"])]
     for index, env in enumerate(envs):
         env.reset(seed=index)

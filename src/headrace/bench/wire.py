@@ -203,6 +203,7 @@ def turn(task: Task) -> dict[str, Any]:
     """
     plain = task.implementation == "ray-actor"  # its many processes are as its users have them
     environment = os.environ | ({} if plain else _KEEP_MEMORY)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # we may be there alone
     command = [sys.executable, "-P", "-m", "headrace.bench.wire_turn"]
     command.append(json.dumps(dataclasses.asdict(task)))
     with tempfile.TemporaryFile("w+") as said:

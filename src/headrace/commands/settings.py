@@ -96,7 +96,10 @@ def read_request(
 
 
 def _typed(rest: list[str]) -> set[str]:
-    """Returns the names of the settings that flags give, --no-NAME for a false one too."""
+    """Returns the names of the settings that flags give, --no-NAME for a false one too.
+
+    A name stands for one setting, whatever its section: no two flags have the same.
+    """
     names = {word.partition("=")[0] for word in rest if word.startswith("--")}
     names = {name.removeprefix("--").replace("-", "_") for name in names}
     return names | {name.removeprefix("no_") for name in names}

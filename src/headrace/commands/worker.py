@@ -11,7 +11,7 @@ from headrace.pools.link import LinkConfig
 from headrace.run.host import HostConfig, run_host
 from headrace.run.stop import stop_signals
 from headrace.run.system import keep_memory
-from headrace.run_files import escaped
+from headrace.run_files import escaped_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +45,4 @@ def worker_command(argv: list[str]) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {escaped(line)}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')}  {escaped_lines(line)}", flush=True)

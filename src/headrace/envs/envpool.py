@@ -77,7 +77,7 @@ def _parsed(env_kwargs: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(env_kwargs)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ConfigError(f"env_kwargs must be a JSON object: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"env_kwargs must be a JSON object, not {env_kwargs!r}")

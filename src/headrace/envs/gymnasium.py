@@ -21,7 +21,7 @@ from headrace.envs.checks import Translated, error_text
 from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
-from headrace.imports import import_named
+from headrace.imports import has_no, import_named
 from headrace.specs import EnvSpec
 
 _TRIED_STEPS = 8  # random ones, before a run starts
@@ -221,12 +221,15 @@ def _is_factory(name: str) -> bool:
 def _factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(import_named(module_name), attribute)
+        module = import_named(module_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"cannot import the environment {name!r}: {error} (modules are looked for in this "
-            "folder and in PYTHONPATH)"
+            f"cannot import the environment {name!r}: {error} (modules are looked for in "
+            "PYTHONPATH and, last, in this folder)"
         ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"cannot import the environment {name!r}: {has_no(module, attribute)}")
+    factory = getattr(module, attribute)
     if not callable(factory):
         raise ConfigError(f"{name} is not a function or class that makes a gymnasium.Env")
     return factory  # type: ignore[no-any-return]

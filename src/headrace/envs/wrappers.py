@@ -63,7 +63,7 @@ class GymnasiumConfig:
         """
         try:
             keywords = json.loads(self.env_kwargs)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ConfigError(f"env_kwargs is not JSON: {error}") from error
         if not isinstance(keywords, dict):
             raise ConfigError(f'env_kwargs must be as {{"key": value}}, not {self.env_kwargs}')

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,8 +92,8 @@ def save(
 
     Raises:
         OSError: the disk is full or may not be written; earlier checkpoints are intact.
-        ConfigError: the folder is a link.
-        ValueError: a group or a key of `meta` is not allowed, or `meta` is too large to be read.
+        ConfigError: the folder is a link, or `meta` is too large to be read again.
+        ValueError: a group or a key of `meta` is not allowed.
     """
     _check_names(tensors, meta)
     run_files.ensure_folder(directory)
@@ -100,7 +101,7 @@ def save(
     # Before writing, so that what a killed process left does not fill the disk for its successor.
     _remove_hidden(directory)
     final = directory / f"agent_steps_{agent_steps:012d}"
-    temporary = directory / f".{final.name}"
+    temporary = _hidden(final)
     try:
         temporary.mkdir()
         files = {}
@@ -168,7 +169,11 @@ def _encode_meta(content: Mapping[str, Any]) -> bytes:
     seen = json.loads(json.dumps(content))
     data = json.dumps({**seen, "meta_sha256": _digest_of_meta(seen)}, indent=1).encode()
     if len(data) > _MOST_META_NBYTES:
-        raise ValueError(f"meta has {len(data)} bytes, and {_MOST_META_NBYTES} can be read again")
+        raise ConfigError(
+            f"meta.json would have {len(data)} bytes, and {_MOST_META_NBYTES} can be read again: "
+            "have the environment, or the algorithm, give arrays as its state instead of lists, or "
+            "train without --lockstep"
+        )
     return data
 
 
@@ -220,9 +225,14 @@ def _prune(directory: Path, agent_steps: int, keep: int) -> None:
 def _remove(folder: Path) -> None:
     """Hides a checkpoint, then deletes it: a kill half-way leaves nothing damaged in sight."""
     if os.path.lexists(folder):
-        hidden = folder.with_name(f".{folder.name}.deleted")
+        hidden = _hidden(folder)
         folder.rename(hidden)
         run_files.remove(hidden)
+
+
+def _hidden(folder: Path) -> Path:
+    """Returns a new name out of sight: what has an old one may not go away."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
 
 def _remove_hidden(directory: Path) -> None:

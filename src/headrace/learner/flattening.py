@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ Skeleton = dict[str, Any] | int | float | bool | str | None
 """JSON that remembers the containers of a tree, with names in place of its tensors."""
 
 _KINDS = "biufc"  # of numpy's dtypes
+_DTYPE = re.compile(rf"[<>|=]?[{_KINDS}][0-9]{{1,2}}")
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Skeleton]:
@@ -112,10 +114,10 @@ def _unflatten(left: dict[str, Tensor], skeleton: Any, copy: bool) -> Any:
 
 
 def _unflatten_array(raw: Tensor, skeleton: Mapping[str, Any], copy: bool) -> Any:
-    dtype = np.dtype(str(skeleton["dtype"]))
-    if dtype.kind not in _KINDS:
-        raise ValueError(f"an array of {dtype}")
-    array = np.frombuffer(raw.numpy(), dtype).reshape(skeleton["shape"])
+    name = str(skeleton["dtype"])
+    if not _DTYPE.fullmatch(name):  # numpy evaluates some of the others
+        raise ValueError(f"an array of {name[:80]}")
+    array = np.frombuffer(raw.numpy(), np.dtype(name)).reshape(skeleton["shape"])
     if copy:
         array = array.copy()  # aligned, and writable
     return array[()] if skeleton["scalar"] else array

@@ -41,8 +41,8 @@ from headrace.pools.messages import (
 from headrace.pools.settings import RemoteConfig, WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.pools.shm_layout import Table, layout, read_rows, read_step, with_ends
-from headrace.pools.transport import printable
 from headrace.pools.wire import Kind, Message, WireError, encode
+from headrace.run_files import escaped_lines
 from headrace.steps import RUN_IDS, EnvStep
 
 LOOK_S = 0.25
@@ -301,7 +301,9 @@ class GrpcPool:
             host.notes += bool(note)
         if note and host.notes <= _NOTES_TOLD:
             last = " (no more of this host is shown)" if host.notes == _NOTES_TOLD else ""
-            self._on_message(f"worker host {host.peer.name}: {printable(note[:_MAX_NOTE])}{last}")
+            self._on_message(
+                f"worker host {host.peer.name}: {escaped_lines(note[:_MAX_NOTE])}{last}"
+            )
 
     def _write(self, table: Table, block: Block, step: Any) -> None:
         write_host_step(

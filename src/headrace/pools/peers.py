@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from headrace import __version__
 from headrace.errors import HeadraceError
 from headrace.pools import wire
-from headrace.pools.transport import Outbox, cut, printable
+from headrace.pools.transport import Outbox, cut
+from headrace.run_files import escaped
 
 MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 """Bytes that may wait for one peer before it is closed because it does not read."""
@@ -154,4 +155,4 @@ def check_hello(data: bytes) -> tuple[str, dict[str, Any]]:
             f"it speaks protocol {str(protocol)[:20]}, this server (headrace {__version__}) "
             f"{wire.VERSION}: install the same headrace on both"
         )
-    return printable(name[:64]).replace("\n", "?"), message.text  # into logs it goes
+    return escaped(name[:64]), message.text  # into logs it goes

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools import wire
+from headrace.run_files import escaped
 
 METHOD = "/headrace.Hosts/Session"
 """The one stream of a worker host."""
@@ -115,14 +116,9 @@ def channel_options() -> Options:
     ]
 
 
-def printable(text: str) -> str:
-    """Returns what another machine says without what moves a cursor, but for new lines."""
-    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
-
-
 def cut(reason: str) -> str:
     """Returns the sentence, short enough for the metadata of a stream, and on one line."""
-    line = printable(" ".join(reason[: 4 * MAX_REASON].split()))
+    line = escaped(" ".join(reason[: 4 * MAX_REASON].split()))
     return line if len(line) <= MAX_REASON else line[: MAX_REASON - 1] + "…"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +167,9 @@ def compile_update(
 
     Without `graphs` it takes that back, and all is as with --compile off.
     """
+    models = (algorithm.model, server_model)
+    if graphs and any(each.device.type == "cpu" for one in models for each in one.parameters()):
+        _look_at_cpu()
     on_gpu = device.type == "cuda"
     whole: Callable[..., None] | None = getattr(algorithm, "compile", None)
     networks = [server_model]
@@ -178,3 +183,30 @@ def compile_update(
             network.compile(dynamic=False)
         elif network is not None:
             network._compiled_call_impl = None  # what `compile` sets: torch has no way back
+
+
+def _look_at_cpu() -> None:
+    """Has torch find out, once a process, what code this CPU can run.
+
+    It starts `python -c` for that, which would run what lies in this folder under the name of a
+    module of Python's.
+    """
+    # It is an inner part of torch, which may go; and what fails here fails in the warm-up, too.
+    with suppress(AttributeError, ImportError, OSError, RuntimeError), _safe_path():
+        from torch._inductor import cpu_vec_isa  # noqa: PLC0415  # importing it takes seconds
+
+        cpu_vec_isa.pick_vec_isa()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Every Python that the block starts is as with -P."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before

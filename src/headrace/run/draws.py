@@ -41,6 +41,8 @@ def set_global_states(states: dict[str, Any]) -> None:
 def own_draws(seed: int | None = None) -> Iterator[None]:
     """Leaves the global states as they were, whatever the block draws; with a seed it begins there.
 
+    GPUs that the block is the first to use have no state before: they are seeded at random.
+
     Args:
         seed: Of 32 bits.
     """
@@ -53,3 +55,6 @@ def own_draws(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_global_states(before)
+        has_gpus: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if has_gpus and not before["cuda"]:
+            torch.cuda.seed_all()

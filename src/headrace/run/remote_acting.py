@@ -38,12 +38,12 @@ from headrace.pools.grpc import reachable
 from headrace.pools.listener import Listener, Peer, Refused
 from headrace.pools.messages import describe
 from headrace.pools.settings import RemoteConfig
-from headrace.pools.transport import printable
 from headrace.pools.wire import Kind, Message, WireError
 from headrace.run.acting_workers import Turnarounds, make_table
 from headrace.run.host_reports import HostReport
 from headrace.run.pools import pool_name
 from headrace.run.remote_weights import OfferedWeights
+from headrace.run_files import escaped_lines
 from headrace.server.server import OnEpisodes
 from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits
@@ -348,7 +348,7 @@ class ActingHosts:
             ids = np.array(env, np.int32) + host.first_env
             self._on_episodes(ids, np.array(returns), np.array(lengths), list(infos))
         if report.note:
-            self._on_message(f"worker host {host.peer.name}: {printable(report.note)}")
+            self._on_message(f"worker host {host.peer.name}: {escaped_lines(report.note)}")
 
     def _total(self) -> HostReport:
         with self._hosts_lock:

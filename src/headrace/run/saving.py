@@ -204,7 +204,10 @@ def _naming(saved: Checkpoint) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        *(ArithmeticError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
         raise ConfigError(
             f"{saved.path} does not fit its run ({type(error).__name__}: {error}): move that "
             "folder away to go on from the checkpoint before it"

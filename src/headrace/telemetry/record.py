@@ -313,7 +313,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    with open(path, encoding="utf-8", opener=run_files.opener) as file:
+    # What is not UTF-8 becomes what is not JSON.
+    with open(path, encoding="utf-8", errors="backslashreplace", opener=run_files.opener) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 break

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from headrace.length import Length
-from headrace.run_files import escaped
+from headrace.run_files import escaped, escaped_lines
 from headrace.telemetry.panel import done, far, render
 from headrace.telemetry.wording import MISSING, Row, clock, fixed, number, plain, share, short, some
 
@@ -140,7 +140,7 @@ class _PlainDisplay:
         self._line = ""
 
     def message(self, text: str) -> None:
-        text = escaped(text)
+        text = escaped_lines(text)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         self._stream.flush()
@@ -169,7 +169,7 @@ class _LiveDisplay:
         self._region.update(table, refresh=True)
 
     def message(self, text: str) -> None:
-        self._region.console.print(escaped(text), markup=False)
+        self._region.console.print(escaped_lines(text), markup=False)
 
 
 def plain_line(row: Row, length: Length, eta_s: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,8 @@ class VideoWriter:
             raise ConfigError(f"cannot make the folder of {path}: {error.strerror}") from error
         self.path = path
         self._fps = fps
-        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{_PARTIAL}")
+        # Where nobody can have put a link, which would be written through.
+        self._temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{_PARTIAL}")
         self._shape: tuple[int, ...] | None = None
         self._encoder: Any = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -62,7 +63,7 @@ def write(path: Path, text: str, *, force: bool) -> None:
         ConfigError: it has come to be there since, or cannot be written.
     """
     ensure_free(path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
