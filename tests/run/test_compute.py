@@ -38,6 +38,7 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("before", [None, "", "1"])
 @pytest.mark.parametrize("fault", [None, RuntimeError, OSError])
+@pytest.mark.filterwarnings("ignore")  # of what torch imports
 def test_what_torch_starts_to_look_at_the_cpu_finds_no_module_in_this_folder(
     before: str | None, fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
