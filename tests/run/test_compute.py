@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,9 +38,12 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("before", [None, "", "1"])
 @pytest.mark.parametrize("fault", [None, RuntimeError, OSError])
+@pytest.mark.filterwarnings("ignore")  # of what torch imports
 def test_what_torch_starts_to_look_at_the_cpu_finds_no_module_in_this_folder(
     before: str | None, fault: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._inductor import cpu_vec_isa  # noqa: PLC0415 - importing it takes seconds
+
     if before is None:
         monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     else:
@@ -53,18 +55,18 @@ def test_what_torch_starts_to_look_at_the_cpu_finds_no_module_in_this_folder(
         if fault is not None:
             raise fault
 
-    isa = SimpleNamespace(pick_vec_isa=pick)
-    monkeypatch.setitem(sys.modules, "torch._inductor", SimpleNamespace(cpu_vec_isa=isa))
-    model = nn.Linear(2, 2)
-    compute.compile_update(rule(model), model, CPU)
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", pick)
+    algorithm: Any = SimpleNamespace(model=nn.Linear(2, 2))
+    compute.compile_update(algorithm, nn.Linear(2, 2), CPU)
     assert seen == ["1"]
     assert os.environ.get("PYTHONSAFEPATH") == before
-    compute.compile_update(rule(model), model, CPU, graphs=False)
-    there = rule(nn.Linear(2, 2, device="meta"))
-    compute.compile_update(there, there.model, torch.device("meta"))
+    compute.compile_update(algorithm, nn.Linear(2, 2), CPU, graphs=False)
+    elsewhere = torch.device("meta")
+    there: Any = SimpleNamespace(model=nn.Linear(2, 2, device=elsewhere))
+    compute.compile_update(there, nn.Linear(2, 2, device=elsewhere), elsewhere)
     assert seen == ["1"]
-    monkeypatch.setitem(sys.modules, "torch._inductor", SimpleNamespace())
-    compute.compile_update(rule(model), model, CPU)  # a torch that has it elsewhere
+    monkeypatch.delattr(cpu_vec_isa, "pick_vec_isa")
+    compute.compile_update(algorithm, nn.Linear(2, 2), CPU)  # a torch that has it elsewhere
 
 
 def rule(model: nn.Module, spec: EnvSpec = IMAGES) -> Ppo:
