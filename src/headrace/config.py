@@ -505,8 +505,8 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list of {item.__name__}, not {value!r}")
         return tuple(_checked(item, part, where) for part in value)
-    if hint in (int, float) and isinstance(value, int) and value.bit_length() > 64:
-        raise ConfigError(f"{where} must be below 2**64, and above -2**64")
+    if hint in (int, float) and isinstance(value, int) and value.bit_length() > 128:
+        raise ConfigError(f"{where} is too large a number")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

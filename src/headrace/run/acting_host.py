@@ -210,7 +210,7 @@ def make_acting(mandate: Mandate, wire: Wire, reports: Reports, *, in_process: b
     wire.on(Kind.SLOTS, lambda message: slots.gain(message.sequence))
     seeds = mandate.resume_count, mandate.first_env, mandate.generation
     generator = torch.Generator()
-    generator.manual_seed(derived_seed(config.seed, Use.HOST_ACTIONS, *seeds))
+    generator.manual_seed(derived_seed(config.seed, Use.ACTING_WORKER, *seeds))
     ladder = exploration(algorithm, config.server.num_envs)
     seat = Seat(
         make_pool(

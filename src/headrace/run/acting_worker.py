@@ -169,7 +169,7 @@ def make_worker(
     ladder = exploration(algorithm, config.server.num_envs)
     generator = torch.Generator()
     generator.manual_seed(
-        derived_seed(config.seed, Use.WORKER_ACTIONS, resume_count, worker, generation)
+        derived_seed(config.seed, Use.ACTING_WORKER, resume_count, worker, generation)
     )
     environments = derived_seed(config.seed, Use.TRAINING_ENVIRONMENTS, resume_count)
     seat = Seat(

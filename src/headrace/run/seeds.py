@@ -29,8 +29,8 @@ class Use(IntEnum):
     FILM = 10
     EPISODE = 11
     """Those after the first that a player shows."""
-    WORKER_ACTIONS = 12
-    HOST_ACTIONS = 13
+    ACTING_WORKER = 12
+    """Actions of a worker that acts, here or on another machine."""
     SESSION_UPDATES = 14
     """What several learners draw in updates."""
     RANK_UPDATES = 15
