@@ -118,7 +118,7 @@ IMPALA = {
         "Recall, which only a recurrent policy can solve, in a quarter of a minute on one core.",
         "ours; the test of learning in tests/learning",
         {
-            "total_frames": 150_000,
+            "total_frames": 300_000,
             "server": {"num_envs": 64},
             "network": {"network": "mlp", "lstm_size": 32},
             "learning": {
