@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -175,7 +175,8 @@ def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(model, ActorCriticsNet):
         model.set_products(torch.float32)
     if isinstance(model, PolicyValueNet | ActionValueNet):
-        for torso in (model.torso, getattr(model, "value_torso", None)):
+        torsos: list[Any] = [model.torso, getattr(model, "value_torso", None)]
+        for torso in torsos:
             if type(torso).__module__.startswith("headrace."):
                 _lower(torso, dtype)
 
