@@ -14,19 +14,19 @@ Shape suffixes: R and C = rows and columns of a matrix, R the fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from headrace.algorithms.closures import WithoutClosure
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _RMS = 0.2  # of Adam's steps, in learning rates
 
 
-class Muon(Optimizer):
+class Muon(WithoutClosure):
     """Muon for hidden weights, PyTorch's Adam for the rest."""
 
     def __init__(
@@ -54,15 +54,7 @@ class Muon(Optimizer):
         self._adam = torch.optim.Adam([group], lr=lr, betas=betas, eps=eps, fused=True)
         self.param_groups += self._adam.param_groups
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step with the gradients that are there."""
-        if closure is not None:
-            raise ValueError("Muon takes no closure: compute the gradients before the step")
+    def _step(self) -> None:
         group, *self._adam.param_groups = self.param_groups
         self._adam.state = self.state  # one state, which is saved and loaded as a whole
         self._adam.step()
@@ -77,7 +69,6 @@ class Muon(Optimizer):
             step = orthogonalized(ahead.flatten(1)).view(param.shape)
             size = _RMS * max(len(param), param[0].numel()) ** 0.5
             param.add_(step, alpha=-group["lr"] * size)
-        return None
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -8,15 +8,16 @@ the mean square it starts with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headrace.algorithms.base import ALONE, Learners
+from headrace.algorithms.closures import WithoutClosure
 from headrace.algorithms.muon import Muon
 from headrace.errors import ConfigError
 from headrace.networks.heads import OutputLayer
@@ -69,7 +70,7 @@ class OptimizerConfig:
             )
 
 
-class RMSpropTF(Optimizer):
+class RMSpropTF(WithoutClosure):
     """RMSProp of TensorFlow 1: eps inside the root, and a mean square that starts where it is told.
 
     Source: `RMSPropOptimizer` of TensorFlow 1, which the IMPALA paper's code uses.
@@ -94,20 +95,11 @@ class RMSpropTF(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step with the gradients that are there."""
-        if closure is not None:
-            raise ValueError("RMSpropTF takes no closure: compute the gradients before the step")
+    def _step(self) -> None:
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if params:
                 self._step_group(group, params)
-        return None
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = [param.grad for param in params if param.grad is not None]
