@@ -30,13 +30,14 @@ LAYERS = (
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
-    ("tree", "rows", "length", "imports", "run_files"),
+    ("tree", "rows", "length", "schedules", "imports", "run_files"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 
 MATHS = {"ops", "networks", "algorithms"}
 MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "rows", "errors"}
+MATHS_MAY_USE |= {"schedules"}
 
 LAZY = ("ale_py", "grpc", "lz4", "ray", "tensorboard", "imageio")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.schedules import Schedule, between
 
 ActionMode = Literal["sample", "greedy", "epsilon"]
 
@@ -45,10 +46,15 @@ class ReplayConfig:
     """Sequences are sampled in proportion to their priority to this power; 0: all alike."""
     importance_exponent: float = 0.6
     """How far weights in the loss undo that: 0 not at all, 1 wholly."""
+    importance_exponent_schedule: Schedule = "constant"
+    """linear, cosine: to final_importance_exponent at the end of the run."""
+    final_importance_exponent: float = 1.0
+    """Where importance_exponent_schedule ends."""
 
     def __post_init__(self) -> None:
         numbers = (self.replay_gib, self.samples_per_insert, self.priority_exponent)
-        if not all(map(math.isfinite, (*numbers, self.importance_exponent))):
+        exponents = (self.importance_exponent, self.final_importance_exponent)
+        if not all(map(math.isfinite, (*numbers, *exponents))):
             raise ConfigError("settings of the replay must be finite numbers")
         if self.replay_capacity < 1 or self.replay_min < 1:
             raise ConfigError("replay_capacity and replay_min must be at least 1")
@@ -63,6 +69,17 @@ class ReplayConfig:
             raise ConfigError(
                 "priority_exponent must not be negative, and importance_exponent in [0, 1]"
             )
+        if not 0 <= self.final_importance_exponent <= 1:
+            raise ConfigError("final_importance_exponent must be in [0, 1]")
+
+    def importance_exponent_at(self, progress: float) -> float:
+        """Returns the exponent when the share `progress` of the run is done."""
+        return between(
+            self.importance_exponent,
+            self.final_importance_exponent,
+            self.importance_exponent_schedule,
+            progress,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,13 +201,17 @@ class Algorithm(Protocol):
     - `beside`: a `Beside`, which the system may replace by one that has a thread.
     - `learners`: the `Learners`, which the system may replace by several: the rule then averages
       its gradients and statistics over them. A rule without it learns alone.
-    - `draw_apart(seed)`: gives what it draws for its share of a batch a seed of its own.
+    - `draw_apart(seed)`: seeds what it draws in updates, by the run's seed; further learners draw
+      by others.
     - `target_model`: a second network, compiled where `model` is.
     - `compile(capture, *, graphs)`: makes the whole update one graph, in place of `model`, or
       without `graphs` takes that back; on a GPU `capture` records it (see `Capture`).
       `worth_compiling(config, agent_steps) -> bool` (static): whether it should on a CPU too.
     - `place(actor, critics)`: moves its two sides to devices of their own.
     - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
+    - `annealed(model, epsilon) -> Tensor [N]`: those as they are now, by what the learner has
+      written into a buffer of the model.
+    - `normalizes_values` (class): True if it tells a network's `PopArtHead` of its targets.
     - `eval_epsilon`: epsilon of the environments that play beside training.
     - `initial_priority(batch) -> Tensor [B]`: of sequences that are new in a replay, from what the
       policy that acted said; the batch has no observations.

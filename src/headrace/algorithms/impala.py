@@ -29,30 +29,33 @@ from torch import Tensor, nn
 from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.minibatches import (
+    Step,
+    check_kl,
     check_minibatches,
     columns_of,
     load_generator,
-    mean_metrics,
     shuffled,
     standardized,
+    take_steps,
 )
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
-    clipped_step,
+    StepSize,
     hidden_weights,
-    learning_rate_at,
     load_optimizer,
     make_optimizer,
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
+from headrace.networks.heads import popart_head, popart_metrics
 from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
 from headrace.ops.distributions import make_distribution
 from headrace.ops.rewards import RewardTransform
-from headrace.ops.vtrace import VTraceTargets, vtrace_targets
+from headrace.ops.vtrace import LambdaForm, VTraceTargets, vtrace_targets
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.schedules import Schedule, between, remaining
 from headrace.specs import EnvSpec
 
 
@@ -71,12 +74,20 @@ class ImpalaConfig:
     clip_range: float = 0.0
     """How far the ratio to the policy at a batch's first pass may leave 1 before its gradient
     stops, where that policy changes within a batch; 0 for any distance."""
+    clip_range_schedule: Schedule = "constant"
+    """linear, cosine: to zero at the end of the run."""
+    stop_kl: float = 0.0
+    """No further pass over a batch once the policy has moved by more, in nats; 0 for never."""
     discount: float = 0.99
     """gamma, per agent step."""
     normalize_advantage: bool = False
     """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
     entropy_cost: float = 0.01
     """Weight of the entropy bonus; with `target_entropy`, where the adaptive weight starts."""
+    entropy_cost_schedule: Schedule = "constant"
+    """linear, cosine: to final_entropy_cost at the end of the run."""
+    final_entropy_cost: float = 0.0
+    """Where entropy_cost_schedule ends."""
     target_entropy: float | None = None
     """Mean entropy in nats that the adaptive weight steers to; None for a fixed weight."""
     entropy_cost_adjustment_speed: float = 10.0
@@ -90,6 +101,9 @@ class ImpalaConfig:
     """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
     vtrace_lambda: float = 1.0
     """Decay of the traces: 1 is the paper's, less trades variance for bias."""
+    vtrace_lambda_form: LambdaForm = "traces"
+    """What vtrace_lambda below 1 weighs: only the traces (the paper), or the bootstrap of the
+    advantage too (rlax)."""
     vtrace_rho_max: float = 1.0
     """Clip of the ratio in the temporal difference; sets the fixed point."""
     vtrace_c_max: float = 1.0
@@ -111,9 +125,22 @@ class ImpalaConfig:
             raise ConfigError(
                 "clip_range has no effect on one gradient step a batch: say --passes 2 as well"
             )
+        check_kl(self.optimizer, stop_kl=self.stop_kl, passes=self.passes, flag="--passes")
+        if self.vtrace_lambda == 1 and self.vtrace_lambda_form != "traces":
+            raise ConfigError(
+                "vtrace_lambda_form has no effect on a vtrace_lambda of 1: say --vtrace-lambda "
+                "0.95 as well"
+            )
         if self.entropy_cost < 0 or (self.target_entropy is not None and self.entropy_cost == 0):
             raise ConfigError(
                 "entropy_cost must be positive where target_entropy is set, else >= 0"
+            )
+        if self.final_entropy_cost < 0:
+            raise ConfigError("final_entropy_cost must not be negative")
+        if self.target_entropy is not None and self.entropy_cost_schedule != "constant":
+            raise ConfigError(
+                "target_entropy adapts the entropy cost, which entropy_cost_schedule cannot set "
+                "as well: say --entropy-cost-schedule constant"
             )
 
 
@@ -123,12 +150,14 @@ class _Output(NamedTuple):
     parameters_TBP: Tensor
     log_prob_TB: Tensor  # of the actions that were taken
     value_UB: Tensor
+    value_features_UBF: Tensor | None  # only where values are normalised
 
 
 class Impala:
     """Acts by sampling the policy; learns by V-trace."""
 
     config_type = ImpalaConfig
+    normalizes_values = True
 
     def __init__(
         self,
@@ -171,9 +200,11 @@ class Impala:
             self._log_alpha = nn.Parameter(torch.tensor(start, device=first.device))
             params.append(self._log_alpha)
         self._optimizer = make_optimizer(params, config.optimizer, hidden=hidden_weights(model))
-        # The same numbers in every run: what they shuffle is not.
+        self._step_size = StepSize(config.optimizer)
+        self._popart = popart_head(model)
         self._generator = torch.Generator(first.device)
         self._generator.manual_seed(0)
+        self._clip_range, self._entropy_cost = config.clip_range, config.entropy_cost
 
     @property
     def learners(self) -> Learners:
@@ -183,6 +214,10 @@ class Impala:
     @learners.setter
     def learners(self, learners: Learners) -> None:
         self._rewards.learners = learners
+
+    def draw_apart(self, seed: int) -> None:
+        """Shuffles by this seed."""
+        self._generator.manual_seed(seed)
 
     def act(
         self,
@@ -212,26 +247,26 @@ class Impala:
 
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Takes all gradient steps on a batch; metrics are means over them."""
-        config = self._config.optimizer
+        config = self._config
         self._rewards.observe(batch)
-        learning_rate = learning_rate_at(config, progress)
-        steps = []
-        for total, metrics in self._losses(batch):
-            metrics["gradient_norm"] = clipped_step(
-                self._optimizer,
-                total,
-                learning_rate=learning_rate,
-                max_norm=config.max_gradient_norm,
-                learners=self.learners,
-            )
-            self._bound_alpha()
-            steps.append(metrics)
+        self._clip_range = config.clip_range * remaining(config.clip_range_schedule, progress)
+        self._entropy_cost = between(
+            config.entropy_cost, config.final_entropy_cost, config.entropy_cost_schedule, progress
+        )
+        update = take_steps(
+            self._passes(batch),
+            self._optimizer,
+            self._step_size,
+            progress=progress,
+            max_norm=config.optimizer.max_gradient_norm,
+            stop_kl=config.stop_kl,
+            learners=self.learners,
+            after=self._bound_alpha,
+        )
         # Last: the policy that acted saw by the statistics that the losses have just seen by.
         if isinstance(self.model, Observer):
             self.model.observe(batch.inputs.observation[:-1, :, -1])
-        means = mean_metrics(steps)
-        means["learning_rate"] = torch.tensor(learning_rate)
-        return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
+        return update
 
     def warm_up(self, batch: Batch) -> None:
         """Runs one step's loss and its gradient, and forgets them."""
@@ -246,10 +281,11 @@ class Impala:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the optimiser, the adaptive entropy cost, shuffles and deviation of returns."""
+        """Returns the optimiser with its step size, entropy cost, shuffles, spread of returns."""
         shuffles = self._config.minibatches > 1
         return {
             "optimizer": self._optimizer.state_dict(),
+            "step_size": self._step_size.state_dict(),
             "log_alpha": self._log_alpha,
             "generator": self._generator.get_state() if shuffles else None,
             "rewards": self._rewards.state_dict(),
@@ -258,6 +294,7 @@ class Impala:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
+        self._step_size.load_state_dict(state.get("step_size", {}))
         self._rewards.load_state_dict(state.get("rewards", {}))  # runs of 0.1 have none
         if state.get("generator") is not None:
             load_generator(self._generator, state["generator"])
@@ -265,28 +302,40 @@ class Impala:
             with torch.no_grad():
                 self._log_alpha.copy_(state["log_alpha"])
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Yields the loss of each gradient step; its step is taken before the next is asked for."""
-        config = self._config
+    def _passes(self, batch: Batch) -> Iterator[Iterator[Step]]:
+        """Yields the losses of each pass; each step is taken before the next loss is asked for."""
         first_TB: Tensor | None = None
-        for _ in range(config.passes):
-            if config.minibatches == 1:  # the step differentiates what its targets are made of
+        for _ in range(self._config.passes):
+            if self._config.minibatches == 1:  # the step differentiates what targets are made of
                 output = self._forward(batch)
             else:
                 with torch.no_grad(), in_eval_mode(self.model):
                     output = self._forward(batch)
-            is_first = first_TB is None
             if first_TB is None:
+                yield self._losses(batch, output, None)
                 first_TB = output.log_prob_TB.detach()
-            targets = self._targets(batch, output, first_TB)
-            if config.minibatches == 1:
-                yield self._loss(batch, output, targets, None if is_first else first_TB)
             else:
-                for index_M in shuffled(self._generator, config.batch_unrolls, config.minibatches):
-                    part = VTraceTargets(*(x.index_select(1, index_M) for x in targets))
-                    chosen = columns_of(batch, index_M)
-                    first_TM = first_TB.index_select(1, index_M)
-                    yield self._loss(chosen, self._forward(chosen), part, first_TM)
+                yield self._losses(batch, output, first_TB)
+
+    def _losses(self, batch: Batch, output: _Output, first_TB: Tensor | None) -> Iterator[Step]:
+        """Yields those of one pass; `first_TB` is the log-probability at the first, if earlier."""
+        config = self._config
+        targets = self._targets(batch, output, first_TB)
+        if self._popart is not None and first_TB is None:
+            self._popart.observe_targets(targets.value_TB)
+            if output.value_features_UBF is not None and config.minibatches == 1:  # anew, as it is
+                value_UB = self._popart(output.value_features_UBF).squeeze(-1)
+                output = output._replace(value_UB=value_UB)
+        if config.minibatches == 1:
+            yield self._loss(batch, output, targets, first_TB)
+            return
+        if first_TB is None:
+            first_TB = output.log_prob_TB
+        for index_M in shuffled(self._generator, config.batch_unrolls, config.minibatches):
+            part = VTraceTargets(*(x.index_select(1, index_M) for x in targets))
+            chosen = columns_of(batch, index_M)
+            first_TM = first_TB.index_select(1, index_M)
+            yield self._loss(chosen, self._forward(chosen), part, first_TM)
 
     def _forward(self, batch: Batch) -> _Output:
         with torch.autocast(
@@ -298,7 +347,8 @@ class Impala:
             output.parameters[:-1], None if mask is None else mask[:-1]
         )
         log_prob_TB = self._distribution.log_prob(parameters_TBP, batch.action)
-        return _Output(parameters_TBP, log_prob_TB, output.value)
+        features_UBF = None if self._popart is None else output.value_features
+        return _Output(parameters_TBP, log_prob_TB, output.value, features_UBF)
 
     def _targets(
         self, batch: Batch, output: _Output, first_TB: Tensor | None = None
@@ -315,6 +365,7 @@ class Impala:
             c_max=config.vtrace_c_max,
             pg_rho_max=config.vtrace_pg_rho_max,
             lambda_=config.vtrace_lambda,
+            lambda_form=config.vtrace_lambda_form,
             pg_log_ratio_TB=None if first_TB is None else first_TB - batch.log_prob,
         )
 
@@ -323,16 +374,29 @@ class Impala:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of one step; `first_TB` is the log-probability at the first pass."""
         config = self._config
-        advantage_TB = targets.advantage_TB
+        advantage_TB, value_TB, target_TB = (
+            targets.advantage_TB,
+            output.value_UB[:-1],
+            targets.value_TB,
+        )
+        if self._popart is not None:
+            unit = self._popart.deviation_N()
+            advantage_TB, value_TB, target_TB = (
+                x / unit for x in (advantage_TB, value_TB, target_TB)
+            )
         if config.normalize_advantage:
             advantage_TB = standardized(advantage_TB, self.learners)
+        more: dict[str, Tensor] = {}
         if first_TB is None:
             policy_loss = losses.policy_gradient_loss(output.log_prob_TB, advantage_TB)
+            if config.passes > 1:
+                more["kl_divergence"] = torch.zeros_like(policy_loss.detach())
         else:
-            policy_loss = losses.clipped_surrogate_loss(
-                output.log_prob_TB - first_TB, advantage_TB, config.clip_range or math.inf
-            )
-        value_loss = losses.value_loss(output.value_UB[:-1], targets.value_TB)
+            clip_range = self._clip_range if config.clip_range else math.inf
+            log_ratio_TB = output.log_prob_TB - first_TB
+            policy_loss = losses.clipped_surrogate_loss(log_ratio_TB, advantage_TB, clip_range)
+            more["kl_divergence"] = losses.divergence(log_ratio_TB.detach())
+        value_loss = losses.value_loss(value_TB, target_TB)
         entropy = self._distribution.entropy(output.parameters_TBP).mean()
         entropy_loss, alpha = self._entropy_loss(entropy)
         total = policy_loss + config.value_cost * value_loss + entropy_loss
@@ -343,14 +407,18 @@ class Impala:
             "loss/entropy": entropy.detach(),
             "entropy_cost": alpha,
             "value_mean": output.value_UB.detach().mean(),
-            "importance_ratio_mean": (output.log_prob_TB.detach() - batch.log_prob).exp().mean(),
+            "importance_ratio_mean": losses.ratio_of(
+                output.log_prob_TB.detach() - batch.log_prob
+            ).mean(),
+            **more,
+            **popart_metrics(self._popart),
         }
 
     def _entropy_loss(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss whose gradient raises the entropy, and the weight that it has."""
         config = self._config
         if self._log_alpha is None or config.target_entropy is None:
-            return -config.entropy_cost * entropy, torch.tensor(config.entropy_cost)
+            return -self._entropy_cost * entropy, torch.tensor(self._entropy_cost)
         alpha = losses.entropy_cost(self._log_alpha, config.entropy_cost_adjustment_speed)
         adjust = losses.entropy_cost_loss(alpha, entropy, config.target_entropy)
         return -alpha.detach() * entropy + adjust, alpha.detach()

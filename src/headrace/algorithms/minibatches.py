@@ -5,15 +5,17 @@ Shape suffixes: R = rows, C = columns of a batch (unrolls, or samples), M = thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from headrace.algorithms.base import Learners
+from headrace.algorithms.optimizers import OptimizerConfig, StepSize, clipped_step
 from headrace.errors import ConfigError
 from headrace.ops.normalization import moments_of
-from headrace.records import Batch, PolicyInput
+from headrace.records import Batch, PolicyInput, Update
 
 
 def check_minibatches(minibatches: int, what: str, columns: int, *, least: int) -> None:
@@ -27,6 +29,80 @@ def check_minibatches(minibatches: int, what: str, columns: int, *, least: int) 
         raise ConfigError(
             f"minibatches={minibatches} must divide {what}={columns}: say --minibatches {fitting}"
         )
+
+
+def check_kl(optimizer: OptimizerConfig, *, stop_kl: float, passes: int, flag: str) -> None:
+    """Raises ConfigError if what looks at the divergence between passes sees none.
+
+    `flag` is what sets the `passes`.
+    """
+    if stop_kl < 0:
+        raise ConfigError(f"stop_kl must be 0 (never) or positive, not {stop_kl}")
+    if passes > 1:
+        return
+    if optimizer.learning_rate_schedule == "kl":
+        raise ConfigError(
+            "learning_rate_schedule=kl looks at how far passes over a batch move the policy, and "
+            f"there is one: say {flag} 2 as well"
+        )
+    if stop_kl:
+        raise ConfigError(
+            f"stop_kl={stop_kl} ends the passes over a batch, and there is one: say {flag} 2 as "
+            "well"
+        )
+
+
+Step = tuple[Tensor, dict[str, Tensor]]
+"""A loss and its parts, detached."""
+
+
+def take_steps(
+    passes: Iterable[Iterable[Step]],
+    optimizer: Optimizer,
+    step_size: StepSize,
+    *,
+    progress: float,
+    max_norm: float,
+    stop_kl: float,
+    learners: Learners,
+    after: Callable[[], None] = lambda: None,
+) -> Update:
+    """Takes the gradient steps of an update; metrics are means over them.
+
+    Args:
+        passes: Over a batch. A step is taken before the next loss is asked for; where there are
+            several passes, the parts of a loss have `kl_divergence`, from the policy before.
+        optimizer: Of what the losses are differentiated for.
+        step_size: Of this update; told of the last pass's divergence.
+        progress: Of the run.
+        max_norm: Clip of the gradient's norm; 0 for none.
+        stop_kl: No pass follows one with a larger mean divergence; 0 for never.
+        learners: Who steps alike, and stops alike.
+        after: Done after each step.
+    """
+    learning_rate = step_size.at(progress)
+    steps: list[dict[str, Tensor]] = []
+    taken, moved = 0, torch.zeros(())
+    for losses in passes:
+        first, taken = len(steps), taken + 1
+        for total, metrics in losses:
+            metrics["gradient_norm"] = clipped_step(
+                optimizer, total, learning_rate=learning_rate, max_norm=max_norm, learners=learners
+            )
+            after()
+            steps.append(metrics)
+        if stop_kl or step_size.follows_kl:
+            moved = mean_metrics(steps[first:])["kl_divergence"].clone()
+            learners.average([moved])
+            if stop_kl and moved > stop_kl:
+                break
+    if step_size.follows_kl:
+        step_size.observe(moved)
+    means = mean_metrics(steps)
+    means["learning_rate"] = torch.tensor(learning_rate)
+    if stop_kl:
+        means["passes"] = torch.tensor(float(taken))
+    return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
 
 
 def shuffled(generator: torch.Generator, columns: int, minibatches: int) -> tuple[Tensor, ...]:

@@ -22,6 +22,10 @@ from headrace.algorithms.muon import Muon
 from headrace.errors import ConfigError
 from headrace.networks.heads import OutputLayer
 from headrace.networks.recurrent import Gates
+from headrace.schedules import remaining
+
+_KL_FACTOR = 1.5
+_LEAST_FACTOR, _LARGEST_FACTOR = 0.01, 10.0  # 1e-5 to 1e-2 for 1e-3, as rsl_rl bounds it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +37,15 @@ class OptimizerConfig:
     outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
     """The largest step size; warm-up and schedule multiply it."""
-    learning_rate_schedule: Literal["linear", "constant"] = "linear"
-    """linear: to zero at the end of the run."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "kl"] = "linear"
+    """linear, cosine: to zero at the end of the run. kl: up or down, so that the policy moves by
+    about target_kl in an update."""
+    target_kl: float = 0.01
+    """Divergence, in nats, that the step size is steered to under the schedule `kl`."""
     learning_rate_warmup: float = 0.0
     """Share of the run, its first part, in which the step size rises from zero."""
     learning_rate_decay: float = 1.0
-    """Share of the run, its last part, in which `linear` falls; before, the step size stays."""
+    """Share of the run, its last part, in which the step size falls; before, it stays."""
     optimizer_eps: float = 1e-5
     """Added to the denominator; for losses that are means (see the module)."""
     rmsprop_decay: float = 0.99
@@ -61,6 +68,8 @@ class OptimizerConfig:
             raise ConfigError(
                 "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
             )
+        if self.learning_rate_schedule == "kl" and not self.target_kl > 0:
+            raise ConfigError(f"target_kl must be positive, not {self.target_kl}")
         if not 0 <= self.muon_momentum < 1:
             raise ConfigError("muon_momentum must be at least 0 and below 1")
         if not 0 <= self.learning_rate_warmup < 1 or not 0 < self.learning_rate_decay <= 1:
@@ -244,9 +253,62 @@ def learning_rate_at(config: OptimizerConfig, progress: float) -> float:
     rate = config.learning_rate
     if progress < config.learning_rate_warmup:
         rate *= max(0.0, progress) / config.learning_rate_warmup
-    if config.learning_rate_schedule == "linear":
-        rate *= min(1.0, max(0.0, 1.0 - progress) / config.learning_rate_decay)
-    return rate
+    if config.learning_rate_schedule == "kl":
+        return rate
+    return rate * remaining(
+        config.learning_rate_schedule, progress, decay=config.learning_rate_decay
+    )
+
+
+def check_no_kl(config: OptimizerConfig, algorithm: str) -> None:
+    """Raises ConfigError where an algorithm that learns from a replay should steer by divergence.
+
+    Its batches are of many policies, and its updates go over each once.
+    """
+    if config.learning_rate_schedule == "kl":
+        raise ConfigError(
+            f"learning_rate_schedule=kl is for several passes over a batch, not for the replay of "
+            f"{algorithm}: say --learning-rate-schedule constant, linear or cosine"
+        )
+
+
+class StepSize:
+    """The step size of updates that go over a batch several times.
+
+    Under the schedule `kl` it is divided by 1.5 after an update that moved the policy by more than
+    twice the target, and multiplied by 1.5 after one that moved it by less than half: as rl_games
+    and rsl_rl do, whose source is Schulman et al. 2017 (arXiv:1707.06347), section 4.
+    """
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        """Starts at `learning_rate`."""
+        self._config = config
+        self._factor = 1.0
+
+    def at(self, progress: float) -> float:
+        """Returns the step size when the share `progress` in [0, 1] of the run is done."""
+        return self._factor * learning_rate_at(self._config, progress)
+
+    @property
+    def follows_kl(self) -> bool:
+        """Whether `observe` is to be told."""
+        return self._config.learning_rate_schedule == "kl"
+
+    def observe(self, kl: Tensor) -> None:
+        """Takes the divergence [] from the policy before an update to that of its last pass."""
+        moved, target = float(kl), self._config.target_kl
+        if moved > 2.0 * target:
+            self._factor = max(self._factor / _KL_FACTOR, _LEAST_FACTOR)
+        elif moved < 0.5 * target:
+            self._factor = min(self._factor * _KL_FACTOR, _LARGEST_FACTOR)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how far the step size has been moved."""
+        return {"factor": self._factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._factor = state.get("factor", 1.0)
 
 
 def clipped_step(

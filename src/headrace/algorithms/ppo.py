@@ -16,9 +16,9 @@ unroll (R = T, C = B); M of the C columns are a minibatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,25 @@ from torch import Tensor, nn
 from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.minibatches import (
+    Step,
+    check_kl,
     check_minibatches,
     inputs_mapped,
     load_generator,
-    mean_metrics,
     shuffled,
     standardized,
+    take_steps,
 )
 from headrace.algorithms.optimizers import (
     OptimizerConfig,
-    clipped_step,
+    StepSize,
     hidden_weights,
-    learning_rate_at,
     load_optimizer,
     make_optimizer,
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
+from headrace.networks.heads import popart_head, popart_metrics
 from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
@@ -50,6 +52,7 @@ from headrace.ops.distributions import make_distribution
 from headrace.ops.gae import gae_targets
 from headrace.ops.rewards import RewardTransform
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.schedules import Schedule, between, remaining
 from headrace.specs import EnvSpec
 
 
@@ -78,14 +81,21 @@ class PpoConfig:
     """Decay of the advantage over more steps: 0 trusts values, 1 rewards."""
     clip_range: float = 0.2
     """How far the ratio of probabilities may leave 1 before its gradient stops."""
-    clip_range_schedule: Literal["linear", "constant"] = "constant"
-    """linear: to zero at the end of the run."""
+    clip_range_schedule: Schedule = "constant"
+    """linear, cosine: to zero at the end of the run."""
+    stop_kl: float = 0.0
+    """No further pass over a batch once the policy has moved by more, in nats; 0 for never."""
     value_clip_range: float = 0.0
-    """How far a value may move in an update before its gradient stops; 0 for any distance."""
+    """How far a value may move in an update before its gradient stops; 0 for any distance. Of
+    normalised values, in units of their spread."""
     normalize_advantage: bool = True
     """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
     entropy_cost: float = 0.01
     """Weight of the entropy bonus."""
+    entropy_cost_schedule: Schedule = "constant"
+    """linear, cosine: to final_entropy_cost at the end of the run."""
+    final_entropy_cost: float = 0.0
+    """Where entropy_cost_schedule ends."""
     value_cost: float = 0.5
     """Weight of the value loss, which is half the mean squared error."""
     reward_transform: RewardTransform = "none"
@@ -105,6 +115,9 @@ class PpoConfig:
             raise ConfigError(
                 "clip_range must be positive, value_clip_range and entropy_cost not negative"
             )
+        if self.final_entropy_cost < 0:
+            raise ConfigError("final_entropy_cost must not be negative")
+        check_kl(self.optimizer, stop_kl=self.stop_kl, passes=self.epochs, flag="--epochs")
 
 
 class Samples(NamedTuple):
@@ -124,6 +137,7 @@ class Ppo:
 
     config_type = PpoConfig
     on_policy = True
+    normalizes_values = True
 
     def __init__(
         self,
@@ -172,9 +186,11 @@ class Ppo:
         self._optimizer = make_optimizer(
             model.parameters(), config.optimizer, hidden=hidden_weights(model)
         )
-        # The same numbers in every run: what they shuffle is not.
+        self._step_size = StepSize(config.optimizer)
+        self._popart = popart_head(model)
         self._generator = torch.Generator(device)
         self._generator.manual_seed(0)
+        self._entropy_cost = config.entropy_cost
 
     @property
     def learners(self) -> Learners:
@@ -184,6 +200,10 @@ class Ppo:
     @learners.setter
     def learners(self, learners: Learners) -> None:
         self._rewards.learners = learners
+
+    def draw_apart(self, seed: int) -> None:
+        """Shuffles by this seed."""
+        self._generator.manual_seed(seed)
 
     def act(
         self,
@@ -236,19 +256,29 @@ class Ppo:
         output, _ = self._forward(samples.inputs, samples.recurrent)
         parameters = self._distribution.masked(output.parameters, samples.inputs.action_mask)
         log_ratio = self._distribution.log_prob(parameters, samples.action) - samples.log_prob
-        advantage = samples.advantage
+        advantage, value, target, old_value = (
+            samples.advantage,
+            output.value,
+            samples.target,
+            samples.value,
+        )
+        if self._popart is not None:
+            unit = self._popart.deviation_N()
+            advantage, value, target, old_value = (
+                x / unit for x in (advantage, value, target, old_value)
+            )
         if config.normalize_advantage:
             advantage = standardized(advantage, self.learners)
         policy_loss = losses.clipped_surrogate_loss(log_ratio, advantage, clip_range)
         if config.value_clip_range:
             value_loss = losses.clipped_value_loss(
-                output.value, samples.target, samples.value, config.value_clip_range
+                value, target, old_value, config.value_clip_range
             )
         else:
-            value_loss = losses.value_loss(output.value, samples.target)
+            value_loss = losses.value_loss(value, target)
         entropy = self._distribution.entropy(parameters).mean()
-        total = policy_loss + config.value_cost * value_loss - config.entropy_cost * entropy
-        ratio = log_ratio.detach().exp()
+        total = policy_loss + config.value_cost * value_loss - self._entropy_cost * entropy
+        ratio = losses.ratio_of(log_ratio.detach())
         return total, {
             "loss/total": total.detach(),
             "loss/policy": policy_loss.detach(),
@@ -256,39 +286,41 @@ class Ppo:
             "loss/entropy": entropy.detach(),
             "value_mean": output.value.detach().mean(),
             "importance_ratio_mean": ratio.mean(),
-            # Low in variance and never negative, unlike the mean of the log ratio.
-            "kl_divergence": (ratio - 1.0 - log_ratio.detach()).mean(),
+            "kl_divergence": losses.divergence(log_ratio.detach()),
             "clipped_share": ((ratio - 1.0).abs() > clip_range).float().mean(),
+            **popart_metrics(self._popart),
         }
 
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Takes all gradient steps on a batch; metrics are means over them."""
         config = self._config
-        learning_rate = learning_rate_at(config.optimizer, progress)
-        clip_range = config.clip_range
-        if config.clip_range_schedule == "linear":
-            clip_range *= max(0.0, 1.0 - progress)
+        clip_range = config.clip_range * remaining(config.clip_range_schedule, progress)
+        self._entropy_cost = between(
+            config.entropy_cost, config.final_entropy_cost, config.entropy_cost_schedule, progress
+        )
         self._rewards.observe(batch)
         samples = self.samples(batch)
-        steps = []
-        for _ in range(config.epochs):
+        if self._popart is not None:
+            self._popart.observe_targets(samples.target)
+
+        def losses_of_a_pass() -> Iterator[Step]:
             for index_M in shuffled(self._generator, self._columns, config.minibatches):
-                total, metrics = self.loss(self._chosen(samples, index_M), clip_range=clip_range)
-                metrics["gradient_norm"] = clipped_step(
-                    self._optimizer,
-                    total,
-                    learning_rate=learning_rate,
-                    max_norm=config.optimizer.max_gradient_norm,
-                    learners=self.learners,
-                )
-                steps.append(metrics)
+                yield self.loss(self._chosen(samples, index_M), clip_range=clip_range)
+
+        update = take_steps(
+            (losses_of_a_pass() for _ in range(config.epochs)),
+            self._optimizer,
+            self._step_size,
+            progress=progress,
+            max_norm=config.optimizer.max_gradient_norm,
+            stop_kl=config.stop_kl,
+            learners=self.learners,
+        )
         # Last: the policy that acted saw by the statistics that the passes have just seen by; new
         # ones would move every ratio away from 1 before the first step.
         if isinstance(self.model, Observer):
             self.model.observe(batch.inputs.observation[:-1, :, -1])
-        means = mean_metrics(steps)
-        means["learning_rate"] = torch.tensor(learning_rate)
-        return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
+        return update
 
     def warm_up(self, batch: Batch) -> None:
         """Runs values, and one minibatch's loss and gradient, and forgets them."""
@@ -301,9 +333,10 @@ class Ppo:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the optimiser, the state of the shuffles and the deviation of returns."""
+        """Returns the optimiser with its step size, the shuffles and the deviation of returns."""
         return {
             "optimizer": self._optimizer.state_dict(),
+            "step_size": self._step_size.state_dict(),
             "generator": self._generator.get_state(),
             "rewards": self._rewards.state_dict(),
         }
@@ -311,6 +344,7 @@ class Ppo:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
+        self._step_size.load_state_dict(state.get("step_size", {}))
         load_generator(self._generator, state["generator"])
         self._rewards.load_state_dict(state["rewards"])
 

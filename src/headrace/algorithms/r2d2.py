@@ -55,6 +55,7 @@ from headrace.ops.priorities import sequence_priority
 from headrace.ops.rewards import transform_reward
 from headrace.ops.value_scale import rescale, unrescale
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
+from headrace.schedules import remaining
 from headrace.specs import EnvSpec
 
 __all__ = ["R2d2", "R2d2Config"]
@@ -143,6 +144,15 @@ class R2d2:
         self._optimizer = make_optimizer(
             model.parameters(), config.optimizer, hidden=hidden_weights(model)
         )
+        self._exploration_left: Tensor | None = None
+        if config.epsilon_schedule != "constant":
+            self._exploration_left = getattr(model, "exploration_left", None)
+            if self._exploration_left is None:
+                raise ConfigError(
+                    "epsilon_schedule needs a network with a buffer exploration_left, as "
+                    "headrace.networks.models.assemble makes it: say --epsilon-schedule constant"
+                )
+            self._anneal(0.0)
         self._updates = 0
         self.beside: Beside = in_turn
         self.learners: Learners = ALONE
@@ -151,6 +161,19 @@ class R2d2:
         """Epsilon of each environment that trains, float32 [num_envs]."""
         config = self._config
         return epsilon_ladder(num_envs, base=config.epsilon_base, power=config.epsilon_power)
+
+    def annealed(self, model: Any, epsilon: Tensor) -> Tensor:
+        """Epsilon [N] of environments now, of those that they come to."""
+        if self._exploration_left is None:
+            return epsilon
+        first = torch.full_like(epsilon, self._config.initial_epsilon)
+        return torch.lerp(epsilon, first, model.exploration_left)
+
+    def _anneal(self, progress: float) -> None:
+        """Writes down, for whoever acts, how far exploration has come."""
+        if self._exploration_left is not None:
+            share = min(1.0, progress / self._config.epsilon_decay)
+            self._exploration_left.fill_(remaining(self._config.epsilon_schedule, share))
 
     def act(
         self,
@@ -234,6 +257,7 @@ class R2d2:
         if isinstance(self.model, Observer):  # last: the loss saw by the statistics of before
             learned = batch.inputs.observation[config.burn_in_steps :][: config.unroll_steps]
             self.model.observe(learned[:, :, -1])
+        self._anneal(progress)
         self._updates += 1
         age = self._updates % config.target_update_interval
         if age == 0:
@@ -276,6 +300,7 @@ class R2d2:
             "optimizer": self._optimizer.state_dict(),
             "target": dict(self.target_model.state_dict()),
             "updates": self._updates,
+            "exploration_left": self._exploration_left,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -283,6 +308,9 @@ class R2d2:
         load_optimizer(self._optimizer, state["optimizer"])
         self.target_model.load_state_dict(state["target"])
         self._updates = state["updates"]
+        left = state.get("exploration_left")  # runs of 0.1 have none
+        if self._exploration_left is not None and left is not None:
+            self._exploration_left.copy_(left)
 
     def _burned_in(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
         """State of a network before the first learned row, from the one that was stored."""

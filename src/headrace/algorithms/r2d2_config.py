@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from headrace.algorithms.base import ReplayConfig
-from headrace.algorithms.optimizers import OptimizerConfig
+from headrace.algorithms.optimizers import OptimizerConfig, check_no_kl
 from headrace.errors import ConfigError
+from headrace.schedules import Schedule
 
 
 def _default_optimizer() -> OptimizerConfig:
@@ -57,6 +58,13 @@ class R2d2Config:
     """Share of random actions of the environment that explores most."""
     epsilon_power: float = 7.0
     """The last environment has epsilon_base to the power 1 + epsilon_power."""
+    epsilon_schedule: Schedule = "constant"
+    """linear, cosine: every environment begins with initial_epsilon, and comes to its own share
+    after epsilon_decay of the run."""
+    initial_epsilon: float = 1.0
+    """Where epsilon_schedule begins."""
+    epsilon_decay: float = 0.1
+    """Share of the run, its first part, in which epsilon_schedule goes down."""
     eval_epsilon: float = 1e-3
     """Share of random actions of the environments that play beside training."""
     reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
@@ -72,6 +80,7 @@ class R2d2Config:
         numbers = (
             *(self.discount, self.value_scale_epsilon, self.priority_eta, self.reward_scale),
             *(self.epsilon_base, self.epsilon_power, self.eval_epsilon),
+            *(self.initial_epsilon, self.epsilon_decay),
         )
         if not all(map(math.isfinite, numbers)):
             raise ConfigError("settings of r2d2 must be finite numbers")
@@ -84,6 +93,9 @@ class R2d2Config:
             raise ConfigError(
                 "burn_in_steps, value_scale_epsilon and epsilon_power must not be negative"
             )
+        check_no_kl(self.optimizer, "r2d2")
+        if not 0 <= self.initial_epsilon <= 1 or not 0 < self.epsilon_decay <= 1:
+            raise ConfigError("initial_epsilon must be in [0, 1], and epsilon_decay in (0, 1]")
         shares = (self.discount, self.priority_eta, self.epsilon_base, self.eval_epsilon)
         if min(shares) < 0 or max(shares) > 1:
             raise ConfigError(

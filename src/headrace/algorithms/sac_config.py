@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from headrace.algorithms.base import ReplayConfig
-from headrace.algorithms.optimizers import OptimizerConfig
+from headrace.algorithms.optimizers import OptimizerConfig, check_no_kl
 from headrace.errors import ConfigError
 
 
@@ -76,6 +76,7 @@ class SacConfig:
             raise ConfigError("batch_unrolls, n_steps and updates_per_call must be at least 1")
         if self.optimizer.optimizer != "adam":
             raise ConfigError(f"sac learns with adam, not {self.optimizer.optimizer}")
+        check_no_kl(self.optimizer, "sac")
         if not 0 <= self.discount <= 1 or not 0 < self.target_tau <= 1:
             raise ConfigError("discount must be in [0, 1], and target_tau above 0 and at most 1")
         if self.initial_temperature <= 0 or (self.temperature or 0.0) < 0:

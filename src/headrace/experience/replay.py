@@ -73,7 +73,8 @@ class Replay:
         self._reader = FrameReader(self._rows.frames, layout.spec.frame_stack)
         self._tree = SumTree(layout.num_slots)
         self._priority_exponent = priority_exponent
-        self._importance_exponent = importance_exponent
+        self.importance_exponent = importance_exponent
+        """As the parameter; it may change from one sample to the next."""
         self._largest = 0.0  # priority so far; 0 before the first
         self.scales_weights = True
         """Whether importance weights are over the largest of a sample; else that is left to whoever
@@ -152,9 +153,9 @@ class Replay:
         slot = self._tree.sample((np.arange(count) + generator.random(count)) / count)
         chance = self._tree.get(slot) / self._tree.total
         chance_B = torch.from_numpy(chance)
-        weight = chance_B**-self._importance_exponent
+        weight = chance_B**-self.importance_exponent
         if self.scales_weights:
-            weight = importance_weights(chance_B, self.sequences, self._importance_exponent)
+            weight = importance_weights(chance_B, self.sequences, self.importance_exponent)
         self.sampled += count
         self._rings.draw(slot)
         return Sample(slot, self._rings.generation(slot), weight.float().numpy())

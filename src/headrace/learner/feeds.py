@@ -40,6 +40,9 @@ class Feed(Protocol):
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
         """Returns a batch on the learner's device; None if none could be made in `timeout_s`."""
 
+    def go_on(self, progress: float) -> None:
+        """Sets what depends on how much of the run is done."""
+
     def learned(self, update: Update) -> None:
         """Takes what the update of the last batch said of it."""
 
@@ -109,6 +112,9 @@ class FifoFeed:
             waits.add("learner_for_unrolls", time.perf_counter() - before_s)
             return None
 
+    def go_on(self, progress: float) -> None:
+        """Gives every unroll once, whatever the progress."""
+
     def learned(self, update: Update) -> None:
         """Has nothing to keep: the unrolls are gone."""
 
@@ -161,6 +167,7 @@ class ReplayFeed:
         """
         self.replay, self.limiter = replay, limiter
         self._unrolls, self._queue = unrolls, queue
+        self._settings = None if experience.replay is None else experience.replay.settings
         self._batch_sequences, self._device = experience.unrolls_per_call, device
         self._at_once, self._most = insert_sizes(experience)
         self._rng = np.random.default_rng(seed)
@@ -172,6 +179,11 @@ class ReplayFeed:
         """Draws the next batch while one is learned from, whose priorities it then does not know
         yet; None to draw only when asked."""
         self._ahead: Callable[[], tuple[Sample, Batch]] | None = None
+
+    def go_on(self, progress: float) -> None:
+        """Sets the importance exponent of the samples to come."""
+        if self._settings is not None:
+            self.replay.importance_exponent = self._settings.importance_exponent_at(progress)
 
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
         """Takes in what has come and may, then samples if that may be; else waits for unrolls."""

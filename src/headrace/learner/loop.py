@@ -93,6 +93,7 @@ class Learner:
                 published.
         """
         experience = self.algorithm.experience
+        self.feed.go_on(progress)
         self.hold(timeout_s=timeout_s, waits=waits)
         batch, self._held = self._held, None
         if batch is None:

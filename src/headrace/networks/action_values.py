@@ -37,6 +37,8 @@ class ActionValues(NamedTuple):
 class ActionValueNet(nn.Module):
     """Q of every action over one torso."""
 
+    exploration_left: Tensor
+
     def __init__(
         self, torso: nn.Module, features: int, spec: EnvSpec, config: NetworkConfig
     ) -> None:
@@ -59,6 +61,8 @@ class ActionValueNet(nn.Module):
                 f"{spec.action_space}; use an algorithm that learns a policy, such as ppo"
             )
         self.num_actions = spec.num_actions
+        # 1 where exploration is as at the start of a run, 0 where it is at its end.
+        self.register_buffer("exploration_left", torch.zeros(()), persistent=False)
         self.normalizer: ObservationNormalizer | None = frame_normalizer(
             spec, torso, wanted=config.normalize_observations
         )

@@ -42,6 +42,11 @@ class NetworkConfig:
     normalize_observations: bool = False
     """Whether observations are normalised by what was seen so far: every number by its own mean and
     deviation, images by those of every pixel of a single frame."""
+    normalize_values: bool = False
+    """Whether values are learned in units of their own spread (PopArt), whatever the scale of
+    rewards."""
+    popart_step: float = 1e-3
+    """How far the moments of normalize_values move towards those of one batch, in (0, 1]."""
     initial_log_std: float = 0.0
     """Continuous actions: log standard deviation at the start, before the squash."""
     state_dependent_std: bool = False
@@ -68,6 +73,8 @@ class NetworkConfig:
                 f"separate_value goes with a policy and a value, not with heads {self.heads}: "
                 "say --no-separate-value"
             )
+        if not 0 < self.popart_step <= 1:
+            raise ConfigError(f"popart_step must be above 0 and at most 1, not {self.popart_step}")
         if self.num_critics < 1 or not 0 <= self.critic_dropout < 1:
             raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.algorithms.base import ALONE, Learners
+from headrace.ops import popart
 from headrace.ops.distributions import Distribution
 from headrace.ops.squashed_normal import SquashedNormal
 
@@ -26,6 +28,56 @@ _MAX_HIDDEN = 512
 
 class OutputLayer(nn.Linear):
     """The last layer of a head: optimisers may treat it unlike hidden ones."""
+
+
+class PopArtHead(OutputLayer):
+    """Values [..., N] of N tasks, which it learns in units of their spread; see `ops.popart`.
+
+    Weights and statistics move together, and stand together wherever weights go.
+    """
+
+    mean_N: Tensor
+    square_N: Tensor
+
+    def __init__(self, features: int, tasks: int = 1, *, step: float) -> None:
+        """Takes the length of the input, N, and how far statistics move in an update."""
+        super().__init__(features, tasks)
+        orthogonal(self, scale=1.0)
+        self.step = step
+        self.learners: Learners = ALONE  # whose targets are observed together; see `Algorithm`
+        for name, value in popart.no_statistics(tasks)._asdict().items():
+            self.register_buffer(name, value)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns values in the unit of the rewards."""
+        normalized: Tensor = super().forward(features)
+        return torch.addcmul(self.mean_N.float(), normalized, self.deviation_N())
+
+    def deviation_N(self) -> Tensor:  # noqa: N802 - the suffix is its shape
+        """The unit [N] float32 in which each task's values are learned."""
+        return popart.deviation(self._statistics()).float()
+
+    @torch.no_grad()
+    def observe_targets(self, target: Tensor, task: Tensor | None = None) -> None:
+        """Moves statistics by targets [...] of values, and the layer so that outputs stay.
+
+        In place: what was computed with a gradient before has to be computed again.
+
+        Args:
+            target: In the unit of the rewards.
+            task: As in `ops.popart.updated`; None for the only one.
+        """
+        if task is None:
+            task = torch.zeros((), dtype=torch.int64, device=target.device)
+        old = self._statistics()
+        new = popart.updated(old, target, task, step=self.step, learners=self.learners)
+        weight, bias = popart.preserved(self.weight, self.bias, old, new)
+        own = (*old, self.weight, self.bias)
+        for part, value in zip(own, (*new, weight, bias), strict=True):
+            part.copy_(value)
+
+    def _statistics(self) -> popart.Statistics:
+        return popart.Statistics(self.mean_N, self.square_N)
 
 
 class NormalHead(nn.Module):
@@ -104,9 +156,23 @@ def policy_head(
     return linear_head(features, distribution.num_parameters, scale=_POLICY_SCALE)
 
 
-def value_head(features: int) -> nn.Linear:
-    """Returns the head that gives one value."""
-    return linear_head(features, 1, scale=1.0)
+def value_head(features: int, *, popart_step: float | None = None) -> OutputLayer:
+    """Returns the head that gives one value; with a step, one that normalises what it learns."""
+    if popart_step is None:
+        return linear_head(features, 1, scale=1.0)
+    return PopArtHead(features, step=popart_step)
+
+
+def popart_head(model: nn.Module) -> PopArtHead | None:
+    """Returns the head of a network that normalises its values, if it has one."""
+    return next((part for part in model.modules() if isinstance(part, PopArtHead)), None)
+
+
+def popart_metrics(head: PopArtHead | None) -> dict[str, Tensor]:
+    """Returns mean and deviation of a single task's targets; nothing without a head."""
+    if head is None:
+        return {}
+    return {"popart/mean": head.mean_N.mean(), "popart/deviation": head.deviation_N().mean()}
 
 
 def action_value_head(features: int, actions: int, *, duelling: bool) -> nn.Module:

@@ -22,7 +22,7 @@ from headrace.errors import ConfigError
 from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import NetworkConfig
-from headrace.networks.heads import policy_head, value_head
+from headrace.networks.heads import PopArtHead, policy_head, value_head
 from headrace.networks.normalizer import (
     ObservationNormalizer,
     Observer,
@@ -62,7 +62,8 @@ class PolicyValue(NamedTuple):
     """What the heads say of each row."""
 
     parameters: Tensor  # [U, B, P] float32 of the policy: logits, or mean and log deviation
-    value: Tensor  # [U, B] float32
+    value: Tensor  # [U, B] float32, in the unit of the rewards
+    value_features: Tensor | None = None  # [U, B, F] what a `PopArtHead` made it of
 
 
 class PolicyValueNet(nn.Module):
@@ -117,7 +118,10 @@ class PolicyValueNet(nn.Module):
             initial_log_std=config.initial_log_std,
             state_dependent_std=config.state_dependent_std,
         )
-        self.value = value_head(config.lstm_size or features)
+        self.value = value_head(
+            config.lstm_size or features,
+            popart_step=config.popart_step if config.normalize_values else None,
+        )
 
     def forward(
         self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]
@@ -139,7 +143,8 @@ class PolicyValueNet(nn.Module):
                 value_UBF = features_UBF
             parameters_UBP = self.policy(features_UBF)
             value_UB = self.value(value_UBF).squeeze(-1)
-        return PolicyValue(parameters_UBP, value_UB), recurrent
+        kept_UBF = value_UBF if isinstance(self.value, PopArtHead) else None
+        return PolicyValue(parameters_UBP, value_UB, kept_UBF), recurrent
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         """Zero recurrent state for `batch` environments: h and c, or nothing without an LSTM."""

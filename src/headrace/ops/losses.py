@@ -8,6 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 20.0
+"""Ratios beyond are taken as this: `exp` has no float32 for 89, and its gradient there is NaN."""
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """Returns the ratio of two probabilities, finite with a finite gradient, any shape."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
+def divergence(log_ratio: Tensor) -> Tensor:
+    """Estimates KL(old, new), in nats, from actions of the old policy: a mean over all of them.
+
+    r - 1 - log r is low in variance and never negative, unlike the mean of the log ratio (Schulman
+    2020, "Approximating KL divergence").
+    """
+    return (ratio_of(log_ratio) - 1.0 - log_ratio).mean()
+
 
 def policy_gradient_loss(log_prob_TB: Tensor, advantage_TB: Tensor) -> Tensor:
     """Loss with the policy gradient of Williams 1992; the advantage is a constant."""
@@ -28,7 +45,7 @@ def clipped_surrogate_loss(log_ratio: Tensor, advantage: Tensor, clip_range: flo
         clip_range: how far the ratio may leave 1 before the action's gradient stops; it stops only
             where going on would gain.
     """
-    ratio, advantage = log_ratio.exp(), advantage.detach()
+    ratio, advantage = ratio_of(log_ratio), advantage.detach()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return -torch.minimum(ratio * advantage, clipped * advantage).mean()
 

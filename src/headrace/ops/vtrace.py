@@ -1,18 +1,25 @@
 """V-trace: off-policy corrected value targets and advantages.
 
-Source: Espeholt et al. 2018, "IMPALA" (arXiv:1802.01561), section 4.1; lambda is Remark 2.
+Source: Espeholt et al. 2018, "IMPALA" (arXiv:1802.01561), section 4.1; lambda is Remark 2. Where
+lambda is less than 1 the advantage has two published forms, see `LambdaForm`.
 Shape suffixes: T = unroll steps, U = T + 1 (the last row only bootstraps), B = unrolls.
 """
 
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headrace.ops.returns import discounted_sum
+
+LambdaForm = Literal["traces", "advantage"]
+"""What lambda weighs. traces: only those of the value targets, as in the paper's remark; the
+advantage of step t then bootstraps from the target v of step t + 1. advantage: that bootstrap too,
+lambda v + (1 - lambda) V, as `vtrace_td_error_and_advantage` of rlax has it. With lambda 1 they
+are the same."""
 
 
 class VTraceTargets(NamedTuple):
@@ -33,6 +40,7 @@ def vtrace_targets(  # noqa: PLR0913 - V-trace has four clips and a decay
     c_max: float = 1.0,
     pg_rho_max: float = 1.0,
     lambda_: float = 1.0,
+    lambda_form: LambdaForm = "traces",
     pg_log_ratio_TB: Tensor | None = None,
 ) -> VTraceTargets:
     """Corrects value targets and advantages for the lag of the behaviour policy.
@@ -48,6 +56,7 @@ def vtrace_targets(  # noqa: PLR0913 - V-trace has four clips and a decay
         c_max: clip of the ratio in the trace; sets the speed, not the fixed point.
         pg_rho_max: clip of the ratio in the advantage.
         lambda_: decay of the trace, 1 for the longest.
+        lambda_form: what that weighs.
         pg_log_ratio_TB: `log_ratio_TB` for the advantage alone, where a loss has the rest of the
             ratio itself; None for the same.
     """
@@ -65,7 +74,10 @@ def vtrace_targets(  # noqa: PLR0913 - V-trace has four clips and a decay
 
     # Advantage uses the corrected target of the next step, not its value: the paper's policy
     # gradient (section 4.2). An end has discount 0, so no target of the next episode gets in.
-    td_target_TB = reward_TB + discount_TB * target_UB[1:]
+    next_target_TB = target_UB[1:]
+    if lambda_form == "advantage":
+        next_target_TB = lambda_ * next_target_TB + (1.0 - lambda_) * next_value_TB
+    td_target_TB = reward_TB + discount_TB * next_target_TB
     if pg_log_ratio_TB is not None:
         ratio_TB = pg_log_ratio_TB.to(dtype).exp()
     advantage_TB = ratio_TB.clamp(max=pg_rho_max) * (td_target_TB - value_TB)

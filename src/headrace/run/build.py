@@ -21,6 +21,7 @@ from headrace.learner.feeds import Feed
 from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import HEADS_OF
+from headrace.networks.heads import popart_head
 from headrace.networks.models import PolicyValueNet, default_network, lower_precision
 from headrace.networks.modes import frozen
 from headrace.run.acting_source import ActingSource, make_acting_source
@@ -117,6 +118,11 @@ def make_model(
         raise ConfigError(
             f"{config.algorithm} needs heads {wanted}, not {network.heads}: leave out --heads"
         )
+    if network.normalize_values and not getattr(rule, "normalizes_values", False):
+        raise ConfigError(
+            f"{config.algorithm} does not learn normalised values: say --no-normalize-values, or "
+            "--algorithm impala or ppo"
+        )
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
@@ -131,6 +137,11 @@ def make_model(
         raise ConfigError(
             f"network {name} must return a torch module with initial_state(batch), such as a "
             f"headrace.networks.models.PolicyValueNet, not {type(model).__name__}"
+        )
+    if network.normalize_values and popart_head(model) is None:
+        raise ConfigError(
+            f"network {name} has no value that can be normalised: build it with "
+            "headrace.networks.models.assemble, or say --no-normalize-values"
         )
     kinds = {"policy": PolicyValueNet, "values": ActionValueNet, "critics": ActorCriticsNet}
     del kinds[HEADS_OF[network.heads]]

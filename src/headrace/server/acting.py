@@ -91,8 +91,12 @@ class Actor:
             reward: [N] float32 raw reward of the step that led here.
             reset: [N] bool.
             action_mask: [N, A] bool, where the environment says what is allowed.
-            epsilon: [N] float32 share of random actions of each; None for the actor's own.
+            epsilon: [N] float32 share of random actions of each, which the algorithm may anneal;
+                None for the actor's own.
         """
+        annealed = getattr(self.algorithm, "annealed", None)
+        if epsilon is not None and annealed is not None:
+            epsilon = annealed(self.model, epsilon)
         stack = torch.cat([state.stack[:, 1:], observation.unsqueeze(1)], dim=1)
         inputs = PolicyInput(
             observation=stack.unsqueeze(0),
