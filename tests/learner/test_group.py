@@ -251,6 +251,9 @@ def a_batch(seed: int, *, steps: int = T, continuous: bool = False) -> Batch:
 
 
 ADAM = OptimizerConfig(optimizer="adam", learning_rate=1e-2, max_gradient_norm=0.5)
+BY_KL = OptimizerConfig(
+    learning_rate=1e-2, learning_rate_schedule="kl", target_kl=1e-3, max_gradient_norm=0.5
+)
 NORMALIZED = {"reward_transform": "normalize", "optimizer": ADAM}
 
 
@@ -272,6 +275,29 @@ def ppo(batch_unrolls: int) -> Ppo:
     return Ppo(network("policy_value"), config, spec=a_spec(continuous=False))
 
 
+def impala_of_values(batch_unrolls: int) -> Impala:
+    """Values in units of their spread, and passes that look at what all have moved."""
+    config = ImpalaConfig(
+        unroll_steps=T,
+        batch_unrolls=batch_unrolls,
+        passes=3,
+        clip_range=0.2,
+        stop_kl=0.02,
+        optimizer=BY_KL,
+    )
+    model = network("policy_value", normalize_values=True)
+    return Impala(model, config, spec=a_spec(continuous=False))
+
+
+def ppo_of_values(batch_unrolls: int) -> Ppo:
+    config = PpoConfig(
+        unroll_steps=T, batch_unrolls=batch_unrolls, minibatches=1, epochs=2, optimizer=BY_KL
+    )
+    return Ppo(
+        network("policy_value", normalize_values=True), config, spec=a_spec(continuous=False)
+    )
+
+
 def r2d2(batch_unrolls: int) -> R2d2:
     config = R2d2Config(
         unroll_steps=3,
@@ -290,9 +316,9 @@ def sac(batch_unrolls: int) -> Sac:
     return Sac(network("actor_critics", spec), config, spec=spec)  # type: ignore[arg-type]
 
 
-def network(heads: Any, spec: EnvSpec | None = None) -> torch.nn.Module:
+def network(heads: Any, spec: EnvSpec | None = None, **settings: Any) -> torch.nn.Module:
     torch.manual_seed(3)
-    config = NetworkConfig(heads=heads, hidden_sizes=(8,), normalize_observations=True)
+    config = NetworkConfig(heads=heads, hidden_sizes=(8,), normalize_observations=True, **settings)
     return mlp(spec or a_spec(continuous=False), config)
 
 
@@ -307,9 +333,9 @@ def noise_of(sac: Sac, seed: int, rank: int | None) -> None:
     )
 
 
-@pytest.mark.parametrize("make", [impala, ppo, r2d2, sac])
+@pytest.mark.parametrize("make", [impala, ppo, impala_of_values, ppo_of_values, r2d2, sac])
 def test_two_learners_with_half_a_batch_are_one_with_all(make: Callable[[int], Any]) -> None:
-    steps = {impala: T, ppo: T, r2d2: T, sac: 1}[make]
+    steps = 1 if make is sac else T
     batches = [a_batch(seed, steps=steps, continuous=make is sac) for seed in range(3)]
 
     def learned(algorithm: Any, rank: int | None) -> Any:

@@ -128,7 +128,7 @@ class Sac:
         self._actor.alpha_optimizer.learners = learners
 
     def draw_apart(self, seed: int) -> None:
-        """Draws other noise than other learners do."""
+        """Draws its noise by this seed."""
         self._generator.manual_seed(seed)
 
     @staticmethod

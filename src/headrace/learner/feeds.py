@@ -40,9 +40,6 @@ class Feed(Protocol):
     def next(self, *, version: int, timeout_s: float, waits: Waits) -> Batch | None:
         """Returns a batch on the learner's device; None if none could be made in `timeout_s`."""
 
-    def go_on(self, progress: float) -> None:
-        """Sets what depends on how much of the run is done."""
-
     def learned(self, update: Update) -> None:
         """Takes what the update of the last batch said of it."""
 
@@ -111,9 +108,6 @@ class FifoFeed:
         except DeadlineExceeded:
             waits.add("learner_for_unrolls", time.perf_counter() - before_s)
             return None
-
-    def go_on(self, progress: float) -> None:
-        """Gives every unroll once, whatever the progress."""
 
     def learned(self, update: Update) -> None:
         """Has nothing to keep: the unrolls are gone."""

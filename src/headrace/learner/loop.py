@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headrace.algorithms.base import Algorithm
 from headrace.errors import TrainingDiverged
-from headrace.learner.feeds import Feed
+from headrace.learner.feeds import Feed, ReplayFeed
 from headrace.learner.group import Group
 from headrace.records import Batch, Update
 from headrace.rows import read_later
@@ -93,7 +93,8 @@ class Learner:
                 published.
         """
         experience = self.algorithm.experience
-        self.feed.go_on(progress)
+        if isinstance(self.feed, ReplayFeed):
+            self.feed.go_on(progress)
         self.hold(timeout_s=timeout_s, waits=waits)
         batch, self._held = self._held, None
         if batch is None:

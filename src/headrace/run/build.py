@@ -207,8 +207,11 @@ def make_algorithm(
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
-    algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
-    return algorithm
+    algorithm: Any = rule(model, config.learning, spec=spec, precision=precision)
+    if hasattr(algorithm, "draw_apart"):
+        algorithm.draw_apart(derived_seed(config.seed, Use.UPDATES))
+    made: Algorithm = algorithm
+    return made
 
 
 def make_learning(

@@ -39,6 +39,8 @@ class Use(IntEnum):
     """Environments of a worker that was started again."""
     GLOBAL = 17
     """torch, numpy and Python, for what a user brings (`run.draws`)."""
+    UPDATES = 18
+    """What an algorithm draws in updates: shuffles, noise."""
 
 
 def derived_seed(seed: int, use: Use, *parts: int) -> int:
