@@ -323,7 +323,7 @@ class Impala:
         targets = self._targets(batch, output, first_TB)
         if self._popart is not None and first_TB is None:
             self._popart.observe_targets(targets.value_TB)
-            if output.value_features_UBF is not None and config.minibatches == 1:  # anew, as it is
+            if output.value_features_UBF is not None and config.minibatches == 1:  # graph of old
                 value_UB = self._popart(output.value_features_UBF).squeeze(-1)
                 output = output._replace(value_UB=value_UB)
         if config.minibatches == 1:

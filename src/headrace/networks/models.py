@@ -63,7 +63,14 @@ class PolicyValue(NamedTuple):
 
     parameters: Tensor  # [U, B, P] float32 of the policy: logits, or mean and log deviation
     value: Tensor  # [U, B] float32, in the unit of the rewards
-    value_features: Tensor | None = None  # [U, B, F] what a `PopArtHead` made it of
+
+
+class NormalizedPolicyValue(NamedTuple):
+    """The same from a `PopArtHead`, with what it is to be asked again about."""
+
+    parameters: Tensor
+    value: Tensor
+    value_features: Tensor  # [U, B, F]
 
 
 class PolicyValueNet(nn.Module):
@@ -125,7 +132,7 @@ class PolicyValueNet(nn.Module):
 
     def forward(
         self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]
-    ) -> tuple[PolicyValue, tuple[Tensor, ...]]:
+    ) -> tuple[PolicyValue | NormalizedPolicyValue, tuple[Tensor, ...]]:
         """Runs rows [U, B] in order, clearing the recurrent state before rows that reset."""
         shape = inputs.observation.shape[:2]
         rows = inputs.observation.flatten(0, 1)
@@ -143,8 +150,9 @@ class PolicyValueNet(nn.Module):
                 value_UBF = features_UBF
             parameters_UBP = self.policy(features_UBF)
             value_UB = self.value(value_UBF).squeeze(-1)
-        kept_UBF = value_UBF if isinstance(self.value, PopArtHead) else None
-        return PolicyValue(parameters_UBP, value_UB, kept_UBF), recurrent
+        if isinstance(self.value, PopArtHead):
+            return NormalizedPolicyValue(parameters_UBP, value_UB, value_UBF), recurrent
+        return PolicyValue(parameters_UBP, value_UB), recurrent
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         """Zero recurrent state for `batch` environments: h and c, or nothing without an LSTM."""

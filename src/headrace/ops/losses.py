@@ -13,8 +13,13 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """Returns the ratio of two probabilities, finite with a finite gradient, any shape."""
-    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    """Returns the ratio of two probabilities, any shape.
+
+    It and its gradient are finite unless the log ratio is not: an action that could not have been
+    taken is no large ratio but a mistake, which must show.
+    """
+    capped = log_ratio.clamp(max=LARGEST_LOG_RATIO)
+    return torch.where(log_ratio == torch.inf, log_ratio, capped).exp()
 
 
 def divergence(log_ratio: Tensor) -> Tensor:
