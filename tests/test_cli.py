@@ -83,6 +83,61 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
             "leave out --total-minutes, or --lockstep",
         ),
         (["train", "catch", "--discount", "1.5"], "discount and vtrace_lambda must be in"),
+        (["train", "catch", "--passes", "5"], "passes must be 1 to 4, not 5: say --passes 4"),
+        (["train", "catch", "--passes", "-1"], "passes must be 1 to 4, not -1: say --passes 1"),
+        (["train", "catch", "--minibatches", "7"], "batch_unrolls=32: say --minibatches 4"),
+        (["train", "catch", "--clip-range", "-1"], "say --minibatches 1 --clip-range 0"),
+        (["train", "catch", "--learning-rate-schedule", "kl"], "one: say --passes 2 as well"),
+        (["train", "catch", "--stop-kl", "0.1"], "there is one: say --passes 2 as well"),
+        (["train", "catch", "--stop-kl", "-1"], "positive, not -1.0: say --stop-kl 0"),
+        (["train", "catch", "--target-kl", "-1"], "not -1.0: say --target-kl 0.01"),
+        (["train", "catch", "--target-kl", "nan"], "not nan: say --target-kl 0.01"),
+        (["train", "catch", "--clip-range", "nan"], "clip_range must be a number, not nan"),
+        (["train", "catch", "--optimizer-eps", "nan"], "optimizer_eps must be a number, not nan"),
+        (
+            ["train", "catch", "--vtrace-lambda-form", "advantage"],
+            "vtrace_lambda_form has no effect on a vtrace_lambda of 1: say --vtrace-lambda 0.95",
+        ),
+        (["train", "catch", "--popart-step", "0"], "popart_step must be above 0 and at most 1"),
+        (
+            ["train", "catch", "--target-entropy", "1", "--entropy-cost-schedule", "linear"],
+            "say --entropy-cost-schedule constant",
+        ),
+        (
+            [
+                *[
+                    "train",
+                    "catch",
+                    "--algorithm",
+                    "ppo",
+                    "--epochs",
+                    "1",
+                    "--learning-rate-schedule",
+                    "kl",
+                ]
+            ],
+            "there is one: say --epochs 2 as well",
+        ),
+        (
+            [*["train", "catch", "--algorithm", "r2d2", "--learning-rate-schedule", "kl"]],
+            "say --learning-rate-schedule constant, linear or cosine",
+        ),
+        (
+            [*["train", "pointmass", "--algorithm", "sac", "--learning-rate-schedule", "kl"]],
+            "say --learning-rate-schedule constant, linear or cosine",
+        ),
+        (
+            [*["train", "catch", "--algorithm", "r2d2", "--normalize-values"]],
+            "r2d2 does not learn normalised values: say --no-normalize-values",
+        ),
+        (
+            [*["train", "pointmass", "--algorithm", "sac", "--normalize-values"]],
+            "sac does not learn normalised values: say --no-normalize-values",
+        ),
+        (
+            [*["train", "catch", "--algorithm", "r2d2", "--epsilon-decay", "0"]],
+            "initial_epsilon must be in [0, 1], and epsilon_decay in (0, 1]",
+        ),
         (["train", "catch", "--device", "tpu9"], "tpu9"),
         (["train", "catch", "--config"], "--config"),
         (["train", "--resume", "nowhere"], "nowhere is not a run"),

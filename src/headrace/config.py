@@ -138,6 +138,10 @@ class RunConfig:
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
         self._check_minutes()
+        for one in _settings(self):
+            if isinstance(one.value, float) and math.isnan(one.value):
+                name = ".".join(one.path)
+                raise ConfigError(f"{name} must be a number, not nan: leave it out")
         if min(self.compute_threads or 0, self.env_threads or 0, self.keep_checkpoints or 0) < 0:
             raise ConfigError(
                 "compute_threads, env_threads and keep_checkpoints must not be negative"

@@ -108,8 +108,23 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
         ("catch", {}),
         ("catch", {"environment": {"truncate_after": 4}, "server": {"eval_envs": 3}}),
         ("recall", {"network": {"lstm_size": 16}, "learning": {"target_entropy": 0.3}}),
+        (
+            "catch",
+            {
+                "network": {"normalize_values": True},
+                "learning": {
+                    "passes": 2,
+                    "minibatches": 2,
+                    "clip_range": 0.2,
+                    "clip_range_schedule": "cosine",
+                    "entropy_cost_schedule": "linear",
+                    "stop_kl": 0.01,
+                    "optimizer": {"learning_rate_schedule": "kl", "target_kl": 0.001},
+                },
+            },
+        ),
     ],
-    ids=["catch", "truncated-and-evaluated", "recall-lstm"],
+    ids=["catch", "truncated-and-evaluated", "recall-lstm", "reuse"],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(
     tmp_path: Path, env: str, settings: dict[str, Any]

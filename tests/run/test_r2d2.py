@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headrace import train
+from headrace.algorithms.r2d2 import R2d2
 from headrace.config import RunConfig, from_dict, merged
 from headrace.errors import ConfigError
 from headrace.experience.replay import Sample
@@ -21,6 +22,7 @@ from headrace.run.build import Parts, build
 from headrace.run.validate import check
 from headrace.telemetry.metrics import Waits
 from headrace.telemetry.record import read_metrics
+from headrace.weights import acting_tensors
 from tests.run.test_local import assert_same_weights, newest, stop_after, timeless
 
 NOBODY: dict[str, Any] = {
@@ -75,8 +77,15 @@ def test_one_seed_gives_one_run(tmp_path: Path, preset: str) -> None:
     [
         {},
         {"env": "catch", "environment": {"truncate_after": 4}, "server": {"eval_envs": 3}},
+        {
+            "learning": {
+                "epsilon_schedule": "linear",
+                "epsilon_decay": 0.6,
+                "replay": {**REPLAY, "importance_exponent_schedule": "linear"},
+            }
+        },
     ],
-    ids=["recall", "truncated-and-evaluated"],
+    ids=["recall", "truncated-and-evaluated", "annealed"],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(
     tmp_path: Path, settings: dict[str, Any]
@@ -96,6 +105,47 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
         assert last[name] == other[name], name
     if "eval_return_mean" in last:  # these actions are drawn too
         assert last["eval_return_mean"] == other["eval_return_mean"]
+
+
+@pytest.mark.parametrize("inference", ["server", "worker"])
+def test_exploration_comes_down_in_both_cuts(
+    tmp_path: Path, inference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the decay all environments act by the ladder, in front of it at random."""
+    learning = {
+        "epsilon_schedule": "linear",
+        "epsilon_decay": 0.3,
+        "epsilon_base": 1e-6,  # of which there is nothing to see
+        "replay": {**REPLAY, "replay_min": 20},
+    }
+    seen: list[tuple[float, float]] = []
+    annealed = R2d2.annealed
+
+    def watched(self: R2d2, model: Any, epsilon: torch.Tensor) -> torch.Tensor:
+        now = annealed(self, model, epsilon)
+        seen.append((float(now.min()), float(now.max())))
+        assert any(part is model.exploration_left for part in acting_tensors(model))
+        return now
+
+    monkeypatch.setattr(R2d2, "annealed", watched)
+    server = inference == "server"
+    config = a_config(
+        tmp_path / "run",
+        lockstep=server,
+        inference=inference,
+        learning=learning,
+        workers={} if server else {"num_workers": 1},
+    )
+    assert train(config).finished
+    if server:  # the worker is another process, which acts by the weights that it is sent
+        assert seen[0] == (1.0, 1.0)
+        assert seen[-1][1] < 1e-5
+        lowest = [low for low, _ in seen]
+        assert lowest == sorted(lowest, reverse=True)
+        assert len(set(lowest)) > 10
+    training = newest(tmp_path / "run").tensors["training"]
+    left = [value for name, value in training.items() if "exploration_left" in name]
+    assert left == [0.0]
 
 
 @pytest.mark.parametrize("saved", [False, True])

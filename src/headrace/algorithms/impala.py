@@ -116,9 +116,13 @@ class ImpalaConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1 or not 0 <= self.vtrace_lambda <= 1:
             raise ConfigError("discount and vtrace_lambda must be in [0, 1]")
-        if not 1 <= self.passes <= 4 or self.minibatches < 1 or self.clip_range < 0:
+        if not 1 <= self.passes <= 4:
+            nearest = min(4, max(1, self.passes))
+            raise ConfigError(f"passes must be 1 to 4, not {self.passes}: say --passes {nearest}")
+        if self.minibatches < 1 or self.clip_range < 0:
             raise ConfigError(
-                "passes must be 1 to 4, minibatches at least 1, and clip_range not negative"
+                "minibatches must be at least 1, and clip_range 0 (for none) or positive: say "
+                "--minibatches 1 --clip-range 0"
             )
         check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls, least=1)
         if self.clip_range and self.passes == self.minibatches == 1:

@@ -36,8 +36,8 @@ def check_kl(optimizer: OptimizerConfig, *, stop_kl: float, passes: int, flag: s
 
     `flag` is what sets the `passes`.
     """
-    if stop_kl < 0:
-        raise ConfigError(f"stop_kl must be 0 (never) or positive, not {stop_kl}")
+    if not stop_kl >= 0:
+        raise ConfigError(f"stop_kl must be 0 (never) or positive, not {stop_kl}: say --stop-kl 0")
     if passes > 1:
         return
     if optimizer.learning_rate_schedule == "kl":

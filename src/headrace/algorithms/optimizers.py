@@ -8,6 +8,7 @@ the mean square it starts with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,8 +69,10 @@ class OptimizerConfig:
             raise ConfigError(
                 "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
             )
-        if self.learning_rate_schedule == "kl" and not self.target_kl > 0:
-            raise ConfigError(f"target_kl must be positive, not {self.target_kl}")
+        if not 0 < self.target_kl < math.inf:
+            raise ConfigError(
+                f"target_kl must be positive and finite, not {self.target_kl}: say --target-kl 0.01"
+            )
         if not 0 <= self.muon_momentum < 1:
             raise ConfigError("muon_momentum must be at least 0 and below 1")
         if not 0 <= self.learning_rate_warmup < 1 or not 0 < self.learning_rate_decay <= 1:
