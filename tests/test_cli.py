@@ -24,6 +24,8 @@ SMALL = [
     *("--num-envs", "8", "--unroll-steps", "5", "--batch-unrolls", "4"),
 ]
 
+BY_KL = ("--learning-rate-schedule", "kl")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,12 +89,15 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
         (["train", "catch", "--passes", "-1"], "passes must be 1 to 4, not -1: say --passes 1"),
         (["train", "catch", "--minibatches", "7"], "batch_unrolls=32: say --minibatches 4"),
         (["train", "catch", "--clip-range", "-1"], "say --minibatches 1 --clip-range 0"),
-        (["train", "catch", "--learning-rate-schedule", "kl"], "one: say --passes 2 as well"),
+        (["train", "catch", *BY_KL], "one: say --passes 2 as well"),
         (["train", "catch", "--stop-kl", "0.1"], "there is one: say --passes 2 as well"),
         (["train", "catch", "--stop-kl", "-1"], "positive, not -1.0: say --stop-kl 0"),
         (["train", "catch", "--target-kl", "-1"], "not -1.0: say --target-kl 0.01"),
         (["train", "catch", "--target-kl", "nan"], "not nan: say --target-kl 0.01"),
-        (["train", "catch", "--clip-range", "nan"], "clip_range must be a number, not nan"),
+        (
+            ["train", "catch", "--passes", "2", "--clip-range", "nan"],
+            "clip_range must be a number, not nan",
+        ),
         (["train", "catch", "--optimizer-eps", "nan"], "optimizer_eps must be a number, not nan"),
         (
             ["train", "catch", "--vtrace-lambda-form", "advantage"],
@@ -119,23 +124,23 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
             "there is one: say --epochs 2 as well",
         ),
         (
-            [*["train", "catch", "--algorithm", "r2d2", "--learning-rate-schedule", "kl"]],
+            ["train", "catch", "--algorithm", "r2d2", *BY_KL],
             "say --learning-rate-schedule constant, linear or cosine",
         ),
         (
-            [*["train", "pointmass", "--algorithm", "sac", "--learning-rate-schedule", "kl"]],
+            ["train", "pointmass", "--algorithm", "sac", *BY_KL],
             "say --learning-rate-schedule constant, linear or cosine",
         ),
         (
-            [*["train", "catch", "--algorithm", "r2d2", "--normalize-values"]],
+            ["train", "catch", "--algorithm", "r2d2", "--normalize-values"],
             "r2d2 does not learn normalised values: say --no-normalize-values",
         ),
         (
-            [*["train", "pointmass", "--algorithm", "sac", "--normalize-values"]],
+            ["train", "pointmass", "--algorithm", "sac", "--normalize-values"],
             "sac does not learn normalised values: say --no-normalize-values",
         ),
         (
-            [*["train", "catch", "--algorithm", "r2d2", "--epsilon-decay", "0"]],
+            ["train", "catch", "--algorithm", "r2d2", "--epsilon-decay", "0"],
             "initial_epsilon must be in [0, 1], and epsilon_decay in (0, 1]",
         ),
         (["train", "catch", "--device", "tpu9"], "tpu9"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import gymnasium as gym
@@ -119,6 +120,20 @@ def test_an_update_takes_a_batch_and_publishes_the_next_version() -> None:
     assert bench.algorithm.progress == [0.25]
     assert bench.algorithm.batches[0].action.shape == (T, B)
     assert bench.learn() is None, "the unrolls are used up"
+
+
+def test_passes_that_were_left_out_are_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    four = dataclasses.replace(bench.algorithm.experience, passes=4)
+    monkeypatch.setattr(bench.algorithm, "experience", four)
+    for passes in (3.0, None):
+        said = {} if passes is None else {"passes": torch.tensor(passes)}
+        update = Update(said, torch.tensor(True))
+        monkeypatch.setattr(bench.algorithm, "update", lambda *_, update=update, **__: update)
+        for _ in range(T + (passes is not None)):
+            bench.append(0)
+        assert bench.learn() is update
+    assert bench.learner.samples == (3 + 4) * T * B
 
 
 def test_running_statistics_are_published_as_the_mean_of_all_learners() -> None:

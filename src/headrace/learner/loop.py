@@ -112,7 +112,10 @@ class Learner:
             self.lag_counts.scatter_add_(0, lag, torch.ones_like(lag))
         self.version += experience.updates_per_call
         learners = 1 if self._group is None else self._group.count
-        self.samples += experience.samples_per_update * experience.updates_per_call * learners
+        samples = experience.samples_per_update * experience.updates_per_call * learners
+        if "passes" in update.metrics:  # fewer than there could have been
+            samples = round(samples * float(update.metrics["passes"]) / experience.passes)
+        self.samples += samples
         self._weights.publish(self.algorithm.model, self.version)
         return update
 
