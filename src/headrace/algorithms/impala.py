@@ -289,7 +289,7 @@ class Impala:
         shuffles = self._config.minibatches > 1
         return {
             "optimizer": self._optimizer.state_dict(),
-            "step_size": self._step_size.state_dict(),
+            "step_size": self._step_size.state_dict() if self._step_size.follows_kl else None,
             "log_alpha": self._log_alpha,
             "generator": self._generator.get_state() if shuffles else None,
             "rewards": self._rewards.state_dict(),
@@ -298,7 +298,7 @@ class Impala:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
-        self._step_size.load_state_dict(state.get("step_size", {}))
+        self._step_size.load_state_dict(state.get("step_size") or {})
         self._rewards.load_state_dict(state.get("rewards", {}))  # runs of 0.1 have none
         if state.get("generator") is not None:
             load_generator(self._generator, state["generator"])

@@ -336,7 +336,7 @@ class Ppo:
         """Returns the optimiser with its step size, the shuffles and the deviation of returns."""
         return {
             "optimizer": self._optimizer.state_dict(),
-            "step_size": self._step_size.state_dict(),
+            "step_size": self._step_size.state_dict() if self._step_size.follows_kl else None,
             "generator": self._generator.get_state(),
             "rewards": self._rewards.state_dict(),
         }
@@ -344,7 +344,7 @@ class Ppo:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
         load_optimizer(self._optimizer, state["optimizer"])
-        self._step_size.load_state_dict(state.get("step_size", {}))
+        self._step_size.load_state_dict(state.get("step_size") or {})
         load_generator(self._generator, state["generator"])
         self._rewards.load_state_dict(state["rewards"])
 
