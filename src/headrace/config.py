@@ -60,6 +60,12 @@ class RunConfig:
     """Minutes after which the run ends, and its schedules with it, if `total_frames` did not end it
     before: counted from the command, start-up included, and on a resume with those of before. None
     for no clock."""
+    schedule_frames: int | None = setting(None)
+    """Frames at which schedules, such as that of the learning rate, come to their end; None for
+    total_frames, with which a run began: a resume that only changes total_frames keeps them."""
+    schedule_minutes: float | None = setting(None)
+    """Minutes at which they do, if schedule_frames did not end them before; None for total_minutes,
+    with which a run began; 0 for no clock."""
     seed: int = setting(1)
     """Of networks, environments and actions."""
     out: str = setting("")
@@ -133,7 +139,12 @@ class RunConfig:
     """Settings of the algorithm (its `config_type`); None for its defaults."""
 
     def __post_init__(self) -> None:
-        for name in ("total_frames", "log_interval_s", "checkpoint_interval_s"):
+        for name in (
+            "total_frames",
+            "schedule_frames",
+            "log_interval_s",
+            "checkpoint_interval_s",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
@@ -178,7 +189,25 @@ class RunConfig:
         """Where the run ends."""
         return Length(self.total_frames, self.total_minutes)
 
+    @property
+    def horizon(self) -> Length:
+        """Where its schedules end."""
+        minutes = self.schedule_minutes
+        return Length(
+            self.schedule_frames or self.total_frames,
+            self.total_minutes if minutes is None else minutes or None,
+        )
+
     def _check_minutes(self) -> None:
+        if not 0.0 <= (self.schedule_minutes or 0.0) < math.inf:
+            raise ConfigError(
+                f"schedule_minutes must be 0 (no clock) or positive, not {self.schedule_minutes}"
+            )
+        if self.lockstep and self.schedule_minutes:
+            raise ConfigError(
+                "--lockstep gives the same run each time, and a clock does not: leave out "
+                "--schedule-minutes, or --lockstep"
+            )
         minutes = self.total_minutes
         if minutes is None:
             return
@@ -201,6 +230,8 @@ FREE_ON_RESUME = frozenset(
         *(
             "total_frames",
             "total_minutes",
+            "schedule_frames",
+            "schedule_minutes",
             "device",
             "actor_device",
             "critic_device",

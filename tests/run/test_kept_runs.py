@@ -40,7 +40,8 @@ def resumed(run: Path) -> tuple[TrainResult, list[str]]:
     """Goes on with a run; returns what was said too."""
     said: list[str] = []
     frames = read_metrics(run / "metrics.jsonl")[-1]["env_frames"] + MORE_FRAMES
-    prepared = prepare(resume=run, changes={"total_frames": frames})
+    changes = {"total_frames": frames, "schedule_frames": frames}  # or the rate would be zero
+    prepared = prepare(resume=run, changes=changes)
     nothing = Hooks(lambda _: None, lambda *_: None, lambda _: None, on_message=said.append)
     return start(prepared, nothing), said
 

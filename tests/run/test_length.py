@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,11 +137,66 @@ def test_a_resumed_run_has_the_minutes_that_are_left(tmp_path: Path) -> None:
     assert rates[0] == pytest.approx(0.03 * 0.5)
     assert second.metrics["updates"] == 12 + 15
     assert second.metrics["elapsed_s"] == 30.0
-    third, rates = clocked(out, Clock(), resume=True, total_minutes=1.0)
+    third, rates = clocked(out, Clock(), resume=True, total_minutes=1.0, schedule_minutes=1.0)
     assert rates[0] == pytest.approx(0.03 * 0.5)
     assert third.metrics["elapsed_s"] == 60.0
-    fourth, _ = clocked(out, Clock(), resume=True, total_minutes=None, total_frames=3500)
-    assert fourth.metrics["env_frames"] >= 3500
+    _, rates = clocked(out, Clock(), resume=True, total_minutes=1.5)
+    assert set(rates) == {0.0}, "the schedule has come to its end, and stays there"
+    fourth, _ = clocked(out, Clock(), resume=True, total_minutes=None, total_frames=4500)
+    assert fourth.metrics["env_frames"] >= 4500
+
+
+def test_a_longer_run_keeps_its_schedules_unless_they_are_typed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    clocked(out, Clock(), total_frames=2000, stop=20)
+    said: list[str] = []
+
+    def rate(**changes: Any) -> float:
+        """The first learning rate of a session that ends at once."""
+        prepared = prepare(resume=out, changes=changes)
+        rates = []
+
+        def on_update(_: int, metrics: Any) -> None:
+            rates.append(float(metrics["learning_rate"]))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        said.clear()
+        start(prepared, Hooks(lambda _: None, on_update, lambda _: None, said.append))
+        return rates[0]
+
+    left = 1 - 0.03 / 0.03 * 20 * 40 / 2000  # of 50 updates 20 are done
+    assert rate(total_frames=8000) == pytest.approx(0.03 * left, rel=0.1)
+    [line] = [text for text in said if "schedules" in text]
+    assert "end at 2 000 frames, as before" in line
+    assert "--schedule-frames 8000" in line
+    assert rate(schedule_frames=8000) == pytest.approx(0.03 * (1 - 0.1), rel=0.05)
+    [line] = [text for text in said if "schedules" in text]
+    assert "schedules end at 8 000 frames now, not at 2 000 frames" in line
+    assert rate() == pytest.approx(0.03 * (1 - 0.1), rel=0.05)
+    assert not [text for text in said if "schedules end at 8 000 frames now" in text]
+    # A clock that comes later ends the run, and no schedule.
+    assert rate(total_minutes=60.0) == pytest.approx(0.03 * (1 - 0.1), rel=0.05)
+    assert not [text for text in said if "minutes" in text]
+
+
+def test_a_run_that_is_complete_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, _ = clocked(out, Clock(), total_frames=400)
+    metrics = (out / "metrics.jsonl").read_bytes()
+    checkpoints = sorted((out / "checkpoints").iterdir())
+    said: list[str] = []
+    nothing = Hooks(lambda _: None, lambda *_: None, lambda _: None, said.append)
+    again = start(prepare(resume=out), nothing)
+    assert again.finished
+    assert again.metrics["env_frames"] == first.metrics["env_frames"]
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    assert sorted((out / "checkpoints").iterdir()) == checkpoints
+    [line] = said
+    assert "this run is complete" in line
+    flag = line.partition("say ")[2].removesuffix(" to go on").split()
+    assert flag[0] == "--total-frames"
+    more = start(prepare(resume=out, changes={"total_frames": int(flag[1])}), nothing)
+    assert more.metrics["env_frames"] >= int(flag[1])
 
 
 def meetings(rank: int, rows: Sequence[list[int]], *, total_minutes: float | None) -> Meeting:
@@ -153,7 +210,7 @@ def meetings(rank: int, rows: Sequence[list[int]], *, total_minutes: float | Non
         worker_deaths=0,
     )
     length = Length(1000, total_minutes)
-    config: Any = SimpleNamespace(length=length, lockstep=False)
+    config: Any = SimpleNamespace(length=length, horizon=length, lockstep=False)
     return Meeting(group, parts, config=config, agent_steps=0)
 
 
@@ -180,3 +237,23 @@ def test_learners_make_equal_parts_of_what_is_left() -> None:
     assert meeting.enough()
     assert meeting.due()
     assert not meeting.over
+
+
+def test_who_waits_for_the_others_makes_no_more_than_it_will_have_to() -> None:
+    """One is at 30 of its 125 steps; the other may come with all its 125 made."""
+    rows = [[0, 0, 0, 125, 0, 0, 0, 0], [0, 0, 0, 30, 0, 0, 0, 0]]
+    meeting = meetings(1, rows, total_minutes=None)
+    source: Any = meeting._parts.source
+    source.agent_steps = 30
+
+    def waiting(_: Any) -> list[list[int]]:
+        source.agent_steps = 30 + (250 - 125 - 30) // 2
+        assert not meeting.enough()
+        source.agent_steps += 1
+        assert meeting.enough()
+        return rows
+
+    group: Any = meeting.group
+    group.meet = waiting
+    meeting.meet(ready=False, stop=False, elapsed_s=0.0)
+    assert meeting._own_end == 30 + 48

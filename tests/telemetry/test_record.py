@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import ConfigError
-from headrace.telemetry.record import MetricsWriter, RunDirectory, log_to, read_metrics
+from headrace.telemetry.record import FolderInUse, MetricsWriter, RunDirectory, log_to, read_metrics
 
 
 @pytest.fixture
@@ -103,6 +103,32 @@ def test_resumed_metrics_are_appended_after_a_half_written_line_is_cut(run: RunD
         {"env_frames": 1, "x": 1},
         {"env_frames": 3, "x": 3},
     ]
+
+
+def test_rows_of_a_lost_future_are_cut_and_the_others_say_which_start_wrote_them(
+    run: RunDirectory,
+) -> None:
+    with MetricsWriter(run, tensorboard=False, start=0) as writer:
+        for env_frames in (8, 16, 24, 32):
+            writer.write(env_frames, {"x": 1})
+    with MetricsWriter(run, tensorboard=False, resumed_at=16, start=1) as writer:
+        writer.write(24, {"x": 2})
+    assert read_metrics(run.metrics_path) == [
+        {"env_frames": 8, "resume_count": 0, "x": 1},
+        {"env_frames": 16, "resume_count": 0, "x": 1},
+        {"env_frames": 24, "resume_count": 1, "x": 2},
+    ]
+
+
+def test_a_name_that_another_process_has_taken_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have seen an empty folder; one of them is first."""
+    RunDirectory.create(tmp_path / "run", "seed = 1\n")
+    monkeypatch.setattr(RunDirectory, "ensure_unused", lambda _: None)
+    with pytest.raises(FolderInUse, match="is not empty"):
+        RunDirectory.create(tmp_path / "run", "seed = 2\n")
+    assert (tmp_path / "run" / "config.toml").read_text() == "seed = 1\n"
 
 
 def test_only_half_a_line_leaves_an_empty_file(run: RunDirectory) -> None:

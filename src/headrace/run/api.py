@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,10 +31,11 @@ from headrace.pools.listener import check_listen
 from headrace.run.complete import completed_as_typed, make_config
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
+from headrace.run.resume import kept_horizon
 from headrace.run.trial import try_environment
 from headrace.run.validate import check
 from headrace.telemetry.live_text import without_token
-from headrace.telemetry.record import RunDirectory, log_to
+from headrace.telemetry.record import FolderInUse, RunDirectory, log_to
 from headrace.telemetry.wandb_log import ensure_wandb
 
 logger = logging.getLogger("headrace")
@@ -96,8 +99,6 @@ def prepare(
     if config is None or resume is not None:
         raise ConfigError("give either a config for a new run, or resume=RUN to go on with one")
     full = completed_as_typed(config)
-    path = Path(full.out) if full.out else default_run_directory(full)
-    full = dataclasses.replace(full, out=str(path))
     if (full.remote.listen or full.pool == "grpc") and not full.cluster.cluster:
         check_listen(full.remote)
     on_cluster = bool(full.cluster.cluster)
@@ -108,7 +109,21 @@ def prepare(
     check(_without_devices(full) if on_cluster else full, elsewhere=on_cluster)
     if full.wandb:
         ensure_wandb()
-    return Prepared(full, RunDirectory.create(path, to_toml(full)), False, True)
+    return _created(full)
+
+
+def _created(config: RunConfig) -> Prepared:
+    """Makes the folder of a new run; one that has no name yet gets one that nobody else has."""
+    if config.out:
+        run = RunDirectory.create(Path(config.out), to_toml(config))
+        return Prepared(config, run, False, True)
+    wanted = default_run_directory(config)
+    for count in itertools.count(1):  # others may begin in the same second
+        path = wanted if count == 1 else wanted.with_name(f"{wanted.name}-{count}")
+        named = dataclasses.replace(config, out=str(path))
+        with suppress(FolderInUse):
+            return Prepared(named, RunDirectory.create(path, to_toml(named)), False, True)
+    raise AssertionError("counting has no end")
 
 
 def start(
@@ -194,6 +209,7 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
     values = parse_toml(run.read_config(), run.config_path)
+    values = merged(values, kept_horizon(values, changes))
     return from_dict(merged(values, changes), trust_code=trust_code)
 
 

@@ -43,6 +43,7 @@ from headrace.run.draws import own_draws
 from headrace.run.learners import OtherLearners, other_learners
 from headrace.run.meeting import Meeting, in_turns_together, learn_together
 from headrace.run.report import Reporter, Row
+from headrace.run.resume import say_where_it_stands
 from headrace.run.roles import Roles
 from headrace.run.share import Share, learner_devices, share_config
 from headrace.run.stop import Stop, stop_signals
@@ -52,7 +53,7 @@ from headrace.run.warmup import own_stream, warm_up
 from headrace.server.device_seat import AnySeat
 from headrace.server.server import run_server
 from headrace.telemetry.metrics import EpisodeStats, Waits
-from headrace.telemetry.record import MetricsWriter, RunDirectory
+from headrace.telemetry.record import MetricsWriter, RunDirectory, last_row
 from headrace.telemetry.wandb_log import WandbLog
 
 _POLL_S = 0.2  # how often a waiting learner looks after the server and the clock
@@ -102,6 +103,8 @@ def run_training(
         stop = stack.enter_context(stop_signals())
         checkpoint = saving.find(run, hooks.on_message) if resume else None
         before = saving.Before.read(checkpoint)
+        if checkpoint is not None and say_where_it_stands(config, checkpoint, hooks.on_message):
+            return TrainResult(run.path, last_row(run.metrics_path), finished=True)
         messages: SimpleQueue[str] = SimpleQueue()  # from other threads to this one
         stack.callback(tell, messages, hooks.on_message)
         episodes = EpisodeStats(before.episodes, before.return_max, on_message=messages.put)
@@ -162,14 +165,19 @@ def run_training(
         if group is not None:
             meeting = Meeting(group, parts, config=config, agent_steps=before.agent_steps)
             reporter.others = meeting.read_others
-        resumed_at = reporter.env_frames if resume else None
         wandb = (
             WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
             if config.wandb
             else None
         )
         writer = stack.enter_context(
-            MetricsWriter(run, config.tensorboard, resumed_at, wandb=wandb)
+            MetricsWriter(
+                run,
+                config.tensorboard,
+                reporter.env_frames if resume else None,
+                start=before.resume_count,
+                wandb=wandb,
+            )
         )
         roles = stack.enter_context(
             closing(Roles(config, run.path, parts.algorithm.model, on_message=messages.put))
@@ -253,6 +261,11 @@ class Session:
         reporter = self.reporter
         return self.config.length.progress(reporter.env_frames, reporter.elapsed_s)
 
+    def schedule_progress(self) -> float:
+        """Share of its schedules."""
+        reporter = self.reporter
+        return self.config.horizon.progress(reporter.env_frames, reporter.elapsed_s)
+
     def over(self) -> bool:
         """Whether the run is complete, or was asked to end."""
         if self.meeting is not None:  # then all end together
@@ -281,7 +294,8 @@ class Session:
         """Takes one update if a batch is there within `timeout_s`."""
         learner, waits, wanted = self.learner, self.waits, self.stop.requested
         if self.meeting is None or self.others is None:
-            update = learner.learn(progress=self.progress(), timeout_s=timeout_s, waits=waits)
+            progress = self.schedule_progress()
+            update = learner.learn(progress=progress, timeout_s=timeout_s, waits=waits)
         else:
             with self.others.blamed():
                 update = learn_together(
@@ -326,7 +340,7 @@ class Session:
         self.last_row = self.reporter.row(self._newest) | self.roles.row(self.learner.version)
         self.hooks.on_row(self.last_row)
         histograms = {"policy_lag_histogram": self.reporter.lag_histogram}
-        self.writer.write(self.reporter.env_frames, self.last_row, histograms)
+        self.writer.write(int(self.last_row["env_frames"]), self.last_row, histograms)
 
     def save(self) -> None:
         """Writes a checkpoint."""

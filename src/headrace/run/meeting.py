@@ -45,10 +45,12 @@ class Meeting:
         self._others = Counts()
         self._parts = parts
         self._frames_per_step = parts.spec.action_repeat
-        self._length = config.length
+        self._length, self._horizon = config.length, config.horizon
         self._agent_steps_before = agent_steps
         self.progress = 0.0
         """Share of the run that was done when they last met, the same for all."""
+        self.schedule_progress = 0.0
+        """Share of its schedules."""
         self._own_end = 0  # own agent steps at which this one has made its part of what is left
         self._count(agent_steps, own_steps=0, elapsed_s=0.0)
         # In lockstep after every batch of every pool: by the clock there would be no one order.
@@ -79,6 +81,11 @@ class Meeting:
             ExchangeFailed: another learner is gone.
         """
         own = counts_of(self._parts)
+        # Until all are there the server goes on, and the others may come with all their part made:
+        # of what is left then, this one's share is no less than that share of its own part.
+        self._own_end -= (
+            (self._own_end - own.agent_steps) * (self.group.count - 1) // (self.group.count)
+        )
         rows = self.group.meet([ready, stop, round(1000 * elapsed_s), *own])
         self._met_s = time.monotonic()
         counts = [Counts(*row[3:]) for row in rows]
@@ -95,6 +102,7 @@ class Meeting:
     def _count(self, agent_steps: int, *, own_steps: int, elapsed_s: float) -> None:
         env_frames = agent_steps * self._frames_per_step
         self.progress = self._length.progress(env_frames, elapsed_s)
+        self.schedule_progress = self._horizon.progress(env_frames, elapsed_s)
         left = self._length.total_frames - env_frames
         self._own_end = own_steps + -(-left // (self._frames_per_step * self.group.count))
 
@@ -151,7 +159,7 @@ def learn_together(
         waits.add("learner_for_learners", time.perf_counter() - before_s)
     if not goes_on:
         return None
-    return learner.learn(progress=meeting.progress, timeout_s=0.0, waits=waits)
+    return learner.learn(progress=meeting.schedule_progress, timeout_s=0.0, waits=waits)
 
 
 def share_learning(parts: Parts, group: Group) -> None:

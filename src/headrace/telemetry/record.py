@@ -27,6 +27,10 @@ _PID_BYTES = 32
 _BLOCK_NBYTES = 1 << 16
 
 
+class FolderInUse(ConfigError):
+    """Something is in the folder that should become a run's."""
+
+
 class RunDirectory:
     """Names of everything in a run's folder."""
 
@@ -47,13 +51,16 @@ class RunDirectory:
         """Makes the folder of a new run with its config.toml.
 
         Raises:
-            ConfigError: the folder has something in it already, or cannot be made.
+            FolderInUse: the folder has something in it already.
+            ConfigError: it cannot be made.
         """
         run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             cls.ensure_unused(path)
             _write_config(run.config_path, config_text)
+        except FileExistsError as error:  # of another process, a moment ago
+            raise _in_use(path) from error
         except OSError as error:
             raise ConfigError(
                 f"cannot make the run folder {path} ({error.strerror}): choose another with --out"
@@ -65,13 +72,10 @@ class RunDirectory:
         """Looks whether a folder may become that of a new run: there is none, or nothing in it.
 
         Raises:
-            ConfigError: the folder has something in it already.
+            FolderInUse: the folder has something in it already.
         """
         if path.is_dir() and any(path.iterdir()):
-            raise ConfigError(
-                f"{path} is not empty: go on with `headrace train --resume {path}`, "
-                "or choose another folder with --out"
-            )
+            raise _in_use(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -141,6 +145,13 @@ class RunDirectory:
             run_files.ensure_folder(folder)
 
 
+def _in_use(path: Path) -> FolderInUse:
+    return FolderInUse(
+        f"{path} is not empty: go on with `headrace train --resume {path}`, "
+        "or choose another folder with --out"
+    )
+
+
 def _write_config(path: Path, text: str) -> None:
     data = text.encode()
     if len(data) > _MOST_CONFIG_NBYTES:
@@ -184,13 +195,20 @@ class MetricsWriter:
         tensorboard: bool = True,
         resumed_at: int | None = None,
         *,
+        start: int | None = None,
         wandb: WandbLog | None = None,
     ) -> None:
         """Opens files for appending; cuts off the line that a killed run left half written.
 
-        A run that was killed has rows from after its checkpoint: in metrics.jsonl they stay, with
-        those of the resumed run behind them; TensorBoard hides what lies beyond `resumed_at`
-        env_frames. `wandb` is closed with the rest.
+        A run that was killed has rows from after its checkpoint, of a future that is lost: those
+        beyond `resumed_at` env_frames are cut off metrics.jsonl, and hidden by TensorBoard.
+
+        Args:
+            run: Where.
+            tensorboard: Whether there are curves.
+            resumed_at: env_frames of the checkpoint that a resumed run goes on from.
+            start: Sessions of the run before this one; every row has it, as resume_count, if given.
+            wandb: Gets the same numbers; closed with the rest.
 
         Raises:
             ConfigError: what should be the run's own file or folder is a link.
@@ -198,6 +216,9 @@ class MetricsWriter:
         if tensorboard:
             run_files.ensure_folder(run.tensorboard)
         _cut_half_line(run.metrics_path)
+        if resumed_at is not None:
+            _cut_rows(run.metrics_path, behind=resumed_at)
+        self._first = {} if start is None else {"resume_count": start}
         self._wandb = wandb
         self._rows = 0 if wandb is None else _count_lines(run.metrics_path)
         self._file = open(  # noqa: SIM115 - closed by `close`
@@ -220,13 +241,15 @@ class MetricsWriter:
         """Writes one row; numbers that are not finite become null, and no curve gets them.
 
         Args:
-            step_env_frames: env_frames of the whole run so far, the x axis of every curve.
+            step_env_frames: the row's own env_frames, of the whole run so far: the x axis of every
+                curve.
             row: values by name, such as loss/policy.
             histograms: by name, how often each whole number came, from 0 on; not for W&B.
         """
         counted = histograms or {}
         finite = {name: None if _is_wild(value) else value for name, value in row.items()}
-        line = json.dumps({"env_frames": step_env_frames, **finite, **counted}, allow_nan=False)
+        first = {"env_frames": step_env_frames, **self._first}
+        line = json.dumps({**first, **finite, **counted}, allow_nan=False)
         self._file.write(f"{line}\n")
         self._file.flush()
         numbers = {name: value for name, value in finite.items() if isinstance(value, int | float)}
@@ -292,6 +315,32 @@ def _cut_half_line(path: Path) -> None:
                 return
             end = start
         file.truncate(0)
+
+
+def _cut_rows(path: Path, *, behind: int) -> None:
+    """Truncates metrics after the last row of so many env_frames or fewer; others stay as bytes."""
+    if not path.exists():
+        return
+    with open(path, "r+b", opener=run_files.opener) as file:
+        end = 0
+        for line in file:
+            if _env_frames(line) > behind:
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+def _env_frames(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["env_frames"])
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return 0.0  # what is no row is not ours to cut
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """Returns the newest row of a metrics.jsonl; of none, that nothing was done."""
+    rows = read_metrics(path)
+    return rows[-1] if rows else {"env_frames": 0}
 
 
 def _count_lines(path: Path) -> int:
