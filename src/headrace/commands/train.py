@@ -131,7 +131,8 @@ def _train(
     end, more = "stopped and saved", ""
     if result.finished:
         by_frames = int(result.metrics["env_frames"]) >= config.total_frames
-        end, more = "done", f" --total-{'frames' if by_frames else 'minutes'} MORE"
+        unit = "frames" if by_frames else "minutes"
+        end, more = "done", f" --total-{unit} MORE --schedule-{unit} MORE"
     trust = ["--trust-code"] if any(foreign_code(to_dict(config))) else []
     again = " ".join([str(result.run), *trust, *flags_again(config)])
     print(f"{end}; go on with: headrace train --resume {again}{more}")

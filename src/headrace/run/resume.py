@@ -83,5 +83,6 @@ def already_complete(config: RunConfig, before: Before) -> str:
         flag, more = "minutes", f"{2 * (config.total_minutes or 0.0):g}"
     return (
         f"this run is complete: {frames} of {config.total_frames} frames, "
-        f"{before.elapsed_s / 60:.1f} minutes; say --total-{flag} {more} to go on"
+        f"{before.elapsed_s / 60:.1f} minutes; say --total-{flag} {more} to go on, and "
+        f"--schedule-{flag} {more} to have its schedules stretched"
     )
