@@ -31,6 +31,8 @@ class EnvSpec:
     """The environment's own observation space, if `observation_space` is its bytes (`tree`)."""
     has_action_mask: bool = False
     """Whether every step says which actions are allowed."""
+    own_action_space: gym.Space[object] | None = None
+    """The environment's own action space, if `action_space` is another; see `envs.spaces`."""
 
     def __post_init__(self) -> None:
         space = self.action_space

@@ -66,3 +66,30 @@ class Guarded(gym.Env[Any, Any]):
         if ended:
             info |= {"score": self._total, "level": "first"}
         return observation, reward, ended and bool(self._allowed[0]), ended, info
+
+
+class Owned(gym.Env[Any, Any]):
+    """Takes nothing but what is in its own action space; pays for the largest parts of it."""
+
+    spaces = (
+        gym.spaces.Discrete(3, start=5),
+        gym.spaces.MultiDiscrete(np.array([[2, 3], [4, 2]]), start=np.array([[1, 0], [-2, 7]])),
+        gym.spaces.MultiBinary((2, 2)),
+        gym.spaces.Box(np.array([[-2.0, 0.0]]), np.array([[2.0, 5.0]]), dtype=np.float64),
+        gym.spaces.Box(0, 6, (2,), np.int32),
+    )
+
+    def __init__(self, kind: int = 0) -> None:
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (1,), np.float32)
+        self.action_space = self.spaces[kind]
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.float32([self.np_random.random()]), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.steps += 1
+        shown = np.float32([self.np_random.random()])
+        return shown, float(np.mean(action)), self.steps >= 5, False, {}

@@ -191,6 +191,52 @@ def test_a_users_own_loop_plays_as_evaluation_does(guarded: Policy) -> None:
     assert len(set(returns)) == len(set(played)) == 5, "equal games would prove nothing"
 
 
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("mode", ["greedy", "sample"])
+def test_actions_are_the_environments_own(
+    kind: int, mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `make_env`, in the environment itself, and for several at once."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    environment = {"env_kwargs": json.dumps({"kind": kind})}
+    run = small(tmp_path / "run", "nested_env:Owned", environment=environment, total_frames=160)
+    policy = load(run, trust_code=True)
+    own = importlib.import_module("nested_env").Owned(kind)
+    made = policy.make_env(3)
+    assert made.action_space == own.action_space
+    for env in (made, own):
+        observation, _ = env.reset(seed=4)
+        state, over = policy.initial_state(1), False
+        while not over:
+            action, state = policy.act(observation, state, mode=mode)
+            assert own.action_space.contains(action)
+            observation, _, over, _, _ = env.step(action)
+    several, _ = policy.act(np.zeros((3, 1), np.float32), policy.initial_state(3), mode=mode)
+    assert isinstance(several, np.ndarray)
+    assert all(own.action_space.contains(action) for action in several)
+
+
+def test_reset_takes_a_seed_and_leaves_an_episode(guarded: Policy) -> None:
+    env, other = guarded.make_env(7), guarded.make_env(8)
+    first = env.reset(seed=5)[0]
+    same, again = other.reset(seed=5)[0], env.reset(seed=5)[0]
+    for observation in (same, again):
+        np.testing.assert_array_equal(observation["camera"], first["camera"])
+    env.step(0 if env.reset(seed=5)[1]["action_mask"][0] else 1)
+    left = env.reset()[0]  # in the middle
+    assert not np.array_equal(left["camera"], first["camera"])
+    assert not np.array_equal(env.reset()[0]["camera"], left["camera"])
+
+
+def test_an_observation_with_nan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    policy = load(small(tmp_path / "run", "nested_env:Owned", total_frames=160), trust_code=True)
+    with pytest.raises(ValueError, match="the observation has NaN"):
+        policy.act(np.float32([np.nan]), policy.initial_state(1))
+
+
 def test_a_loop_without_the_mask_is_caught(guarded: Policy) -> None:
     class Unmasked(gym.Wrapper[Any, Any, Any, Any]):
         def step(self, action: Any) -> Any:

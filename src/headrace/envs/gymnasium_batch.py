@@ -83,6 +83,7 @@ class GymnasiumBatch:
             frame_stack=frame_stack,
             structure=structure,
             has_action_mask=has_mask,
+            own_action_space=None if own_actions == actions else own_actions,
         )
         self._choices = self.spec.action_choices if has_mask else ()
 

@@ -60,6 +60,15 @@ def action_converter(space: gym.Space[Any]) -> Actions:
     return lambda action: list(action.reshape(-1, *shape).astype(dtype))
 
 
+def pool_action(space: gym.Space[Any], action: Any) -> NDArray[Any]:
+    """Returns one action of the environment's own space as the policy has it, [] or [D]."""
+    if isinstance(space, gym.spaces.Box):
+        return np.asarray(action, np.float32).flatten()
+    start = getattr(space, "start", 0)  # a MultiBinary has none
+    counted: NDArray[Any] = np.asarray(action, np.int64) - np.asarray(start)
+    return counted.reshape(() if isinstance(space, gym.spaces.Discrete) else -1)
+
+
 def _into(space: gym.spaces.Box, action: NDArray[Any]) -> NDArray[Any]:
     """Makes actions of a Box's own dtype, which may not have the rounding of float32."""
     if space.dtype.kind != "f":

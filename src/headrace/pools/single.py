@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from headrace import tree
+from headrace.envs.spaces import pool_action
 from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.pools.base import Pool
 from headrace.steps import EnvStep
@@ -26,34 +28,51 @@ class PoolEnv(gym.Env[Any, Any]):
     the numbers of the environment's own last info.
     """
 
-    def __init__(self, pool: Pool, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        timeout_s: float = 60.0,
+        again: Callable[[int | None], Pool] | None = None,
+    ) -> None:
         """Takes over the pool.
 
         Args:
             pool: has one environment, and nothing was received from it yet.
             timeout_s: how long one step may take.
+            again: makes another pool like it, by a seed, or by one that was not used yet; None if
+                there is none: a pool itself takes no seed, and leaves no episode.
         """
         if pool.num_envs != 1:
             raise ConfigError(f"PoolEnv takes a pool of 1 environment, not of {pool.num_envs}")
         self._pool = pool
+        self._again = again
         self._timeout_s = timeout_s
         self._held: tuple[Any, dict[str, Any]] | None = None  # what the next reset returns
         self._started = False
         structure = pool.spec.structure
         self._leaves = () if structure is None else tree.leaves(structure)
         self.observation_space = pool.spec.observation_space if structure is None else structure
-        self.action_space = pool.spec.action_space
+        self._own_actions = pool.spec.own_action_space
+        self.action_space = self._own_actions or pool.spec.action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Returns the first observation of the next episode.
 
+        A seed, or the middle of an episode, has the environment made anew, where that can be.
+
         Raises:
-            ValueError: a seed was given; it belongs to the pool.
-            RuntimeError: the episode has not ended; a pool cannot leave one.
+            ValueError: a seed was given, which belongs to the pool.
+            RuntimeError: the episode has not ended, and the pool cannot leave one.
         """
-        if seed is not None:
+        under_way = self._started and self._held is None
+        if self._again is not None and (seed is not None or under_way):
+            self._pool.close()
+            self._pool = self._again(seed)
+            self._started, self._held = False, None
+        if seed is not None and self._again is None:
             raise ValueError("the seed is set where the pool is made")
         if not self._started:
             self._started = True
@@ -73,6 +92,8 @@ class PoolEnv(gym.Env[Any, Any]):
         if not self._started or self._held is not None:
             raise RuntimeError("reset comes before the first step of an episode")
         spec = self._pool.spec
+        if self._own_actions is not None:
+            action = pool_action(self._own_actions, action)
         self._pool.reply(np.asarray(action, spec.action_dtype).reshape(1, *spec.action_shape))
         row = self._receive()
         terminated, truncated = bool(row.terminated[0]), bool(row.truncated[0])

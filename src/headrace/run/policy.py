@@ -7,6 +7,7 @@ here as it plays there.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
 from headrace.config import RunConfig, from_dict, parse_toml
+from headrace.envs.spaces import action_converter
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
 from headrace.networks.modes import frozen
@@ -51,6 +53,7 @@ class Policy:
         self._algorithm = algorithm
         self.device = device
         self._leaves = () if spec.structure is None else tree.leaves(spec.structure)
+        self._to_own = action_converter(spec.own_action_space or spec.action_space)
         self._generator = torch.Generator(device)
         self._generator.manual_seed(derived_seed(config.seed, Use.POLICY_ACTIONS))
 
@@ -59,14 +62,21 @@ class Policy:
 
         Its observations are as the environment's own space has them, but for float64, which has
         come through float32 (and is float32 where it is the whole observation), and texts, which
-        are left out. Its actions are those that `act` gives, not always the environment's own:
-        choices count from 0, also where its Discrete or MultiDiscrete starts elsewhere; several
-        choices or a MultiBinary are a vector int64 [D], any Box a vector float32 [D].
+        are left out. Its actions are in the environment's own space, as those that `act` gives are.
 
         Where not every action is always allowed, the info of `reset` and `step` has
         "action_mask", to be handed on to `act`.
         """
-        return PoolEnv(self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True))
+        resets = itertools.count(1)
+
+        def again(wanted: int | None) -> Pool:
+            if wanted is None:
+                base = self.config.seed if seed is None else seed
+                wanted = derived_seed(base, Use.POLICY_ENVIRONMENTS, next(resets))
+            return self.make_pool(num_envs=1, batch_size=1, seed=wanted, in_process=True)
+
+        first = self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True)
+        return PoolEnv(first, again=again)
 
     def make_view(self, seed: int) -> gym.Env[Any, Any] | None:
         """Returns a twin of `make_env(seed)` that shows what a person would see, or None."""
@@ -144,10 +154,12 @@ class Policy:
                 observation: without it the policy may choose what is forbidden.
 
         Returns:
-            The actions, and the state to hand to the next call.
+            The actions, in the environment's own space (its start, shape, dtype and bounds), and
+            the state to hand to the next call.
 
         Raises:
-            ValueError: the observations are not as the environment's, or not as many as the state.
+            ValueError: the observations are not as the environment's, or not as many as the state;
+                or there is NaN among them.
         """
         count = len(state.previous_action)
         frames, single = self._frames(observation, count)
@@ -166,8 +178,12 @@ class Policy:
             mask,
         )
         actions = (step.action if step.env_action is None else step.env_action).cpu().numpy()
+        own = self.spec.own_action_space
+        if own is not None:
+            actions = np.stack(self._to_own(actions)) if len(actions) else actions
+        one_choice = isinstance(own or self.spec.action_space, gym.spaces.Discrete)
         if single:
-            return (actions[0] if self.spec.action_shape else int(actions[0])), after
+            return (int(actions[0]) if one_choice else actions[0]), after
         return actions, after
 
     def _frames(self, observation: Any, count: int) -> tuple[NDArray[Any], bool]:
@@ -184,6 +200,7 @@ class Policy:
                 f"observation must be {(count, *space.shape)}, as the state is; it is "
                 f"{frames.shape}"
             )
+        _ensure_numbers(frames)
         return frames, single
 
     def _packed(self, observation: Any, count: int) -> tuple[NDArray[np.uint8], bool]:
@@ -200,7 +217,15 @@ class Policy:
         rows = np.zeros((count, *self.spec.observation_space.shape), np.uint8)
         for row, value in zip(rows, several, strict=True):
             tree.pack(self._leaves, value, row)
+        for leaf in tree.unpack(self._leaves, rows).values():
+            _ensure_numbers(leaf)
         return rows, single
+
+
+def _ensure_numbers(observation: NDArray[Any]) -> None:
+    """Raises ValueError for NaN, which a policy would answer with an action as good as any."""
+    if observation.dtype.kind == "f" and np.isnan(observation).any():
+        raise ValueError("the observation has NaN, of which a policy can say nothing")
 
 
 def _is_packed(observation: Any, count: int, shape: tuple[int, ...]) -> bool:
