@@ -61,6 +61,12 @@ class EnvSpec:
         return ()
 
     @property
+    def env_action_space(self) -> gym.Space[object]:
+        """The action space that the environment itself has."""
+        own = self.own_action_space  # compared with None: spaces have lengths, which may be 0
+        return self.action_space if own is None else own
+
+    @property
     def num_actions(self) -> int:
         """Number of actions.
 

@@ -54,7 +54,7 @@ class PoolEnv(gym.Env[Any, Any]):
         self._leaves = () if structure is None else tree.leaves(structure)
         self.observation_space = pool.spec.observation_space if structure is None else structure
         self._own_actions = pool.spec.own_action_space
-        self.action_space = self._own_actions or pool.spec.action_space
+        self.action_space = pool.spec.env_action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -53,7 +53,7 @@ class Policy:
         self._algorithm = algorithm
         self.device = device
         self._leaves = () if spec.structure is None else tree.leaves(spec.structure)
-        self._to_own = action_converter(spec.own_action_space or spec.action_space)
+        self._to_own = action_converter(spec.env_action_space)
         self._generator = torch.Generator(device)
         self._generator.manual_seed(derived_seed(config.seed, Use.POLICY_ACTIONS))
 
@@ -178,10 +178,9 @@ class Policy:
             mask,
         )
         actions = (step.action if step.env_action is None else step.env_action).cpu().numpy()
-        own = self.spec.own_action_space
-        if own is not None:
+        if self.spec.own_action_space is not None:
             actions = np.stack(self._to_own(actions)) if len(actions) else actions
-        one_choice = isinstance(own or self.spec.action_space, gym.spaces.Discrete)
+        one_choice = isinstance(self.spec.action_space, gym.spaces.Discrete)
         if single:
             return (int(actions[0]) if one_choice else actions[0]), after
         return actions, after
