@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import json
 import sys
 import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace import ConfigError, Policy, evaluate, load, train, tree
+from headrace import ConfigError, Policy, evaluate, load, make_config, train, tree
 from headrace.cli import main
 from headrace.config import from_dict, merged
 from headrace.learner import checkpoint
@@ -214,6 +217,23 @@ def test_actions_are_the_environments_own(
     several, _ = policy.act(np.zeros((3, 1), np.float32), policy.initial_state(3), mode=mode)
     assert isinstance(several, np.ndarray)
     assert all(own.action_space.contains(action) for action in several)
+
+
+def test_an_environment_that_was_changed_is_asked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where the module lives on while its class is written again."""
+    module = types.ModuleType("written_again")
+    monkeypatch.setitem(sys.modules, "written_again", module)
+    owned = importlib.import_module("tests.run.nested_env").Owned
+    seen = []
+    for kind in (0, 3):
+        module.Env = functools.partial(owned, kind)  # type: ignore[attr-defined]
+        config = make_config("written_again:Env", lockstep=True, total_frames=600, num_envs=4)
+        out = tmp_path / str(kind)
+        policy = load(train(dataclasses.replace(config, out=str(out))).run, trust_code=True)
+        seen.append(type(policy.spec.action_space).__name__)
+    assert seen == ["Discrete", "Box"]
 
 
 def test_reset_takes_a_seed_and_leaves_an_episode(guarded: Policy) -> None:

@@ -126,6 +126,11 @@ def _batch(
     )
 
 
+def forget() -> None:
+    """Has every environment asked anew: a class may have been changed since, in a notebook."""
+    _tried.cache_clear()
+
+
 @lru_cache(maxsize=64)
 def _tried(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
     """Makes one environment and steps it, so that what is wrong is said before anything starts."""

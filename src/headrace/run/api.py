@@ -25,6 +25,7 @@ from headrace.config import (
     parse_toml,
     to_toml,
 )
+from headrace.envs import gymnasium
 from headrace.errors import ConfigError
 from headrace.length import clock_from
 from headrace.pools.listener import check_listen
@@ -186,6 +187,7 @@ def train(
         TrainingDiverged: a loss or a gradient was not finite.
     """
     clock_s = clock_from(time.monotonic())
+    gymnasium.forget()
     prepared = prepare(config, resume=resume, changes=changes, trust_code=trust_code)
     hooks = Hooks(
         on_row=on_row or (lambda _: None),

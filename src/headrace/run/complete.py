@@ -23,6 +23,7 @@ from headrace.config import (
     section,
     section_types,
 )
+from headrace.envs import gymnasium
 from headrace.errors import ConfigError
 from headrace.networks.models import default_network
 from headrace.networks.structured import is_image
@@ -54,6 +55,7 @@ def make_config(
     Raises:
         ConfigError: there is no such environment, preset or setting, or a value does not fit.
     """
+    gymnasium.forget()
     named = {"env": env, "algorithm": algorithm, "preset": preset}
     named = {name: value for name, value in named.items() if value is not None}
     rule = algorithm or (_rule_of(preset) if preset else DEFAULT_ALGORITHM)

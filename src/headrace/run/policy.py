@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
 from headrace.config import RunConfig, from_dict, parse_toml
+from headrace.envs import gymnasium
 from headrace.envs.spaces import action_converter
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
@@ -248,6 +249,7 @@ def load(
     Raises:
         ConfigError: there is no run or no whole checkpoint, or it names code that is not trusted.
     """
+    gymnasium.forget()
     directory = RunDirectory.open(Path(run))
     values = parse_toml(directory.read_config(), directory.config_path)
     config = from_dict(values, trust_code=trust_code)
