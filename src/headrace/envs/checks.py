@@ -147,8 +147,11 @@ class Checks:
         for env, value in zip(envs, values, strict=True):
             one = _scalars([value])
             if one is None or not np.isfinite(one.astype(np.float32)).all():
-                text = f"step returned the reward {show(value)}, which is not a finite number"
-                raise self.fault(env, text)
+                raise self.fault(
+                    env,
+                    f"step returned the reward {show(value)}, which is not a finite number: "
+                    "return one, such as 1.0, or float(reward)",
+                )
         raise self.fault(envs[0], "step returned a reward that is not a number")
 
     def flags(self, name: str, values: Sequence[Any], envs: Sequence[int]) -> NDArray[np.bool_]:
