@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -173,32 +173,36 @@ class Checks:
         return np.array(values, np.bool_)
 
     def masks(
-        self, infos: Sequence[Mapping[str, Any]], choices: Sequence[int], envs: Sequence[int]
+        self, masks: Sequence[Any], choices: Sequence[int], envs: Sequence[int]
     ) -> NDArray[np.bool_]:
         """Returns action masks as bool [N, A], A = the sum of `choices`.
 
         Raises:
-            EnvironmentFault: one is missing, has another size, or allows no choice.
+            EnvironmentFault: one is missing, has another size, is no mask of 0 and 1, or allows no
+                choice.
         """
         size = sum(choices)
-        found = np.empty((len(infos), size), np.bool_)
-        for row, (env, info) in enumerate(zip(envs, infos, strict=True)):
-            mask = info.get("action_mask")
+        found = np.empty((len(masks), size), np.bool_)
+        for row, (env, given) in enumerate(zip(envs, masks, strict=True)):
+            mask = given
             if isinstance(mask, tuple | list) and mask and np.ndim(mask[0]):
                 mask = np.concatenate(mask)
             mask = np.asarray(mask)
             if mask.size != size or mask.dtype.kind not in "fiub":
-                shown = show(info.get("action_mask"))
-                text = f"info['action_mask'] must have {size} flags, not {shown}"
+                text = f"the action_mask must have {size} flags, not {show(given)}"
+                raise self.fault(env, text)
+            if mask.dtype.kind != "b" and not ((mask == 0) | (mask == 1)).all():
+                text = (
+                    f"the action_mask must be 1 where an action is allowed, else 0, not "
+                    f"{show(given)}: of one that is added to logits, give mask > -1"
+                )
                 raise self.fault(env, text)
             found[row] = mask.reshape(size)
-        if self._strictness != "off":
-            starts = np.cumsum([0, *choices[:-1]])
-            allowed = np.logical_or.reduceat(found, starts, axis=1)
-            if not allowed.all():
-                row = int(np.flatnonzero(~allowed.all(axis=1))[0])
-                text = f"info['action_mask'] allows no action: {show(found[row])}"
-                raise self.fault(envs[row], text)
+        starts = np.cumsum([0, *choices[:-1]])
+        allowed = np.logical_or.reduceat(found, starts, axis=1)
+        if not allowed.all():
+            row = int(np.flatnonzero(~allowed.all(axis=1))[0])
+            raise self.fault(envs[row], f"the action_mask allows no action: {show(found[row])}")
         return found
 
     def _at(

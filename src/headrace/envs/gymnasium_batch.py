@@ -6,7 +6,7 @@ The loop does nothing but call `step`; what is rare (ends, errors, prints) is lo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -17,8 +17,11 @@ from headrace import tree
 from headrace.envs.checks import Call, Checks, Strictness, Translated, parts_of, show
 from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
 from headrace.errors import ConfigError, EnvironmentFault
-from headrace.specs import EnvSpec
+from headrace.specs import ActionSpace, EnvSpec
 from headrace.steps import EnvStep, EpisodeInfo
+
+FindMask = Callable[[int, Any, Mapping[str, Any]], Any]
+"""From the place of a copy, its observation and its info, to its action mask."""
 
 
 class GymnasiumBatch:
@@ -74,7 +77,8 @@ class GymnasiumBatch:
             self.notices.append(f"{name}: {dropped!r} of the observation is text and is left out")
         first = self._reset([0])
         self._first: tuple[list[Any], list[Mapping[str, Any]]] | None = first
-        has_mask = "action_mask" in first[1][0] and not isinstance(actions, gym.spaces.Box)
+        self._find_mask = self._where_masks_are(actions, *(part[0] for part in first))
+        has_mask = self._find_mask is not None
         self.spec = EnvSpec(
             name=name,
             observation_space=observed,
@@ -106,7 +110,7 @@ class GymnasiumBatch:
         out = self._rows(np.arange(self.num_envs, dtype=np.int32))
         self._gather(observations, envs, "reset", out.observation)
         if out.action_mask is not None:
-            out.action_mask[...] = self._checks.masks(infos, self._choices, envs)
+            out.action_mask[...] = self._masks(envs, observations, infos)
         out.reset.fill(True)
         return out._replace(final_observation=None)
 
@@ -150,13 +154,15 @@ class GymnasiumBatch:
             np.logical_or(out.terminated, out.truncated, out=out.reset)
             out.truncated[out.terminated] = False
             rows = np.flatnonzero(out.reset).tolist()
+        shown: Sequence[Any] = observations
         infos: Sequence[Any] = last_infos
         episode_info = None
+        self._ensure_seen(infos[0], envs[0])
         if rows:
             episode_info = self._final_infos(infos, rows, envs)
-            infos = self._restart(rows, envs, infos, out)
+            shown, infos = self._restart(rows, envs, observations, infos, out)
         if out.action_mask is not None:
-            out.action_mask[...] = self._checks.masks(infos, self._choices, envs)
+            out.action_mask[...] = self._masks(envs, shown, infos)
         return bool(rows), episode_info
 
     def close(self) -> None:
@@ -184,21 +190,72 @@ class GymnasiumBatch:
                 raise self._checks.fault(env, text)
         return [result[0] for result in results], [result[1] for result in results]
 
+    def _where_masks_are(
+        self, actions: ActionSpace, observation: Any, info: Mapping[str, Any]
+    ) -> FindMask | None:
+        """Returns what finds the mask of a copy: in its info, its observation, or by asking it.
+
+        That is info["action_mask"] (Gymnasium's own environments), a part "action_mask" of a Dict
+        (PettingZoo, RLlib), or a method action_masks() (sb3-contrib). None where there is none.
+        """
+        if isinstance(actions, gym.spaces.Box):
+            return None
+        if "action_mask" in info:
+            return lambda _, __, info: info.get("action_mask")
+        if isinstance(observation, Mapping) and "action_mask" in observation:
+            return lambda _, observation, __: observation["action_mask"]
+        try:
+            methods = [env.get_wrapper_attr("action_masks") for env in self._envs]
+        except AttributeError:
+            return None
+        if not all(map(callable, methods)):
+            return None
+        return lambda env, _, __: methods[env]()
+
+    def _masks(
+        self, envs: Sequence[int], observations: Sequence[Any], infos: Sequence[Any]
+    ) -> NDArray[np.bool_]:
+        """Returns what every copy allows now, [N, A]."""
+        find = self._find_mask
+        assert find is not None
+        found = [find(*row) for row in zip(envs, observations, infos, strict=True)]
+        return self._checks.masks(found, self.spec.action_choices, envs)
+
+    def _ensure_seen(self, info: Any, env: int) -> None:
+        """Refuses a mask that comes too late for the first step of an episode.
+
+        Raises:
+            EnvironmentFault: it came in `step` alone.
+        """
+        is_late = self._find_mask is None and isinstance(info, Mapping) and "action_mask" in info
+        if is_late and not isinstance(self.spec.action_space, gym.spaces.Box):
+            raise self._checks.fault(
+                env,
+                "step has an action_mask in its info, and reset has none: put it in both",
+            )
+
     def _restart(
-        self, rows: Sequence[int], envs: Sequence[int], infos: Sequence[Any], out: EnvStep
-    ) -> Sequence[Any]:
-        """Resets copies that ended; returns the infos that hold now."""
+        self,
+        rows: Sequence[int],
+        envs: Sequence[int],
+        observations: Sequence[Any],
+        infos: Sequence[Any],
+        out: EnvStep,
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Resets copies that ended; returns the observations and infos that hold now."""
         whose = [envs[row] for row in rows]
-        observations, fresh = self._reset(whose)
+        first, fresh = self._reset(whose)
         assert out.final_observation is not None
         out.final_observation[rows] = out.observation[rows]
         shown = np.zeros_like(out.observation[: len(rows)])
-        self._gather(observations, whose, "reset", shown)
+        self._gather(first, whose, "reset", shown)
         out.observation[rows] = shown
-        if not self._choices:
-            return infos
-        now = dict(zip(rows, fresh, strict=True))
-        return [now.get(row, info) for row, info in enumerate(infos)]
+        if self._find_mask is None:
+            return observations, infos
+        observations, infos = list(observations), list(infos)
+        for row, observation, info in zip(rows, first, fresh, strict=True):
+            observations[row], infos[row] = observation, info
+        return observations, infos
 
     def _rows(self, env_id: NDArray[np.int32]) -> EnvStep:
         """Returns room for a step of these copies."""
