@@ -1,14 +1,18 @@
 """The worker's loop and what it prints, without a process."""
 
+import dataclasses
 import io
+import json
 from collections.abc import Callable
 from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
+from headrace.pools.messages import describe, ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import GROUP, RECORD, Table, layout
 from headrace.run import worker
@@ -21,6 +25,7 @@ from headrace.run.worker import (
     make_hosted,
     run_worker,
 )
+from headrace.specs import EnvSpec
 
 ENV = "worker_envs:ECHO"
 
@@ -157,6 +162,27 @@ def test_another_spec_in_the_worker_is_refused() -> None:
     }
     with pytest.raises(ConfigError, match="another spec"):
         make_hosted(settings)
+
+
+def test_a_spec_of_as_many_bytes_that_is_another_one_is_refused() -> None:
+    """Bounds and counts of choices take no bytes."""
+    spec = EnvSpec(
+        name=ENV,
+        observation_space=gym.spaces.Box(0.0, 1.0, (5,), np.float32),
+        action_space=gym.spaces.Discrete(4),
+    )
+    ensure_same_spec(spec, json.loads(json.dumps(describe(spec))))
+    for change, what in (
+        ({"action_space": gym.spaces.Discrete(5)}, "action is 5 choices from 0 here and 4 choices"),
+        (
+            {"observation_space": gym.spaces.Box(0.0, 2.0, (5,), np.float32)},
+            r"observation is float32 \[5\] in 0..2 .* here and float32 \[5\] in 0..1",
+        ),
+        ({"name": "other"}, "environment is other here"),
+        ({"frame_stack": 4}, "frame_stack is 4 here and 1 in its parent"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            ensure_same_spec(dataclasses.replace(spec, **change), describe(spec))
 
 
 def test_a_later_start_has_another_seed() -> None:

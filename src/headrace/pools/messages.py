@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.errors import ConfigError
 from headrace.pools.checks import check_action
 from headrace.pools.shm_layout import INFO_NBYTES, Rows, write_infos
 from headrace.pools.wire import Compression, Kind, Message, WireError, encode
@@ -57,6 +58,25 @@ def spec_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         if ours.get(name) != theirs.get(name)
     ]
     return "; ".join(parts)[:_MAX_DIFFERENCE]
+
+
+def ensure_same_spec(spec: EnvSpec, parents: Mapping[str, Any] | None) -> None:
+    """Refuses an environment that is another one in a worker than in its parent.
+
+    Args:
+        spec: In the worker.
+        parents: What `describe` said in the parent; None to believe it.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if parents is None:
+        return
+    if difference := spec_difference(describe(spec), parents):
+        difference = difference.replace(" at the other end", " in its parent")
+        raise ConfigError(
+            f"{spec.name} has another spec in a worker ('here') than in its parent: {difference}"
+        )
 
 
 def encode_step(

@@ -32,6 +32,7 @@ from headrace.pools.batcher import Batcher
 from headrace.pools.checks import check_action, check_batch
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
+from headrace.pools.messages import describe
 from headrace.pools.processes import WorkerProcess
 from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm_layout import (
@@ -274,6 +275,7 @@ class ShmPool:
             "generation": generation,
             "block_fd": self._block_fd,
             "nbytes": layout(self.spec, self.num_envs).nbytes,
+            "spec": describe(self.spec),
             "ready_fd": self._ready_end,
         }
         return WorkerProcess(

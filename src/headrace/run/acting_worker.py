@@ -32,6 +32,7 @@ from headrace.errors import PeerLost
 from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
 from headrace.networks.modes import frozen
+from headrace.pools.messages import ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.run.acting_workers import (
     BEATS,
@@ -152,6 +153,7 @@ def make_worker(
     share, generation = Share(*settings["share"]), settings["generation"]
     worker, resume_count = settings["worker"], settings["resume_count"]
     spec: EnvSpec = catalog.environment_family(config.env).spec(config.env, config.environment)
+    ensure_same_spec(spec, settings["spec"])
     model: Any = frozen(make_model(config, spec, _CPU))
     algorithm = make_algorithm(config, model, spec, torch.float32)  # it acts, and never updates
     lower_precision(model, choose_precision(config.precision, _CPU))

@@ -28,6 +28,7 @@ from headrace.experience.shared import Columns, SharedSlots, shares, table_nbyte
 from headrace.experience.unrolls import Allocate, UnrollTable
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
+from headrace.pools.messages import describe
 from headrace.pools.processes import WorkerProcess
 from headrace.run.system import usable_cores
 from headrace.server.server import OnEpisodes
@@ -137,6 +138,7 @@ class ActingWorkers:
         workers = min(config.workers.num_workers or usable_cores(), num_envs)
         threads = config.env_threads or max(1, usable_cores() // workers)
         self._config = dataclasses.replace(config, env_threads=threads)
+        self._spec = spec
         self._resume_count = resume_count
         self._shares = shares(num_envs, workers=workers, capacity=capacity, groups=groups)
         self._num_slots = sum(share.num_slots for share in self._shares)
@@ -265,6 +267,7 @@ class ActingWorkers:
             "generation": generation,
             "resume_count": self._resume_count,
             "share": share,
+            "spec": describe(self._spec),
             "num_slots": self._num_slots,
             "free": self.queue.begin(worker, generation),
             "fds": self._fds,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from headrace import catalog
 from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import ConfigError, PeerLost
+from headrace.pools.messages import ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import (
     GROUP,
@@ -184,6 +185,7 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
         seed=generation_seed(settings["seed"], settings["generation"]),
         first_env=settings.get("first_env", 0) + first,
     )
+    ensure_same_spec(env.spec, settings.get("spec"))
     plan = layout(env.spec, settings["num_envs"])
     if plan.nbytes != settings["nbytes"]:
         raise ConfigError(f"{settings['env']} has another spec in a worker than in its parent")
