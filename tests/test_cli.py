@@ -326,6 +326,8 @@ def test_every_preset_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for name, preset in PRESETS.items():
         assert name in out
         assert preset.source in out
+        assert preset.score in out
+        assert preset.command in out
     assert "learning.optimizer.learning_rate = 0.0006" in out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,23 @@ def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> 
     # Nothing is set in vain: what the preset says is what the run gets.
     whole = to_dict(config)
     assert merged(whole, PRESETS[name].values) == whole
+
+
+def test_a_score_stands_in_the_results_with_its_command() -> None:
+    results = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    commands = {name: each.command for name, each in PRESETS.items() if each.command}
+    assert commands["atari-desktop"].startswith("headrace train ALE/Pong-v5")
+    for name, command in commands.items():
+        assert command in results, name
+        assert PRESETS[name].score, name
+
+
+def test_a_preset_that_extends_another_is_laid_over_what_it_keeps_of_that() -> None:
+    desktop, images = PRESETS["atari-desktop"].values, PRESETS["images"].values
+    assert set(desktop) - set(images) == {"environment"}
+    own = {"total_frames": 2_000_000, "learning": {"reward_transform": "normalize"}}
+    assert images == merged({key: desktop[key] for key in images}, own)
+    assert PRESETS["images"].score == ""  # what is said of a preset is said of that one
 
 
 def test_settings_lie_over_a_preset() -> None:

@@ -112,6 +112,9 @@ def presets_command(argv: list[str]) -> None:
     tyro.cli(_nothing, args=argv, prog="headrace presets", description="Lists named settings.")
     for name, preset in presets.PRESETS.items():
         print(f"{name}\n  {preset.summary}\n  source: {preset.source}")
+        for what, text in (("score", preset.score), ("command", preset.command)):
+            if text:
+                print(f"  {what}: {text}")
         for line in _flat(preset.values):
             print(f"    {line}")
 
