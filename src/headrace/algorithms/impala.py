@@ -127,7 +127,8 @@ class ImpalaConfig:
         check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls, least=1)
         if self.clip_range and self.passes == self.minibatches == 1:
             raise ConfigError(
-                "clip_range has no effect on one gradient step a batch: say --passes 2 as well"
+                "clip_range has no effect on one gradient step a batch: say --clip-range 0, or "
+                "--passes 2"
             )
         check_kl(self.optimizer, stop_kl=self.stop_kl, passes=self.passes, flag="--passes")
         if self.vtrace_lambda == 1 and self.vtrace_lambda_form != "traces":
