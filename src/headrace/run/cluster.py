@@ -1,15 +1,16 @@
 """Training on a Ray cluster: the driver, which is the user's `headrace train`.
 
 ```
-this process   places, hears, starts again; shows rows and keeps the log
-  Ray            |  (a few lines of text a second; step data never goes this way)
+this process   says who goes where, hears, counts; shows rows and keeps the log
+  Ray            |  places and restarts (a few lines of text a second, never step data)
 a node         Keeper --> learner and server (run/learner_process.py)
                                  ^  gRPC: steps and actions, or unrolls and weights
 every node     Keeper --> worker host (run/host.py)
 ```
 
-What ends a run on one machine ends it here too. What kills a process or a machine does not: a
-worker host is placed again, a learner goes on from its newest checkpoint.
+What ends a run on one machine ends it here too. What kills a process or a machine does not: Ray
+restarts the actor of a process that has died, and a learner goes on from its newest checkpoint.
+Only what was on a node that is lost is planned anew, since the nodes that are left may be others.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from headrace.config import RunConfig, to_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError
 from headrace.run.cluster_hosts import Hosts
 from headrace.run.cluster_learner import Job, LearnerSeat
-from headrace.run.cluster_member import Site
-from headrace.run.cluster_ray import connected, ensure_allowed
+from headrace.run.cluster_ray import RayCluster, connected, ensure_allowed
 from headrace.run.local import Hooks, TrainResult
 from headrace.run.report import Row
 from headrace.run.stop import Stop, stop_signals
@@ -36,7 +36,6 @@ NODES_S = 2.0
 """Seconds between two looks at who belongs to the cluster."""
 
 _LOOK_S = 0.25
-_AWAY_S = 5.0  # between two turns: then this process was stopped, and nobody else was silent
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -88,7 +87,8 @@ def run_on_cluster(
         site = stack.enter_context(connected(config.cluster.cluster, variables))
         stop = stack.enter_context(stop_signals())
         (path / mark).touch()
-        stack.callback((path / mark).unlink, missing_ok=True)
+        for name in (mark, f"{mark}.address"):
+            stack.callback((path / name).unlink, missing_ok=True)
         copy = stack.enter_context(_Copy(run, config))
         training = Training(
             site, job, resume=resume, hooks=hooks._replace(on_row=copy.wrap(hooks.on_row))
@@ -115,7 +115,7 @@ class Training:
 
     def __init__(
         self,
-        site: Site,
+        site: RayCluster,
         job: Job,
         *,
         resume: bool,
@@ -139,7 +139,6 @@ class Training:
         self._site, self._config, self._now_s = site, config, now_s
         self._hooks = hooks
         self._looked_s = float("-inf")
-        self._turned_s = now_s()
         self._nodes = 0
         self._ending = False
 
@@ -151,10 +150,6 @@ class Training:
     def turn(self, stop: Stop) -> bool:
         """Does what is due, and never waits; returns whether the run is over."""
         now_s = self._now_s()
-        if now_s - self._turned_s > _AWAY_S:
-            self.learner.member.excuse(now_s - self._turned_s)
-            self.hosts.excuse(now_s - self._turned_s)
-        self._turned_s = now_s
         try:
             self.learner.attend(now_s)
             if self._ending or self.learner.done is not None or stop.requested:
@@ -170,24 +165,18 @@ class Training:
         self.learner.member.end()
 
     def _work(self, now_s: float) -> None:
-        nodes = None
+        nodes, member = None, self.learner.member
         if now_s - self._looked_s >= NODES_S:
             self._looked_s = now_s
             nodes = self._site.nodes()
             if len(nodes) != self._nodes and self._nodes:
                 self._hooks.on_message(f"the cluster has {len(nodes)} nodes now")
             self._nodes = len(nodes)
-            member = self.learner.member
             if member.placed is not None and member.node not in {node.id for node in nodes}:
                 self.learner.lost(now_s)
-            crowded = self.learner.place(
-                nodes,
-                self.hosts.slots,
-                wanted_hosts=self._config.cluster.cluster_hosts or len(nodes),
-                now_s=now_s,
-            )
-            if crowded is not None:
-                self.hosts.make_room(crowded)
+            hosts = self._config.cluster.cluster_hosts or len(nodes)
+            if self.learner.place(nodes, wanted_hosts=hosts, now_s=now_s):
+                self.hosts.make_room(member.node)
             if member.placed is None or member.waits:
                 nodes = None  # first its room, then theirs
         if self.learner.address:
@@ -196,7 +185,7 @@ class Training:
                 num_envs=self._config.server.num_envs,
                 block=self.learner.block,
             )
-        self.hosts.attend(nodes, now_s)
+        self.hosts.attend(nodes, now_s, reserved={member.node: self.learner.cpus})
         self.learner.tell(self.counts())
 
     def counts(self) -> dict[str, int]:
@@ -211,7 +200,7 @@ class Training:
     def _end(self, now_s: float) -> bool:
         """The learner saves and ends, then the hosts; returns whether all are gone."""
         self._ending = True
-        if not self.learner.over() and self.learner.done is None:
+        if self.learner.done is None and self.learner.member.leaving_s is None:
             self.learner.hang_up(now_s)
         if self.learner.member.placed is not None:
             self.hosts.hear(now_s)

@@ -1,4 +1,4 @@
-"""The worker hosts of a run on a cluster: one for each slot, started again, and shared out anew."""
+"""The worker hosts of a run on a cluster: one for each slot, and each one's environments."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.errors import PeerLost
-from headrace.run.cluster_member import IN_PEACE, WAIT_S, Member, Order, Site
-from headrace.run.cluster_plan import Node, Slot, new_slots, shares
+from headrace.run.cluster_actor import ROOM_S, Heard, Member, Order
+from headrace.run.cluster_plan import LEAST_CPUS, Node, Slot, new_slots, shares
+from headrace.run.cluster_ray import RayCluster
 
 MODULE = "headrace.run.host"
 """The program of a worker host."""
@@ -33,8 +34,6 @@ class _Host:
     slot: Slot
     member: Member
     envs: int = 0  # that it was started with
-    machine: str = ""
-    since_s: float = 0.0  # when this life began
     lines_told: int = 0
     given_up: bool = False
 
@@ -44,7 +43,7 @@ class Hosts:
 
     def __init__(
         self,
-        site: Site,
+        site: RayCluster,
         link: Mapping[str, Any],
         *,
         hosts: int,
@@ -73,17 +72,13 @@ class Hosts:
         self._address = ""
         self._num_envs = self._block = 0
         self._begun = 0  # hosts that there ever were
+        self._most: dict[str, float] = {}  # processors that others leave us, by node
         self._changed_s = 0.0  # when a slot came or went
 
     @property
     def running(self) -> int:
         """Hosts that are on a node."""
-        return sum(host.member.placed is not None and not host.member.waits for host in self._hosts)
-
-    @property
-    def slots(self) -> list[Slot]:
-        """Of all hosts that there are, given up or not."""
-        return [host.slot for host in self._hosts]
+        return sum(host.member.works for host in self._hosts)
 
     def serve(self, address: str, *, num_envs: int, block: int) -> None:
         """Says where the learner listens, and what there is to step.
@@ -98,12 +93,15 @@ class Hosts:
                 host.member.end()  # what it still holds is a dead learner's
         self._address, self._num_envs, self._block = address, num_envs, block
 
-    def attend(self, nodes: Sequence[Node] | None, now_s: float) -> None:
-        """Hears all hosts, buries, starts, and divides anew.
+    def attend(
+        self, nodes: Sequence[Node] | None, now_s: float, *, reserved: Mapping[str, float]
+    ) -> None:
+        """Hears all hosts, starts new ones, and divides anew.
 
         Args:
             nodes: Those that live, if that was just asked; None otherwise.
             now_s: The time.
+            reserved: Processors that the learner has, by the id of its node.
 
         Raises:
             PeerLost: the last host was given up.
@@ -111,17 +109,16 @@ class Hosts:
         self.hear(now_s)
         if nodes is not None:
             self._follow(nodes, now_s)
+            if self._address:
+                self._fill(nodes, now_s, reserved)
         if not self._address:
             return
         usable = {host.number: host for host in self._hosts if not host.given_up}
         if self._hosts and not usable:
             raise PeerLost(f"all worker hosts are given up; {self._hosts[0].member.times()}")
         settled = now_s - self._changed_s >= SETTLE_S
-        wanted = shares(
-            self._num_envs,
-            self._block,
-            {number: host.slot.cpus for number, host in usable.items()},
-        )
+        cpus = {number: host.slot.cpus for number, host in usable.items()}
+        wanted = shares(self._num_envs, self._block, cpus)
         held = sum(host.envs for host in usable.values() if host.member.placed is not None)
         divided = False
         for number, host in usable.items():
@@ -166,13 +163,8 @@ class Hosts:
         for host in self._hosts:
             host.member.end()
 
-    def excuse(self, gap_s: float) -> None:
-        """See `Member.excuse`."""
-        for host in self._hosts:
-            host.member.excuse(gap_s)
-
     def _begin(self, host: _Host, envs: int, now_s: float) -> None:
-        host.envs, host.since_s, host.machine = envs, now_s, ""
+        host.envs = envs
         settings = {
             "link": {**self._link, "connect": self._address},
             "envs": envs,
@@ -180,60 +172,76 @@ class Hosts:
             "trust_code": self._trust_code,
         }
         order = Order(f"headrace {host.member.label}", MODULE, settings, *host.slot)
-        host.member.begin(self._site, order, now_s)
+        host.member.begin(self._site.place(order), order, now_s)
 
     def _hear(self, host: _Host, now_s: float) -> None:
-        member, placed = host.member, host.member.placed
-        heard = member.hear(now_s)
-        if placed is not None and placed.machine and not host.machine:
-            host.machine, host.since_s = placed.machine, now_s
-            member.label = f"worker host {host.number} on {host.machine}"
+        member = host.member
+        since_s = member.since_s
+        for heard in member.hear(now_s):
+            if member.machine:
+                member.label = f"worker host {host.number} on {member.machine}"
+            for message in heard.messages:
+                if "note" in message:  # for the log alone: there may be hundreds of hosts
+                    logger.info("%s: %s", member.label, message["note"])
+            for line in filter(str.strip, heard.printed):
+                host.lines_told += 1
+                if host.lines_told <= LINES_TOLD:
+                    self._on_message(f"{member.label} printed: {line}")
+            if heard.death is not None:
+                self._died(host, heard, now_s, healthy=now_s - since_s > HEALTHY_S)
         if member.leaving_s is not None and now_s - member.leaving_s > LEAVE_S:
             member.end()
-        if heard is None:
-            return
-        for message in heard.messages:
-            if "note" in message:  # for the log alone: there may be hundreds of hosts
-                logger.info("%s: %s", member.label, message["note"])
-        for line in [line for line in heard.printed if line.strip()]:
-            host.lines_told += 1
-            if host.lines_told <= LINES_TOLD:
-                self._on_message(f"{member.label} printed: {line}")
-        if heard.death is None or member.leaving_s is not None:
-            return
-        if heard.death.startswith(IN_PEACE):
-            member.restart_s = now_s + AGAIN_S  # the learner has sent it away: the run is over
-        else:
-            self._bury(host, heard.death, now_s)
 
-    def _bury(self, host: _Host, cause: str, now_s: float) -> None:
+    def _died(self, host: _Host, heard: Heard, now_s: float, *, healthy: bool) -> None:
         member = host.member
-        self.deaths += 1
-        member.died(cause, now_s, healthy=now_s - host.since_s > HEALTHY_S)
-        if member.deaths >= self._max_deaths:
-            host.given_up = True
-            self._changed_s = now_s
-            self._on_message(f"{member.times()}; training goes on without it")
+        if member.leaving_s is not None:
+            member.end()
             return
-        self._on_message(f"{member.label} died: {cause}; another one takes its place")
+        if heard.code == 0:  # the learner has sent it away: the run is over, or that one has died
+            member.restart_s = now_s + AGAIN_S
+            return
+        self.deaths += 1
+        member.died(str(heard.death), now_s, healthy=healthy)
+        if member.deaths < self._max_deaths:
+            self._on_message(f"{member.label} died: {heard.death}; another one takes its place")
+            return
+        member.end()
+        host.given_up = True
+        self._changed_s = now_s
+        self._on_message(f"{member.times()}; training goes on without it")
 
     def _follow(self, nodes: Sequence[Node], now_s: float) -> None:
-        """Drops the hosts whose nodes are gone, and finds room for those that are missing."""
-        names = {node.id: node.name for node in nodes}
+        """Drops the hosts whose nodes are gone, and those that find no room on theirs."""
+        alive = {node.id for node in nodes}
         for host in list(self._hosts):
-            gone = host.slot.node not in names
-            tired = host.member.waits and now_s - host.member.asked_s > WAIT_S
-            if not gone and not tired:
+            member = host.member
+            if host.slot.node not in alive:
+                if member.placed is not None:
+                    self.deaths += 1
+                    self._on_message(f"{member.label} is lost: its node has left the cluster")
+            elif (
+                member.placed is not None
+                and member.waits
+                and now_s - member.asked_s > ROOM_S
+                and not member.placed.has_room()
+            ):  # others have it; how much of it Ray does not say, so half as much is tried
+                self._most[host.slot.node] = max(LEAST_CPUS, host.slot.cpus / 2)
+            else:
                 continue
-            if gone and host.member.placed is not None:
-                self.deaths += 1
-                self._on_message(f"{host.member.label} is lost: its node has left the cluster")
-            host.member.end()
+            member.end()
             self._hosts.remove(host)
             self._changed_s = now_s
-        if not self._address:
-            return
-        for slot in new_slots(nodes, self.slots, hosts=self._wanted, host_cpus=self._host_cpus):
+
+    def _fill(self, nodes: Sequence[Node], now_s: float, reserved: Mapping[str, float]) -> None:
+        """Finds room for the hosts that are missing."""
+        taken = [host.slot for host in self._hosts]
+        free = {}
+        for node in nodes:
+            ours = sum(slot.cpus for slot in taken if slot.node == node.id)
+            most = self._most.get(node.id, node.cpus)
+            free[node.id] = min(most, node.cpus - reserved.get(node.id, 0.0)) - ours
+        names = {node.id: node.name for node in nodes}
+        for slot in new_slots(free, taken, hosts=self._wanted, host_cpus=self._host_cpus):
             label = f"worker host {self._begun}"
             self._hosts.append(_Host(self._begun, slot, Member(label)))
             self._begun += 1
