@@ -10,13 +10,13 @@ import logging
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import pytest
@@ -35,7 +35,7 @@ from headrace.run import (
 )
 from headrace.run.api import prepare
 from headrace.run.cluster import Training, run_on_cluster
-from headrace.run.cluster_actor import Heard, Keeper, Order
+from headrace.run.cluster_actor import Heard, Keeper, Member, Order, Site
 from headrace.run.cluster_learner import Job, ensure_private
 from headrace.run.cluster_plan import (
     Node,
@@ -58,40 +58,38 @@ def node(name: str, cpus: float = 8, *, gpus: float = 0) -> Node:
     return Node(f"id-{name}", name, LOOPBACK, cpus, gpus)
 
 
+class RayError(Exception):
+    pass
+
+
+class ActorUnavailableError(RayError):
+    pass
+
+
+def call(method: Callable[..., Any]) -> Any:
+    return SimpleNamespace(remote=method)
+
+
 @dataclass
 class FakePlaced:
-    """What Ray does: `again` is a restart of the actor, which comes when a test says so."""
+    """An actor. `FakeRay` asks for a restart, which comes when a test says so."""
 
     order: Order
-    site: FakeSite
     lives: int = 0
     restarts: int = 0  # asked for
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[Heard | RayError] = field(default_factory=list)
     said: list[bytes] = field(default_factory=list)
     hung_up: bool = False
     killed: bool = False
 
+    def __post_init__(self) -> None:
+        self.news = call(lambda _: self)  # a reference to what it says next
+        self.say = call(self.said.append)
+        self.hang_up = call(lambda: setattr(self, "hung_up", True))
+
     @property
     def machine(self) -> str:
         return self.order.node.removeprefix("id-") if self.lives else ""
-
-    def has_room(self) -> bool:
-        return bool(self.lives) or self.order.node not in self.site.full
-
-    def hear(self) -> Heard | None:
-        return self.heard.pop(0) if self.heard else None
-
-    def again(self) -> None:
-        self.restarts += 1
-
-    def say(self, data: bytes) -> None:
-        self.said.append(data)
-
-    def hang_up(self) -> None:
-        self.hung_up = True
-
-    def kill(self) -> None:
-        self.killed = True
 
     def arrives(self) -> None:
         """Ray has started the actor, or restarted it."""
@@ -109,21 +107,63 @@ class FakePlaced:
         self.dies("left by itself with exit code 0", code=0)
 
 
-@dataclass
-class FakeSite:
-    alive: list[Node]
-    placed: list[FakePlaced] = field(default_factory=list)
-    full: set[str] = field(default_factory=set)  # ids of nodes where others have the room
+class FakeRay:
+    """As much of Ray as a run uses; nothing waits."""
 
-    def nodes(self) -> list[Node]:
-        return list(self.alive)
+    exceptions = SimpleNamespace(RayError=RayError, ActorUnavailableError=ActorUnavailableError)
 
-    def place(self, order: Order) -> FakePlaced:
-        self.placed.append(FakePlaced(order, self))
+    def __init__(self, alive: list[Node]) -> None:
+        self.alive = alive
+        self.placed: list[FakePlaced] = []
+        self.full: set[str] = set()  # ids of nodes where others have the room
+        self.options: list[dict[str, Any]] = []
+        self.util = SimpleNamespace(
+            placement_group=lambda _, bundle_label_selector: bundle_label_selector[0],
+            placement_group_table=self.table,
+            remove_placement_group=lambda _: None,
+            scheduling_strategies=SimpleNamespace(PlacementGroupSchedulingStrategy=dict),
+        )
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "Alive": True,
+                "NodeID": node.id,
+                "NodeManagerHostname": node.name,
+                "NodeManagerAddress": node.address,
+                "Resources": {"CPU": node.cpus, "GPU": node.gpus},
+            }
+            for node in self.alive
+        ]
+
+    def table(self, group: dict[str, str]) -> dict[str, str]:
+        return {"state": "PENDING" if group["ray.io/node-id"] in self.full else "CREATED"}
+
+    def remote(self, kept: type) -> Any:
+        assert kept is Keeper
+        return SimpleNamespace(options=self.with_options)
+
+    def with_options(self, **options: Any) -> Any:
+        self.options.append(options)
+        return call(self.place)
+
+    def place(self, order: Order, variables: Any, *, paths: Any, folder: Any) -> FakePlaced:
+        self.placed.append(FakePlaced(order))
         return self.placed[-1]
 
-    def wait(self, timeout_s: float) -> None:
-        raise AssertionError("a turn never waits")
+    def wait(self, answers: list[FakePlaced], *, timeout: float) -> tuple[list[Any], list[Any]]:
+        assert timeout == 0, "a turn never waits"
+        return [placed for placed in answers if placed.heard], []
+
+    def get(self, placed: FakePlaced) -> Heard:
+        heard = placed.heard.pop(0)
+        if isinstance(heard, RayError):
+            raise heard
+        return heard
+
+    def kill(self, placed: FakePlaced, *, no_restart: bool = True) -> None:
+        placed.killed = placed.killed or no_restart
+        placed.restarts += not no_restart
 
     def living(self) -> list[FakePlaced]:
         return [placed for placed in self.placed if not placed.killed]
@@ -140,7 +180,7 @@ class Run:
 
     def __init__(self, *nodes: Node, resume: bool = False, **changes: Any) -> None:
         config = completed(RunConfig(env="catch", out="/runs/x", total_frames=1000, **changes))
-        self.site = FakeSite(list(nodes))
+        self.site = FakeRay(list(nodes))
         self.now_s = 0.0
         self.messages: list[str] = []
         self.rows: list[Any] = []
@@ -154,7 +194,7 @@ class Run:
         )
         job = Job(config, to_dict(config), ".seen", trust_code=True)
         self.training = Training(
-            cast(Any, self.site), job, resume=resume, hooks=hooks, now_s=lambda: self.now_s
+            Site(self.site, {}), job, resume=resume, hooks=hooks, now_s=lambda: self.now_s
         )
 
     def turn(self, seconds: float = 0.0) -> bool:
@@ -481,7 +521,7 @@ def test_a_node_that_leaves_takes_its_host_and_the_rest_go_on() -> None:
 def test_a_node_that_ray_gives_up_takes_its_host() -> None:
     run = Run(node("a"), node("b")).listening().stepping()
     lost = next(host for host in run.site.hosts() if host.machine == "b")
-    lost.heard.append(Heard(death="The actor is not schedulable", gone=True))
+    lost.heard.append(RayError("The actor is not schedulable"))
     run.turn()
     assert lost.killed
     assert run.said("worker host 1 on b died: The actor is not schedulable")
@@ -513,13 +553,34 @@ def test_of_room_that_others_have_taken_half_is_tried() -> None:
     run.listening()
     run.turn(3)
     waiting = next(host for host in run.site.hosts() if host.order.node == "id-b")
-    assert waiting.order.cpus == 8 - waiting.site.learner().order.cpus * (
-        waiting.site.learner().order.node == "id-b"
-    )
+    assert waiting.order.cpus == (4 if run.site.learner().order.node == "id-b" else 8)
     run.turn(cluster_actor.ROOM_S + 4)
     assert waiting.killed
     later = next(host for host in run.site.hosts() if host.order.node == "id-b")
     assert later.order.cpus == waiting.order.cpus / 2
+
+
+def test_a_node_where_no_host_can_start_is_given_up() -> None:
+    run = Run(node("a"), node("b")).listening().stepping()
+    run.now_s = 1e6  # as a clock may say
+    for _ in range(60):
+        for host in run.site.hosts():
+            if host.order.node == "id-b" and not host.heard:
+                host.heard.append(RayError("creation task … ModuleNotFoundError: headrace"))
+        run.turn(1)
+    assert run.training.counts()["cluster_host_deaths"] == 5
+    assert run.said("5 times in a row, first: creation task … ModuleNotFoundError: headrace")
+    assert [host.order.node for host in run.site.hosts()] == ["id-a"]
+
+
+def test_where_no_host_of_that_size_fits_it_is_tried_again() -> None:
+    run = Run(node("a"), node("b", 8), cluster=ClusterConfig(cluster="auto", host_cpus=4))
+    run.site.full = {"id-b"}
+    run.listening().turn(cluster_actor.ROOM_S + 4)
+    assert [host.order.node for host in run.site.hosts()] == ["id-a"]
+    run.site.full = set()
+    run.turn(cluster_hosts.CROWDED_S + cluster_hosts.SETTLE_S + 2 * cluster_hosts.LEAVE_S)
+    assert sorted(host.order.node for host in run.site.hosts()) == ["id-a", "id-b"]
 
 
 def test_a_learner_that_dies_goes_on_from_its_checkpoint_at_its_address() -> None:
@@ -649,7 +710,7 @@ def stopped_at_once() -> Iterator[Stop]:
 def test_a_stop_before_anything_began_claims_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = FakeSite([node("a")], full={"id-a"})
+    site = Site(FakeRay([node("a")]), {})
     monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext(site))
     monkeypatch.setattr(cluster, "stop_signals", stopped_at_once)
     config = completed(RunConfig(env="catch", cluster=ClusterConfig(cluster="local")))
@@ -970,63 +1031,31 @@ def test_a_life_after_another_listens_where_that_did(tmp_path: Path) -> None:
     assert listens("[::1]:0") == "[::1]:5000"
 
 
-class RayError(Exception):
-    pass
-
-
-class ActorUnavailableError(RayError):
-    pass
-
-
-class FakeRay:
-    """An actor's answers, in the order in which they are asked for."""
-
-    exceptions = SimpleNamespace(RayError=RayError, ActorUnavailableError=ActorUnavailableError)
-    util = SimpleNamespace(
-        placement_group=lambda *_, **__: None, remove_placement_group=lambda _: None
-    )
-
-    def __init__(self, *answers: Heard | RayError) -> None:
-        self.answers = list(answers)
-        self.kills: list[bool] = []
-        self.options: dict[str, Any] = {}
-
-    def remote(self, kept: type) -> Any:
-        handle = SimpleNamespace(news=SimpleNamespace(remote=lambda _: self.answers.pop(0)))
-        made = SimpleNamespace(remote=lambda *_, **__: handle)
-        return SimpleNamespace(options=lambda **options: self.options.update(options) or made)
-
-    def wait(self, answers: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        return answers, []
-
-    def get(self, answer: Heard | RayError) -> Heard:
-        if isinstance(answer, RayError):
-            raise answer
-        return answer
-
-    def kill(self, _handle: Any, *, no_restart: bool = True) -> None:
-        self.kills.append(no_restart)
-
-
 def test_what_an_actor_answers_while_ray_restarts_it() -> None:
-    pytest.importorskip("ray")  # for its scheduling strategies
-    dead = Heard("first", "a", death="killed", code=-9)
-    new = Heard("second", "a")
-    gone = RayError("The actor is not schedulable.\n\tclass_name: Keeper")
-    ray = FakeRay(Heard("first", "a"), dead, dead, ActorUnavailableError("soon"), new, gone)
-    placed = cluster_actor.RayPlaced(ray, Order("x", "y", {}, "a", 1.0), {})
-    assert ray.options["max_restarts"] == -1
-    assert placed.hear() == Heard("first", "a")
-    assert placed.hear() == dead
-    assert placed.hear() is None, "until it is asked again"
-    placed.again()
-    assert ray.kills == [False]
-    assert placed.hear() is None, "not killed yet, and not dead twice"
-    assert placed.hear() == Heard()
-    assert placed.hear() == new
-    heard = placed.hear()
-    assert heard is not None
-    assert heard.gone
+    ray = FakeRay([])
+    member = Member("it")
+    member.begin(Site(ray, {}), Order("x", "y", {}, "id-a", 1.0), 0.0)
+    assert ray.options[0]["max_restarts"] == -1
+    (placed,) = ray.placed
+    placed.arrives()
+    placed.dies("killed")
+    placed.dies("killed")
+    assert [heard.death for heard in member.hear(0.0)] == [None]
+    assert [heard.death for heard in member.hear(1.0)] == ["killed"]
+    assert not member.works
+    member.died("killed", 1.0, healthy=False)
+    assert member.hear(1.5) == [], "it rests"
+    assert not placed.restarts
+    assert member.hear(2.5) == [], "not killed yet, and not dead twice"
+    assert placed.restarts == 1
+    placed.heard.append(ActorUnavailableError("soon"))
+    assert member.hear(2.5) == []
+    placed.arrives()
+    (heard,) = member.hear(3.0)
+    assert heard.life == "life 2"
+    assert member.works
+    placed.heard.append(RayError("The actor is not schedulable.\n\tclass_name: Keeper\n"))
+    (heard,) = member.hear(4.0)
     assert heard.death == "The actor is not schedulable. … class_name: Keeper"
-    placed.kill()
-    assert ray.kills == [False, True]
+    assert placed.killed
+    assert not member.placed

@@ -24,9 +24,10 @@ from typing import Any
 
 from headrace.config import RunConfig, to_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError
+from headrace.run.cluster_actor import Site
 from headrace.run.cluster_hosts import Hosts
 from headrace.run.cluster_learner import Job, LearnerSeat
-from headrace.run.cluster_ray import RayCluster, connected, ensure_allowed
+from headrace.run.cluster_ray import connected, ensure_allowed, living_nodes
 from headrace.run.local import Hooks, TrainResult
 from headrace.run.report import Row
 from headrace.run.stop import Stop, stop_signals
@@ -96,7 +97,7 @@ def run_on_cluster(
         copy.wanted = lambda: not training.learner.shared
         stack.callback(training.kill)
         while not training.turn(stop):
-            site.wait(_LOOK_S)
+            training.wait(_LOOK_S)
         if training.failure is not None:
             raise training.failure
         if copy.writer is not None:
@@ -115,7 +116,7 @@ class Training:
 
     def __init__(
         self,
-        site: RayCluster,
+        site: Site,
         job: Job,
         *,
         resume: bool,
@@ -159,6 +160,15 @@ class Training:
             return self._fail(error, now_s)
         return False
 
+    def wait(self, timeout_s: float) -> None:
+        """Waits until a process has news, or `timeout_s` is over."""
+        members = [self.learner.member, *self.hosts.members]
+        answers = [member.answer for member in members if member.answer is not None]
+        if answers:
+            self._site.ray.wait(answers, num_returns=1, timeout=timeout_s, fetch_local=False)
+        else:
+            time.sleep(timeout_s)
+
     def kill(self) -> None:
         """Ends all processes, whatever they are at."""
         self.hosts.kill()
@@ -168,16 +178,16 @@ class Training:
         nodes, member = None, self.learner.member
         if now_s - self._looked_s >= NODES_S:
             self._looked_s = now_s
-            nodes = self._site.nodes()
+            nodes = living_nodes(self._site.ray)
             if len(nodes) != self._nodes and self._nodes:
                 self._hooks.on_message(f"the cluster has {len(nodes)} nodes now")
             self._nodes = len(nodes)
-            if member.placed is not None and member.node not in {node.id for node in nodes}:
+            if member.placed and member.node not in {node.id for node in nodes}:
                 self.learner.lost(now_s)
             hosts = self._config.cluster.cluster_hosts or len(nodes)
             if self.learner.place(nodes, wanted_hosts=hosts, now_s=now_s):
                 self.hosts.make_room(member.node)
-            if member.placed is None or member.waits:
+            if not member.placed or member.waits:
                 nodes = None  # first its room, then theirs
         if self.learner.address:
             self.hosts.serve(
@@ -202,7 +212,7 @@ class Training:
         self._ending = True
         if self.learner.done is None and self.learner.member.leaving_s is None:
             self.learner.hang_up(now_s)
-        if self.learner.member.placed is not None:
+        if self.learner.member.placed:
             self.hosts.hear(now_s)
             return False
         self.hosts.hang_up(now_s)
@@ -212,7 +222,7 @@ class Training:
     def _fail(self, error: HeadraceError, now_s: float) -> bool:
         """Keeps the first failure; what can still be saved is."""
         self.failure = self.failure or error
-        if self._ending or self.learner.member.placed is None:
+        if self._ending or not self.learner.member.placed:
             return True
         self._ending = True
         self._hooks.on_message(f"{error}; the run is saved and ends")

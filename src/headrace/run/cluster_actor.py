@@ -1,10 +1,12 @@
 """A process of ours as Ray's actor: Ray places it and starts it again, the driver counts.
 
     driver                      Ray       Keeper, an actor on a node     pipes    the process
-      RayPlaced --- its room, then it --->  __init__ starts it ---------------->  works
-      hear      ------------------------->  news: waits a moment  <---------------  tells, prints
+      Member.begin -- its room, then it -->  __init__ starts it ---------------->  works
+      hear  ----------------------------->  news: waits a moment  <-------------  tells, prints
       say, hang_up  --------------------->  ----------------------------------->  ends by itself
-      again: the process is dead, so Ray is to restart the actor, and with it the process
+
+Where the process is dead, Ray restarts the actor, and with it the process, after a pause that the
+driver says; where the actor is dead, Ray restarts it at once.
 
 A learner inside the actor itself would share its interpreter with Ray's threads, and have neither
 signals nor a main thread of its own. The process dies with the actor, and so with its node and its
@@ -22,7 +24,6 @@ import select
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,13 @@ class Order(NamedTuple):
     gpus: float = 0.0
 
 
+class Site(NamedTuple):
+    """The Ray that a run is on."""
+
+    ray: Any  # the module, or what a test makes of it
+    variables: Mapping[str, str]  # for the environment of each process that is placed
+
+
 class Heard(NamedTuple):
     """What is new of a process."""
 
@@ -56,7 +64,7 @@ class Heard(NamedTuple):
     printed: Sequence[str] = ()
     death: str | None = None  # why the process is dead; None while it lives
     code: int | None = None  # its exit code, once it is dead and where it is known
-    gone: bool = False  # whether Ray has given up the actor: its node, or its constructor, failed
+    lasted_s: float = 0.0  # how long the life was that has ended
 
 
 class Keeper:
@@ -109,152 +117,141 @@ class Keeper:
         self._process.hang_up()
 
 
-class RayPlaced:
-    """A `Keeper` as the driver has it. For one thread."""
+class Member:
+    """One process in all its lives, as the driver has it: hears and counts. For one thread.
 
-    def __init__(self, ray: Any, order: Order, variables: Mapping[str, str]) -> None:
-        """Asks Ray for room on the order's node, and for a keeper there; never waits."""
-        self._ray = ray
-        strategies = importlib.import_module("ray.util.scheduling_strategies")
+    Nothing but `end` waits.
+    """
+
+    def __init__(self, label: str) -> None:
+        """Places nothing yet; `label` is for messages."""
+        self.label = label
+        self.node = ""
+        """Id of its node."""
+        self.machine = ""
+        """Name of that; empty until it has begun there."""
+        self.life = ""
+        """Of which it has been heard last; empty where a new one is to come."""
+        self.asked_s = 0.0
+        """When its room was asked for."""
+        self.restart_s = -math.inf
+        """When the next life may begin."""
+        self.leaving_s: float | None = None
+        """Since when it has been asked to end."""
+        self.deaths = 0
+        """In a row."""
+        self.answer: Any = None
+        """What is to come; None if nothing is."""
+        self._ray: Any = None
+        self._actor: Any = None
+        self._group: Any = None
+        self._since_s = 0.0  # when this life began
+        self._rests = False  # dead, and not to be restarted yet
+        self._over = ""  # the life that has ended last
+        self._first_cause = ""
+
+    def begin(self, site: Site, order: Order, now_s: float) -> None:
+        """Asks Ray for room on the order's node, and for a keeper there."""
+        ray = self._ray = site.ray
         bundle = {"CPU": order.cpus, **({"GPU": order.gpus} if order.gpus else {})}
         self._group = ray.util.placement_group(
             [bundle], bundle_label_selector=[{"ray.io/node-id": order.node}]
         )
-        self._keeper = (
-            ray.remote(Keeper)
-            .options(
-                num_cpus=order.cpus,
-                num_gpus=order.gpus,
-                max_restarts=-1,  # how often is enough depends on how well it did between
-                max_task_retries=0,  # `hear` asks again, so that nothing is told twice
-                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group),
-            )
-            .remote(
-                order,
-                variables,
-                paths=[str(Path(path or ".").resolve()) for path in sys.path],
-                folder=str(Path.cwd()),
-            )
+        strategies = ray.util.scheduling_strategies
+        keeper = ray.remote(Keeper).options(
+            num_cpus=order.cpus,
+            num_gpus=order.gpus,
+            max_restarts=-1,  # how often is enough depends on how well it did between
+            max_task_retries=0,  # `hear` asks again, so that nothing is told twice
+            scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group),
         )
-        self.answer: Any = self._keeper.news.remote(0.0)
-        """What is to come; None if nothing is."""
-        self._over = ""  # the life that has ended last
-
-    def has_room(self) -> bool:
-        """Whether the placement group is there."""
-        table = self._ray.util.placement_group_table(self._group)
-        return bool(table["state"] == "CREATED")
-
-    def hear(self) -> Heard | None:
-        """Returns what has come since the last call, if anything has; never waits."""
-        if self.answer is None or not self._ray.wait([self.answer], timeout=0)[0]:
-            return None
-        try:
-            heard: Heard = self._ray.get(self.answer)
-        except self._ray.exceptions.ActorUnavailableError:  # Ray restarts it
-            heard = Heard()
-        except self._ray.exceptions.RayError as error:
-            self.answer = None
-            return Heard(death=one_line(error), gone=True)
-        if heard.death is None or heard.life == self._over:
-            self.answer = self._keeper.news.remote(NEWS_S)
-            return None if heard.death else heard  # Ray has not killed it yet
-        self.answer, self._over = None, heard.life
-        return heard
-
-    def again(self) -> None:
-        """Has Ray restart the actor."""
-        self._ray.kill(self._keeper, no_restart=False)
-        self.answer = self._keeper.news.remote(0.0)
-
-    def say(self, data: bytes) -> None:
-        """Sends the process something."""
-        self._keeper.say.remote(data)
-
-    def hang_up(self) -> None:
-        """Asks the process to end."""
-        self._keeper.hang_up.remote()
-
-    def kill(self) -> None:
-        """Ends process and actor for good, and the claim to their room; may come twice."""
-        self.answer = None
-        with contextlib.suppress(self._ray.exceptions.RayError):  # a cluster that is gone
-            self._ray.kill(self._keeper)
-            self._ray.util.remove_placement_group(self._group)
-
-
-@dataclass(slots=True)
-class Member:
-    """Counts the lives of one process, and says when the next may begin."""
-
-    label: str  # for messages
-    placed: RayPlaced | None = None
-    node: str = ""  # id
-    asked_s: float = 0.0  # when its room was asked for
-    machine: str = ""  # name; empty until it has begun there
-    since_s: float = 0.0  # when this life began
-    restart_s: float = -math.inf
-    leaving_s: float | None = None  # since when it has been asked to end
-    deaths: int = 0  # in a row
-    first_cause: str = ""
-    life: str = ""
-    rests: bool = False  # dead, and not to be restarted yet
-
-    def begin(self, placed: RayPlaced, order: Order, now_s: float) -> None:
-        """Has it placed, where it was not."""
-        self.placed, self.node, self.asked_s = placed, order.node, now_s
+        paths = [str(Path(path or ".").resolve()) for path in sys.path]
+        self._actor = keeper.remote(order, site.variables, paths=paths, folder=str(Path.cwd()))
+        self.answer = self._actor.news.remote(0.0)
+        self.node, self.asked_s = order.node, now_s
         self.machine = self.life = ""
-        self.leaving_s, self.rests = None, False
+        self.leaving_s, self._rests = None, False
 
     @property
-    def waits(self) -> bool:
-        """Whether it was asked for, and has not begun anywhere yet."""
-        return self.placed is not None and not self.machine
+    def placed(self) -> bool:
+        """Whether it has an actor, or will have."""
+        return self._actor is not None
 
     @property
     def works(self) -> bool:
         """Whether it has been heard of in this life, and is not known to be dead."""
-        return self.placed is not None and bool(self.life) and not self.rests
+        return self.placed and bool(self.life) and not self._rests
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was asked for, and has not begun anywhere yet."""
+        return self.placed and not self.machine
+
+    def lacks_room(self, now_s: float) -> bool:
+        """Whether others have the room on its node, as far as can be said by now."""
+        if not self.waits or now_s - self.asked_s <= ROOM_S:
+            return False
+        table = self._ray.util.placement_group_table(self._group)
+        return bool(table["state"] != "CREATED")
 
     def hear(self, now_s: float) -> list[Heard]:
-        """Has it restarted if that is due; returns its news.
+        """Has Ray restart it if that is due; returns its news.
 
         A life that ended without a word, which Ray has found out, is a death of its own.
         """
-        if self.placed is None:
+        if self.placed and self._rests and self.leaving_s is None and now_s >= self.restart_s:
+            self._rests, self.life = False, ""
+            self._ray.kill(self._actor, no_restart=False)
+            self.answer = self._actor.news.remote(0.0)
+        if self.answer is None or not self._ray.wait([self.answer], timeout=0)[0]:
             return []
-        if self.rests and now_s >= self.restart_s and self.leaving_s is None:
-            self.rests, self.life = False, ""
-            self.placed.again()
-        heard = self.placed.hear()
-        if heard is None:
+        try:
+            heard: Heard = self._ray.get(self.answer)
+        except self._ray.exceptions.ActorUnavailableError:  # Ray restarts it
+            self.answer = self._actor.news.remote(NEWS_S)
             return []
-        news = [heard]
-        if heard.life and heard.life != self.life:
-            if self.life:
-                news.insert(0, Heard(self.life, death="Ray lost its worker, and started another"))
-            self.life, self.machine, self.since_s = heard.life, heard.machine, now_s
-            if self.leaving_s is not None:
-                self.placed.hang_up()  # the life before has not heard it
-        if heard.gone:
+        except self._ray.exceptions.RayError as error:  # its constructor failed, or its node
             self.end()
-        elif heard.death is not None:
-            self.rests = True  # until `restart_s`, which who hears this sets
-        return news
+            lasted_s = now_s - self._since_s if self.life else 0.0
+            return [Heard(death=one_line(error), lasted_s=lasted_s)]
+        self.answer = self._actor.news.remote(NEWS_S)
+        if heard.life == self._over:  # Ray has not killed it yet
+            return []
+        news = []
+        if heard.life != self.life:
+            if self.life:
+                why = "Ray lost its worker, and started another"
+                news.append(Heard(self.life, death=why, lasted_s=now_s - self._since_s))
+            self.life, self.machine, self._since_s = heard.life, heard.machine, now_s
+            if self.leaving_s is not None:
+                self._actor.hang_up.remote()  # the life before has not heard it
+        if heard.death is not None:
+            self.answer = None
+            self._rests, self._over = True, heard.life
+            heard = heard._replace(lasted_s=now_s - self._since_s)
+        return [*news, heard]
+
+    def say(self, data: bytes) -> None:
+        """Sends the process something, if it lives."""
+        if self.works:
+            self._actor.say.remote(data)
 
     def hang_up(self, now_s: float) -> None:
         """Asks it to end, once; one that has no process ends at once."""
         if not self.works:
             self.end()
-        elif self.placed is not None and self.leaving_s is None:
-            self.placed.hang_up()
+        elif self.leaving_s is None:
+            self._actor.hang_up.remote()
             self.leaving_s = now_s
 
     def end(self) -> None:
-        """Ends it for good, whatever it is at."""
-        if self.placed is not None:
-            self.placed.kill()
-            self.placed = None
+        """Ends process and actor for good, and the claim to their room; may come twice."""
+        self.answer, actor, self._actor = None, self._actor, None
+        if actor is None:
+            return
+        with contextlib.suppress(self._ray.exceptions.RayError):  # a cluster that is gone
+            self._ray.kill(actor)
+            self._ray.util.remove_placement_group(self._group)
 
     def died(self, cause: str, now_s: float, *, healthy: bool) -> None:
         """Counts a death; each one in a row doubles the pause before the next life.
@@ -266,14 +263,14 @@ class Member:
         """
         self.deaths = 1 if healthy else self.deaths + 1
         if self.deaths == 1:
-            self.first_cause = cause
+            self._first_cause = cause
         pause_s = min(FIRST_PAUSE_S * 2.0 ** (self.deaths - 1), LONGEST_PAUSE_S)
         self.restart_s = now_s + pause_s
 
     def times(self) -> str:
         """Says how often it died in a row, and why first."""
         count = "" if self.deaths == 1 else f" {self.deaths} times in a row, first"
-        return f"{self.label} died{count}: {self.first_cause}"
+        return f"{self.label} died{count}: {self._first_cause}"
 
 
 def one_line(error: BaseException) -> str:

@@ -11,9 +11,8 @@ from headrace import errors
 from headrace.config import RunConfig, merged, to_dict
 from headrace.errors import ConfigError, HeadraceError, PeerLost
 from headrace.pools.credentials import is_loopback, parse_address
-from headrace.run.cluster_actor import ROOM_S, Heard, Member, Order
+from headrace.run.cluster_actor import Heard, Member, Order, Site
 from headrace.run.cluster_plan import Node, choose_learner, envs_per_message, gpus_wanted
-from headrace.run.cluster_ray import RayCluster
 from headrace.run.local import Hooks
 from headrace.run.report import Row
 
@@ -41,7 +40,7 @@ class Job(NamedTuple):
 class LearnerSeat:
     """The learner, in all its lives. For the driver's thread."""
 
-    def __init__(self, site: RayCluster, job: Job, *, resume: bool, hooks: Hooks) -> None:
+    def __init__(self, site: Site, job: Job, *, resume: bool, hooks: Hooks) -> None:
         """Places nothing yet.
 
         Args:
@@ -87,8 +86,8 @@ class LearnerSeat:
             PeerLost: there was no room for too long.
         """
         member, home = self.member, self.node
-        if member.placed is not None:
-            if not member.waits or now_s - member.asked_s <= ROOM_S or member.placed.has_room():
+        if member.placed:
+            if not member.lacks_room(now_s):
                 return False
             self._crowded.add(member.node)
         elif now_s < member.restart_s:
@@ -98,7 +97,7 @@ class LearnerSeat:
             most = max(most, self._gpus)
         gpus = gpus_wanted(self._job.config, most)
         found = choose_learner(nodes, gpus, home=home.id if home else "", crowded=self._crowded)
-        if found is None or (member.placed is not None and found[0].id == member.node):
+        if found is None or (member.placed and found[0].id == member.node):
             self._lack(now_s, gpus)
             return False
         member.end()
@@ -123,7 +122,7 @@ class LearnerSeat:
         }
         self.node, self.cpus, self._gpus = node, cpus, gpus
         order = Order("headrace learner", MODULE, settings, node.id, cpus, float(gpus))
-        self.member.begin(self._site.place(order), order, now_s)
+        self.member.begin(self._site, order, now_s)
         what = f", with {gpus} of its GPUs" if gpus else ""
         self._hooks.on_message(f"the learner goes to {node.name}{what}")
 
@@ -136,7 +135,7 @@ class LearnerSeat:
         """
         member = self.member
         leaving_s = now_s if member.leaving_s is None else member.leaving_s
-        if member.placed is not None and now_s - leaving_s > SAVE_S:
+        if member.placed and now_s - leaving_s > SAVE_S:
             member.end()
             raise PeerLost(f"the learner did not save within {SAVE_S:g} s and was killed")
         life = member.life
@@ -153,13 +152,13 @@ class LearnerSeat:
     def lost(self, now_s: float) -> None:
         """Its node has left the cluster."""
         self.member.end()
-        self._died(Heard(death="its node has left the cluster", gone=True), now_s)
+        self._died(Heard(death="its node has left the cluster"), now_s)
 
     def tell(self, counts: Mapping[str, int]) -> None:
         """Says what belongs into its rows of metrics."""
-        if self.member.placed is not None and self.member.works and counts != self._counts:
+        if self.member.works and counts != self._counts:
             self._counts = dict(counts)
-            self.member.placed.say(json.dumps({"counts": self._counts}).encode() + b"\n")
+            self.member.say(json.dumps({"counts": self._counts}).encode() + b"\n")
 
     def hang_up(self, now_s: float) -> None:
         """Asks it to save and to end.

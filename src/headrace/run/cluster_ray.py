@@ -28,7 +28,7 @@ from typing import Any
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.credentials import is_loopback, parse_address
 from headrace.pools.processes import WorkerEnd, WorkerProcess
-from headrace.run.cluster_actor import Order, RayPlaced, one_line
+from headrace.run.cluster_actor import Site, one_line
 from headrace.run.cluster_plan import Node
 from headrace.run.system import usable_cores
 
@@ -44,53 +44,30 @@ _FIX = (
 )
 
 
-class RayCluster:
-    """A Ray that this process is connected to. For one thread."""
+def living_nodes(ray: Any) -> list[Node]:
+    """Returns the nodes that live.
 
-    def __init__(self, ray: Any, variables: Mapping[str, str]) -> None:
-        """Speaks through the module `ray`; `variables` go into each process's environment."""
-        self._ray = ray
-        self._variables = dict(variables)
-        self._placed: list[RayPlaced] = []
-
-    def nodes(self) -> list[Node]:
-        """Returns the nodes that live.
-
-        Raises:
-            PeerLost: the cluster does not answer.
-        """
-        try:
-            entries = [entry for entry in self._ray.nodes() if entry["Alive"]]
-        except self._ray.exceptions.RayError as error:
-            raise PeerLost(f"the Ray cluster does not answer: {one_line(error)}") from error
-        return sorted(
-            Node(
-                id=entry["NodeID"],
-                name=entry["NodeManagerHostname"],
-                address=entry["NodeManagerAddress"],
-                cpus=entry["Resources"].get("CPU", 0.0),
-                gpus=entry["Resources"].get("GPU", 0.0),
-            )
-            for entry in entries
+    Raises:
+        PeerLost: the cluster does not answer.
+    """
+    try:
+        entries = [entry for entry in ray.nodes() if entry["Alive"]]
+    except ray.exceptions.RayError as error:
+        raise PeerLost(f"the Ray cluster does not answer: {one_line(error)}") from error
+    return sorted(
+        Node(
+            id=entry["NodeID"],
+            name=entry["NodeManagerHostname"],
+            address=entry["NodeManagerAddress"],
+            cpus=entry["Resources"].get("CPU", 0.0),
+            gpus=entry["Resources"].get("GPU", 0.0),
         )
-
-    def place(self, order: Order) -> RayPlaced:
-        """Begins to place a process; never waits."""
-        self._placed = [placed for placed in self._placed if placed.answer is not None]
-        self._placed.append(RayPlaced(self._ray, order, self._variables))
-        return self._placed[-1]
-
-    def wait(self, timeout_s: float) -> None:
-        """Waits until a process has news, or `timeout_s` is over."""
-        answers = [placed.answer for placed in self._placed if placed.answer is not None]
-        if answers:
-            self._ray.wait(answers, num_returns=1, timeout=timeout_s, fetch_local=False)
-        else:
-            time.sleep(timeout_s)
+        for entry in entries
+    )
 
 
 @contextlib.contextmanager
-def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[RayCluster]:
+def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[Site]:
     """Connects to Ray for as long as the block runs; a Ray that was started here ends with it.
 
     Args:
@@ -125,7 +102,7 @@ def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[RayCluster
             raise ConfigError(f"no Ray cluster at --cluster {cluster}: {why}") from error
         stack.callback(ray.shutdown)
         _ensure_closed(ray, [entry["NodeManagerAddress"] for entry in ray.nodes()], cluster)
-        yield RayCluster(ray, variables)
+        yield Site(ray, variables)
 
 
 def ensure_allowed(cluster: str) -> None:
