@@ -213,6 +213,19 @@ def test_killed_processes_start_again_and_a_stop_saves(
     row = driver.learns()
     assert row["cluster_host_deaths"] == 1, "the host has found the learner by itself"
 
+    for module in (HOST, LEARNER):  # with Ray's worker, which then can tell nothing
+        (process,) = ours(env["TEST_MARK"], module)
+        parent = process.parent()
+        assert parent is not None
+        parent.kill()
+        driver.until(lambda gone=process: not gone.is_running(), "death with its worker")
+    driver.until(
+        lambda: any(
+            (r.get("learner_deaths"), r.get("cluster_host_deaths")) == (2, 2) for r in driver.rows()
+        ),
+        "both counted",
+    )
+    driver.learns()
     code, printed = driver.end(signal.SIGINT)
     assert code == 0, printed
     assert "stopped and saved" in printed

@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,18 +26,17 @@ from headrace.errors import ConfigError, PeerLost, TrainingDiverged
 from headrace.pools.settings import ClusterConfig, RemoteConfig
 from headrace.run import (
     cluster,
+    cluster_actor,
     cluster_hosts,
     cluster_learner,
-    cluster_member,
     cluster_ray,
     experience,
     learner_process,
 )
 from headrace.run.api import prepare
 from headrace.run.cluster import Training, run_on_cluster
-from headrace.run.cluster_keeper import Heard, Keeper
+from headrace.run.cluster_actor import Heard, Keeper, Member, Order, Site
 from headrace.run.cluster_learner import Job, ensure_private
-from headrace.run.cluster_member import Order
 from headrace.run.cluster_plan import (
     Node,
     Slot,
@@ -55,64 +54,116 @@ from headrace.telemetry.record import RunDirectory
 LOOPBACK = "127.0.0.1"
 
 
-def node(name: str, cpus: float = 8, *, gpus: float = 0, free: float | None = None) -> Node:
-    free_cpus = cpus if free is None else free
-    return Node(f"id-{name}", name, LOOPBACK, cpus, gpus, free_cpus, gpus)
+def node(name: str, cpus: float = 8, *, gpus: float = 0) -> Node:
+    return Node(f"id-{name}", name, LOOPBACK, cpus, gpus)
+
+
+class RayError(Exception):
+    pass
+
+
+class ActorUnavailableError(RayError):
+    pass
+
+
+def call(method: Callable[..., Any]) -> Any:
+    return SimpleNamespace(remote=method)
 
 
 @dataclass
 class FakePlaced:
+    """An actor. `FakeRay` asks for a restart, which comes when a test says so."""
+
     order: Order
-    machine: str = ""
-    heard: list[Heard] = field(default_factory=list)
+    lives: int = 0
+    restarts: int = 0  # asked for
+    heard: list[Heard | RayError] = field(default_factory=list)
     said: list[bytes] = field(default_factory=list)
     hung_up: bool = False
     killed: bool = False
 
-    def hear(self) -> Heard | None:
-        return self.heard.pop(0) if self.heard else None
+    def __post_init__(self) -> None:
+        self.news = call(lambda _: self)  # a reference to what it says next
+        self.say = call(self.said.append)
+        self.hang_up = call(lambda: setattr(self, "hung_up", True))
 
-    def say(self, data: bytes) -> None:
-        self.said.append(data)
-
-    def hang_up(self) -> None:
-        self.hung_up = True
-
-    def kill(self) -> None:
-        self.killed = True
+    @property
+    def machine(self) -> str:
+        return self.order.node.removeprefix("id-") if self.lives else ""
 
     def arrives(self) -> None:
-        self.machine = self.order.node.removeprefix("id-")
-        self.heard.append(Heard())
+        """Ray has started the actor, or restarted it."""
+        self.lives += 1
+        self.tells()
 
     def tells(self, *messages: dict[str, Any]) -> None:
-        self.heard.append(Heard(messages))
+        self.heard.append(Heard(f"life {self.lives}", self.machine, messages))
 
-    def dies(self, cause: str = "killed (SIGKILL)") -> None:
-        self.heard.append(Heard(death=cause))
+    def dies(self, cause: str = "killed (SIGKILL)", code: int = -9) -> None:
+        """The process does; the actor lives."""
+        self.heard.append(Heard(f"life {self.lives}", self.machine, death=cause, code=code))
+
+    def leaves(self) -> None:
+        self.dies("left by itself with exit code 0", code=0)
 
 
-@dataclass
-class FakeSite:
-    alive: list[Node]
-    placed: list[FakePlaced] = field(default_factory=list)
+class FakeRay:
+    """As much of Ray as a run uses; nothing waits."""
 
-    def nodes(self) -> list[Node]:
-        # What living processes have reserved is not free.
+    exceptions = SimpleNamespace(RayError=RayError, ActorUnavailableError=ActorUnavailableError)
+
+    def __init__(self, alive: list[Node]) -> None:
+        self.alive = alive
+        self.placed: list[FakePlaced] = []
+        self.full: set[str] = set()  # ids of nodes where others have the room
+        self.options: list[dict[str, Any]] = []
+        self.util = SimpleNamespace(
+            placement_group=lambda _, bundle_label_selector: bundle_label_selector[0],
+            placement_group_table=self.table,
+            remove_placement_group=lambda _: None,
+            scheduling_strategies=SimpleNamespace(PlacementGroupSchedulingStrategy=dict),
+        )
+
+    def nodes(self) -> list[dict[str, Any]]:
         return [
-            each._replace(
-                free_cpus=each.free_cpus
-                - sum(p.order.cpus for p in self.living() if p.order.node == each.id)
-            )
-            for each in self.alive
+            {
+                "Alive": True,
+                "NodeID": node.id,
+                "NodeManagerHostname": node.name,
+                "NodeManagerAddress": node.address,
+                "Resources": {"CPU": node.cpus, "GPU": node.gpus},
+            }
+            for node in self.alive
         ]
 
-    def place(self, order: Order) -> FakePlaced:
+    def table(self, group: dict[str, str]) -> dict[str, str]:
+        return {"state": "PENDING" if group["ray.io/node-id"] in self.full else "CREATED"}
+
+    def remote(self, kept: type) -> Any:
+        assert kept is Keeper
+        return SimpleNamespace(options=self.with_options)
+
+    def with_options(self, **options: Any) -> Any:
+        self.options.append(options)
+        return call(self.place)
+
+    def place(self, order: Order, variables: Any, *, paths: Any, folder: Any) -> FakePlaced:
         self.placed.append(FakePlaced(order))
         return self.placed[-1]
 
-    def wait(self, timeout_s: float) -> None:
-        raise AssertionError("a turn never waits")
+    def wait(self, answers: list[FakePlaced], *, timeout: float) -> tuple[list[Any], list[Any]]:
+        assert timeout == 0, "a turn never waits"
+        return [placed for placed in answers if placed.heard], []
+
+    def get(self, placed: FakePlaced) -> Heard:
+        heard = placed.heard.pop(0)
+        if isinstance(heard, RayError):
+            raise heard
+        return heard
+
+    def kill(self, placed: FakePlaced, *, no_restart: bool = True) -> None:
+        placed.killed = placed.killed or no_restart
+        placed.restarts += not no_restart
 
     def living(self) -> list[FakePlaced]:
         return [placed for placed in self.placed if not placed.killed]
@@ -129,7 +180,7 @@ class Run:
 
     def __init__(self, *nodes: Node, resume: bool = False, **changes: Any) -> None:
         config = completed(RunConfig(env="catch", out="/runs/x", total_frames=1000, **changes))
-        self.site = FakeSite(list(nodes))
+        self.site = FakeRay(list(nodes))
         self.now_s = 0.0
         self.messages: list[str] = []
         self.rows: list[Any] = []
@@ -143,7 +194,7 @@ class Run:
         )
         job = Job(config, to_dict(config), ".seen", trust_code=True)
         self.training = Training(
-            self.site, job, resume=resume, hooks=hooks, now_s=lambda: self.now_s
+            Site(self.site, {}), job, resume=resume, hooks=hooks, now_s=lambda: self.now_s
         )
 
     def turn(self, seconds: float = 0.0) -> bool:
@@ -167,18 +218,12 @@ class Run:
 
     def stepping(self) -> Run:
         """And the hosts are there."""
-        self.turn(cluster_member.FIRST_PAUSE_S + 2)
+        self.turn(cluster_actor.FIRST_PAUSE_S + 2)
         for host in self.site.hosts():
-            if not host.machine:
+            if host.lives <= host.restarts:
                 host.arrives()
         self.turn()
         return self
-
-    def alive(self) -> None:
-        """All who are there give a sign of life."""
-        for placed in self.site.living():
-            if placed.machine:
-                placed.heard.append(Heard())
 
     def said(self, text: str) -> bool:
         return any(text in message for message in self.messages)
@@ -232,15 +277,11 @@ def test_gpus_that_the_settings_name(settings: dict[str, Any], most: int, wanted
 
 
 def test_a_node_that_others_use_is_the_last_choice() -> None:
-    nodes = [node("busy", 64, free=1), node("a", 8)]
-    found = choose_learner(nodes, 0)
-    assert found is not None
-    assert found[0].name == "a"
-    ours = choose_learner(nodes, 0, hosts=[Slot("id-busy", 63)])
-    assert ours is not None
-    assert ours[0].name == "busy", "a worker host gives way"
-    waits = choose_learner(nodes[:1], 0)
-    assert waits is not None
+    nodes = [node("busy", 64), node("a", 8)]
+    for crowded, name in ([], "busy"), (["id-busy"], "a"), (["id-a", "id-busy"], "busy"):
+        found = choose_learner(nodes, 0, crowded=crowded)
+        assert found is not None
+        assert found[0].name == name
 
 
 def test_gpus_that_no_node_has() -> None:
@@ -249,22 +290,22 @@ def test_gpus_that_no_node_has() -> None:
 
 
 def test_a_host_on_every_node_that_has_room() -> None:
-    nodes = [node("a", 8, free=4), node("b", 16), node("head", 0), node("full", 8, free=0)]
-    slots = new_slots(nodes, [], hosts=0, host_cpus=0)
-    assert slots == [Slot("id-a", 4), Slot("id-b", 16)]
-    assert new_slots(nodes, slots, hosts=0, host_cpus=0) == []
-    assert new_slots(nodes, [], hosts=0, host_cpus=6) == [Slot("id-b", 6)]
+    free = {"a": 4.0, "b": 16.0, "head": 0.0, "full": 0.0}
+    slots = new_slots(free, [], hosts=0, host_cpus=0)
+    assert slots == [Slot("a", 4), Slot("b", 16)]
+    assert new_slots(free, slots, hosts=0, host_cpus=0) == []
+    assert new_slots(free, [], hosts=0, host_cpus=6) == [Slot("b", 6)]
 
 
 def test_a_number_of_hosts_goes_where_most_processors_are() -> None:
-    nodes = [node("a", 4), node("b", 8)]
-    assert sorted(new_slots(nodes, [], hosts=3, host_cpus=0)) == [
-        Slot("id-a", 4),
-        Slot("id-b", 4),
-        Slot("id-b", 4),
+    free = {"a": 4.0, "b": 8.0}
+    assert sorted(new_slots(free, [], hosts=3, host_cpus=0)) == [
+        Slot("a", 4),
+        Slot("b", 4),
+        Slot("b", 4),
     ]
-    assert len(new_slots(nodes, [], hosts=9, host_cpus=4)) == 3  # no room for more
-    assert len(new_slots(nodes, [Slot("gone", 4)], hosts=2, host_cpus=4)) == 1
+    assert len(new_slots(free, [], hosts=9, host_cpus=4)) == 3  # no room for more
+    assert len(new_slots(free, [Slot("gone", 4)], hosts=2, host_cpus=4)) == 1
 
 
 @pytest.mark.parametrize(
@@ -333,10 +374,10 @@ def test_the_run_ends_when_the_learner_is_done() -> None:
     run.site.learner().tells({"done": {"metrics": {"x": 1}, "finished": True}})
     assert not run.turn()
     host = run.site.hosts()[0]
-    run.site.learner().dies("left by itself with exit code 0")
+    run.site.learner().leaves()
     assert not run.turn()
     assert host.hung_up
-    host.dies("left by itself with exit code 0")
+    host.leaves()
     assert run.turn()
     assert run.training.failure is None
     assert run.training.learner.done == {"metrics": {"x": 1}, "finished": True}
@@ -351,11 +392,10 @@ def test_a_stop_saves_first_and_ends_hosts_after() -> None:
     host = run.site.hosts()[0]
     assert not host.hung_up, "a learner that takes its last update may still want them"
     run.site.learner().tells({"done": {"metrics": {}, "finished": False}})
-    run.site.learner().dies("left by itself with exit code 0")
+    run.site.learner().leaves()
     run.turn()
     run.turn()
     assert host.hung_up
-    run.alive()
     assert not run.turn(cluster_hosts.LEAVE_S)
     assert run.turn(2), "one that does not leave is killed"
     assert host.killed
@@ -376,7 +416,6 @@ def test_a_learner_that_does_not_save_is_killed() -> None:
     run.stop.requested = True
     run.turn()
     while not run.turn(1):
-        run.alive()
         assert run.now_s < 2 * cluster_learner.SAVE_S
     assert isinstance(run.training.failure, PeerLost)
     assert "did not save" in str(run.training.failure)
@@ -387,14 +426,12 @@ def test_a_host_that_dies_is_named_counted_and_replaced() -> None:
     first = next(host for host in run.site.hosts() if host.machine == "b")
     first.dies("killed (SIGKILL): out of memory")
     run.turn()
-    assert first.killed
     assert run.said("worker host 1 on b died: killed (SIGKILL): out of memory")
     assert run.training.counts()["cluster_host_deaths"] == 1
     run.stepping()
-    again = [host for host in run.site.hosts() if host.machine == "b"]
-    assert len(again) == 1
-    assert again[0].order.settings == first.order.settings
+    assert first.restarts == 1, "Ray's, where it was"
     assert len(run.site.hosts()) == 2
+    assert run.training.counts()["cluster_hosts"] == 2
 
 
 def test_a_host_that_always_dies_starts_ever_later_and_is_given_up() -> None:
@@ -403,11 +440,8 @@ def test_a_host_that_always_dies_starts_ever_later_and_is_given_up() -> None:
     bad.dies("no module named ale_py")
     starts = [run.now_s]
     for _ in range(60):
-        run.alive()
         run.turn(1)
-        new = [h for h in run.site.hosts() if h.order.node == "id-b" and h is not bad]
-        if new:
-            (bad,) = new
+        if bad.restarts == bad.lives:
             bad.arrives()
             bad.dies("no module named ale_py")
             starts.append(run.now_s)
@@ -423,15 +457,14 @@ def test_the_run_ends_saved_when_all_hosts_are_given_up() -> None:
     run = Run(node("a")).listening()
     for _ in range(200):
         for host in run.site.hosts():
-            if not host.machine:
+            if host.lives <= host.restarts:
                 host.arrives()
                 host.dies("catch is another environment here")
-        run.alive()
         run.turn(1)
         if run.site.learner().hung_up:
             break
     run.site.learner().tells({"done": {"metrics": {}, "finished": False}})
-    run.site.learner().dies("left by itself with exit code 0")
+    run.site.learner().leaves()
     run.turn()
     assert run.turn()
     assert isinstance(run.training.failure, PeerLost)
@@ -441,13 +474,14 @@ def test_the_run_ends_saved_when_all_hosts_are_given_up() -> None:
 
 def test_a_host_that_is_sent_away_did_not_die() -> None:
     run = Run(node("a")).listening().stepping()
-    run.site.hosts()[0].dies(f"{cluster_member.IN_PEACE}; its last words: bye")
+    (host,) = run.site.hosts()
+    host.leaves()
     run.turn()
     assert run.training.counts()["cluster_host_deaths"] == 0
-    assert run.site.hosts() == []
+    assert run.training.counts()["cluster_hosts"] == 0
     run.turn(cluster_hosts.AGAIN_S)
     run.turn(1)
-    assert len(run.site.hosts()) == 1
+    assert host.restarts == 1
 
 
 def test_a_node_that_joins_gets_a_host_and_a_share() -> None:
@@ -460,10 +494,9 @@ def test_a_node_that_joins_gets_a_host_and_a_share() -> None:
     assert run.site.hosts() == [old], "nodes come in flocks; until they are here, nothing is free"
     assert not old.hung_up
     for _ in range(int(cluster_hosts.SETTLE_S)):
-        run.alive()
         run.turn(1)
     assert old.hung_up
-    old.dies("left by itself with exit code 0")
+    old.leaves()
     run.stepping()
     assert {host.machine for host in run.site.hosts()} == {"a", "new"}
     assert [host.order.settings["envs"] for host in run.site.hosts()] == [32, 32]
@@ -485,36 +518,69 @@ def test_a_node_that_leaves_takes_its_host_and_the_rest_go_on() -> None:
     }
 
 
-def test_a_silent_node_counts_as_lost() -> None:
+def test_a_node_that_ray_gives_up_takes_its_host() -> None:
     run = Run(node("a"), node("b")).listening().stepping()
-    quiet = next(host for host in run.site.hosts() if host.machine == "b")
-    for _ in range(int(cluster_member.SILENCE_S) + 2):
-        run.alive()
-        quiet.heard.clear()
-        run.turn(1)
-    assert quiet.killed
-    assert run.said("its node b was silent for 60 s")
-
-
-def test_nobody_is_silent_while_the_driver_is_stopped() -> None:
-    run = Run(node("a"), node("b")).listening().stepping()
-    before = run.site.hosts()
-    run.now_s += 10 * cluster_member.SILENCE_S
+    lost = next(host for host in run.site.hosts() if host.machine == "b")
+    lost.heard.append(RayError("The actor is not schedulable"))
     run.turn()
-    assert run.site.hosts() == before
+    assert lost.killed
+    assert run.said("worker host 1 on b died: The actor is not schedulable")
+    run.stepping()
+    assert len(run.site.hosts()) == 2, "the node lives, so it gets another one"
 
 
-def test_room_that_others_have_taken_is_looked_for_anew() -> None:
-    run = Run(node("a"), node("b", 8)).listening()
+def test_a_worker_that_ray_lost_and_replaced_is_counted() -> None:
+    run = Run(node("a"), node("b")).listening().stepping()
+    hosts = run.site.hosts()
+    hosts[1].arrives()
+    run.turn()
+    assert run.training.counts()["cluster_host_deaths"] == 1
+    assert run.training.counts()["cluster_hosts"] == 2
+    assert run.site.hosts() == hosts
+    learner = run.site.learner()
+    learner.arrives()
+    run.turn()
+    assert run.training.counts()["learner_deaths"] == 1
+    learner.tells({"address": f"{LOOPBACK}:5000"})
+    run.turn()
+    assert run.site.hosts() == hosts
+    assert run.training.failure is None
+
+
+def test_of_room_that_others_have_taken_half_is_tried() -> None:
+    run = Run(node("a"), node("b", 8))
+    run.site.full = {"id-b"}
+    run.listening()
     run.turn(3)
     waiting = next(host for host in run.site.hosts() if host.order.node == "id-b")
-    run.site.alive[1] = node("b", 8, free=2)
-    for _ in range(int(cluster_member.WAIT_S) + 4):
-        run.alive()
-        run.turn(1)
+    assert waiting.order.cpus == (4 if run.site.learner().order.node == "id-b" else 8)
+    run.turn(cluster_actor.ROOM_S + 4)
     assert waiting.killed
     later = next(host for host in run.site.hosts() if host.order.node == "id-b")
-    assert later.order.cpus == 2
+    assert later.order.cpus == waiting.order.cpus / 2
+
+
+def test_a_node_where_no_host_can_start_is_given_up() -> None:
+    run = Run(node("a"), node("b")).listening().stepping()
+    run.now_s = 1e6  # as a clock may say
+    for _ in range(60):
+        for host in run.site.hosts():
+            if host.order.node == "id-b" and not host.heard:
+                host.heard.append(RayError("creation task … ModuleNotFoundError: headrace"))
+        run.turn(1)
+    assert run.training.counts()["cluster_host_deaths"] == 5
+    assert run.said("5 times in a row, first: creation task … ModuleNotFoundError: headrace")
+    assert [host.order.node for host in run.site.hosts()] == ["id-a"]
+
+
+def test_where_no_host_of_that_size_fits_it_is_tried_again() -> None:
+    run = Run(node("a"), node("b", 8), cluster=ClusterConfig(cluster="auto", host_cpus=4))
+    run.site.full = {"id-b"}
+    run.listening().turn(cluster_actor.ROOM_S + 4)
+    assert [host.order.node for host in run.site.hosts()] == ["id-a"]
+    run.site.full = set()
+    run.turn(cluster_hosts.CROWDED_S + cluster_hosts.SETTLE_S + 2 * cluster_hosts.LEAVE_S)
+    assert sorted(host.order.node for host in run.site.hosts()) == ["id-a", "id-b"]
 
 
 def test_a_learner_that_dies_goes_on_from_its_checkpoint_at_its_address() -> None:
@@ -523,14 +589,12 @@ def test_a_learner_that_dies_goes_on_from_its_checkpoint_at_its_address() -> Non
     first.dies("killed (SIGKILL)")
     run.turn()
     assert run.said("the learner died: killed (SIGKILL); it starts again from its newest")
+    assert not first.restarts
     run.turn(4)
-    again = run.site.learner()
-    assert again is not first
-    assert again.order.node == first.order.node
-    assert again.order.settings["resume"]
-    assert again.order.settings["config"]["remote"]["listen"] == f"{LOOPBACK}:5000"
-    again.arrives()
-    again.tells({"address": f"{LOOPBACK}:5000"})
+    assert first.restarts == 1, "Ray's"
+    assert run.site.learner() is first
+    first.arrives()
+    first.tells({"address": f"{LOOPBACK}:5000"})
     run.turn()
     run.turn()
     assert run.site.hosts() == hosts, "they find it by themselves"
@@ -558,26 +622,26 @@ def test_a_learner_whose_room_is_taken_goes_elsewhere_but_not_for_ever() -> None
     run = Run(node("a", 16), node("b", 8))
     run.turn()
     assert run.site.learner().order.node == "id-a"
-    run.site.alive[0] = node("a", 16, free=0)
-    run.turn(cluster_member.WAIT_S + 4)
+    run.site.full = {"id-a", "id-b"}
+    run.turn(cluster_actor.ROOM_S + 4)
     assert run.site.learner().order.node == "id-b"
-    run.turn(cluster_learner.PLACE_S + 2 * cluster_member.WAIT_S)
+    run.turn(cluster_learner.PLACE_S + 2 * cluster_actor.ROOM_S)
     assert "found no room within" in str(run.training.failure)
 
 
 def test_a_learner_that_always_dies_ends_the_run() -> None:
     run = Run(node("a")).listening()
-    lives = [run.site.learner()]
-    lives[0].dies("segmentation fault")
+    learner = run.site.learner()
+    learner.dies("segmentation fault")
     for _ in range(100):
         run.turn(1)
         if run.training.failure is not None:
             break
-        if run.training.learner.member.placed is not lives[-1] and run.site.living():
-            lives.append(run.site.learner())
-            lives[-1].arrives()
-            lives[-1].dies("segmentation fault, too")
-    assert len(lives) == cluster_learner.MAX_DEATHS
+        if learner.restarts == learner.lives:
+            learner.arrives()
+            learner.dies("segmentation fault, too")
+    assert learner.lives == cluster_learner.MAX_DEATHS
+    assert learner.killed
     assert isinstance(run.training.failure, PeerLost)
     assert "first: segmentation fault; last: segmentation fault, too" in str(run.training.failure)
 
@@ -589,7 +653,7 @@ def test_a_learner_that_always_dies_ends_the_run() -> None:
 def test_what_training_says_is_final(kind: str, error: type[Exception]) -> None:
     run = Run(node("a")).listening()
     run.site.learner().tells({"failed": "a sentence", "kind": kind})
-    run.site.learner().dies("left by itself with exit code 0")
+    run.site.learner().leaves()
     run.turn()
     assert run.turn()
     assert type(run.training.failure) is error
@@ -598,20 +662,17 @@ def test_what_training_says_is_final(kind: str, error: type[Exception]) -> None:
 
 def test_the_lock_of_a_dead_learner_is_waited_for() -> None:
     run = Run(node("a")).listening()
-    run.site.learner().dies("its node was silent")
+    learner = run.site.learner()
+    learner.dies("its node was silent")
     run.turn(4)
-    again = run.site.learner()
-    again.arrives()
-    again.tells({"failed": "it is being trained by another process", "kind": "ConfigError"})
-    again.dies("left by itself with exit code 0")
-    run.turn()
-    run.turn()
-    run.turn()
+    assert learner.restarts == 1
+    learner.arrives()
+    learner.tells({"failed": "it is being trained by another process", "kind": "ConfigError"})
+    learner.leaves()
+    run.turn(3)
     assert run.training.failure is None
     run.turn(5)
-    assert run.site.learner() is not again
-    # The old port may still be somebody's.
-    assert run.site.learner().order.settings["config"]["remote"]["listen"] == f"{LOOPBACK}:0"
+    assert learner.restarts == 2
 
 
 def test_a_learner_waits_for_a_node_with_gpus_like_the_one_it_had() -> None:
@@ -633,7 +694,7 @@ def test_a_learner_that_is_stopped_before_it_began_did_not_die() -> None:
     run.turn()
     run.stop.requested = True
     run.turn()
-    run.site.learner().dies(cluster_member.IN_PEACE)
+    run.site.learner().leaves()
     run.turn()
     assert run.turn()
     assert run.training.failure is None
@@ -649,7 +710,7 @@ def stopped_at_once() -> Iterator[Stop]:
 def test_a_stop_before_anything_began_claims_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = FakeSite([node("a", free=0)])
+    site = Site(FakeRay([node("a")]), {})
     monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext(site))
     monkeypatch.setattr(cluster, "stop_signals", stopped_at_once)
     config = completed(RunConfig(env="catch", cluster=ClusterConfig(cluster="local")))
@@ -660,13 +721,15 @@ def test_a_stop_before_anything_began_claims_nothing(
 
 
 def test_a_learner_waits_for_room() -> None:
-    run = Run(node("a", 8, free=0))
-    run.turn(3)
-    assert run.site.placed == []
+    run = Run(node("a", 8))
+    run.site.full = {"id-a"}
+    run.turn(cluster_actor.ROOM_S + 4)
     assert run.said("waits for a node with processors")
-    run.site.alive[0] = node("a", 8)
-    run.turn(3)
-    assert run.site.learner().order.node == "id-a"
+    (waiting,) = run.site.living()
+    waiting.arrives()
+    run.turn(cluster_learner.PLACE_S)
+    assert run.training.failure is None
+    assert run.site.learner() is waiting
 
 
 # What is open to others.
@@ -889,7 +952,7 @@ from headrace.errors import PeerLost
 from headrace.pools.processes import WorkerEnd
 end = WorkerEnd.open()
 print("a line")
-end.status({"cwd": os.getcwd(), "secret": os.environ["A_SECRET"]})
+end.status({"cwd": os.getcwd(), "secret": os.environ["A_SECRET"], **end.settings})
 try:
     while True:
         end.status({"said": end.receive().decode()})
@@ -905,22 +968,29 @@ def test_a_keeper_hears_the_last_words_of_its_process(
     monkeypatch.chdir(Path.cwd())  # put back what the keeper changes
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("A_SECRET", "")
-    keeper = Keeper()
-    keeper.start(
-        "kept_child", {}, "kept", {"A_SECRET": "x"}, paths=[str(tmp_path)], folder=str(tmp_path)
+    context = SimpleNamespace(was_current_actor_reconstructed=True)
+    ray = SimpleNamespace(get_runtime_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    keeper = Keeper(
+        Order("kept", "kept_child", {}, "a", 1.0),
+        {"A_SECRET": "x"},
+        paths=[str(tmp_path)],
+        folder=str(tmp_path),
     )
     messages: list[Any] = []
     printed: list[str] = []
+    codes: list[int | None] = []
 
     def listen() -> str | None:
-        heard = keeper.look(20.0)
+        heard = keeper.news(20.0)
         messages.extend(heard.messages)
         printed.extend(heard.printed)
+        codes.append(heard.code)
         return heard.death
 
     while not messages:
         assert listen() is None
-    assert messages == [{"cwd": str(tmp_path), "secret": "x"}]
+    assert messages == [{"cwd": str(tmp_path), "secret": "x", "again": True}]
     keeper.say(b"hello")
     while len(messages) < 2:
         assert listen() is None
@@ -930,8 +1000,8 @@ def test_a_keeper_hears_the_last_words_of_its_process(
         death = listen()
     assert messages[1:] == [{"said": "hello"}, {"done": 1}]
     assert "a line" in printed
-    assert death.startswith(cluster_member.IN_PEACE)
-    assert keeper.look(0.0).death == "it was never started"
+    assert codes[0] is None
+    assert codes[-1] == 0
 
 
 def test_notes_of_hosts_are_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -941,3 +1011,51 @@ def test_notes_of_hosts_are_for_the_log(caplog: pytest.LogCaptureFixture) -> Non
         run.turn()
     assert "worker host 0 on a: 12 agent steps/s" in caplog.text
     assert not run.said("12 agent steps/s")
+
+
+def test_a_life_after_another_listens_where_that_did(tmp_path: Path) -> None:
+    kept = tmp_path / ".seen-1.address"
+
+    def listens(listen: str) -> str:
+        config = completed(RunConfig(env="catch", remote=RemoteConfig(listen=listen)))
+        return learner_process.at_its_address(config, kept).remote.listen
+
+    assert listens("127.0.0.1:0") == "127.0.0.1:0", "it had come to no port"
+    kept.write_text("127.0.0.1:5000")
+    assert listens("127.0.0.1:0") == "127.0.0.1:5000"
+    assert listens("127.0.0.1:0") == "127.0.0.1:0", "once: somebody may have taken it"
+    for fixed in ("127.0.0.1:4711", "127.0.0.2:0"):
+        kept.write_text("127.0.0.1:5000")
+        assert listens(fixed) == fixed
+    kept.write_text("[::1]:5000")
+    assert listens("[::1]:0") == "[::1]:5000"
+
+
+def test_what_an_actor_answers_while_ray_restarts_it() -> None:
+    ray = FakeRay([])
+    member = Member("it")
+    member.begin(Site(ray, {}), Order("x", "y", {}, "id-a", 1.0), 0.0)
+    assert ray.options[0]["max_restarts"] == -1
+    (placed,) = ray.placed
+    placed.arrives()
+    placed.dies("killed")
+    placed.dies("killed")
+    assert [heard.death for heard in member.hear(0.0)] == [None]
+    assert [heard.death for heard in member.hear(1.0)] == ["killed"]
+    assert not member.works
+    member.died("killed", 1.0, healthy=False)
+    assert member.hear(1.5) == [], "it rests"
+    assert not placed.restarts
+    assert member.hear(2.5) == [], "not killed yet, and not dead twice"
+    assert placed.restarts == 1
+    placed.heard.append(ActorUnavailableError("soon"))
+    assert member.hear(2.5) == []
+    placed.arrives()
+    (heard,) = member.hear(3.0)
+    assert heard.life == "life 2"
+    assert member.works
+    placed.heard.append(RayError("The actor is not schedulable.\n\tclass_name: Keeper\n"))
+    (heard,) = member.hear(4.0)
+    assert heard.death == "The actor is not schedulable. … class_name: Keeper"
+    assert placed.killed
+    assert not member.placed

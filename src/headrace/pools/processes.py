@@ -133,6 +133,11 @@ class WorkerProcess:
         """Process id, also of its process group."""
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code once `death` has said that it is dead, negative for a signal; else None."""
+        return self._process.returncode
+
     def fileno(self) -> int:
         """The status pipe: readable when there is a message, or the worker is dead."""
         return self.status_fd

@@ -1,15 +1,16 @@
 """Training on a Ray cluster: the driver, which is the user's `headrace train`.
 
 ```
-this process   places, hears, starts again; shows rows and keeps the log
-  Ray            |  (a few lines of text a second; step data never goes this way)
+this process   says who goes where, hears, counts; shows rows and keeps the log
+  Ray            |  places and restarts (a few lines of text a second, never step data)
 a node         Keeper --> learner and server (run/learner_process.py)
                                  ^  gRPC: steps and actions, or unrolls and weights
 every node     Keeper --> worker host (run/host.py)
 ```
 
-What ends a run on one machine ends it here too. What kills a process or a machine does not: a
-worker host is placed again, a learner goes on from its newest checkpoint.
+What ends a run on one machine ends it here too. What kills a process or a machine does not: Ray
+restarts the actor of a process that has died, and a learner goes on from its newest checkpoint.
+Only what was on a node that is lost is planned anew, since the nodes that are left may be others.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 
 from headrace.config import RunConfig, to_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError
+from headrace.run.cluster_actor import Site
 from headrace.run.cluster_hosts import Hosts
 from headrace.run.cluster_learner import Job, LearnerSeat
-from headrace.run.cluster_member import Site
-from headrace.run.cluster_ray import connected, ensure_allowed
+from headrace.run.cluster_ray import connected, ensure_allowed, living_nodes
 from headrace.run.local import Hooks, TrainResult
 from headrace.run.report import Row
 from headrace.run.stop import Stop, stop_signals
@@ -36,7 +37,6 @@ NODES_S = 2.0
 """Seconds between two looks at who belongs to the cluster."""
 
 _LOOK_S = 0.25
-_AWAY_S = 5.0  # between two turns: then this process was stopped, and nobody else was silent
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -88,7 +88,8 @@ def run_on_cluster(
         site = stack.enter_context(connected(config.cluster.cluster, variables))
         stop = stack.enter_context(stop_signals())
         (path / mark).touch()
-        stack.callback((path / mark).unlink, missing_ok=True)
+        for name in (mark, f"{mark}.address"):
+            stack.callback((path / name).unlink, missing_ok=True)
         copy = stack.enter_context(_Copy(run, config))
         training = Training(
             site, job, resume=resume, hooks=hooks._replace(on_row=copy.wrap(hooks.on_row))
@@ -96,7 +97,7 @@ def run_on_cluster(
         copy.wanted = lambda: not training.learner.shared
         stack.callback(training.kill)
         while not training.turn(stop):
-            site.wait(_LOOK_S)
+            training.wait(_LOOK_S)
         if training.failure is not None:
             raise training.failure
         if copy.writer is not None:
@@ -139,7 +140,6 @@ class Training:
         self._site, self._config, self._now_s = site, config, now_s
         self._hooks = hooks
         self._looked_s = float("-inf")
-        self._turned_s = now_s()
         self._nodes = 0
         self._ending = False
 
@@ -151,10 +151,6 @@ class Training:
     def turn(self, stop: Stop) -> bool:
         """Does what is due, and never waits; returns whether the run is over."""
         now_s = self._now_s()
-        if now_s - self._turned_s > _AWAY_S:
-            self.learner.member.excuse(now_s - self._turned_s)
-            self.hosts.excuse(now_s - self._turned_s)
-        self._turned_s = now_s
         try:
             self.learner.attend(now_s)
             if self._ending or self.learner.done is not None or stop.requested:
@@ -164,31 +160,34 @@ class Training:
             return self._fail(error, now_s)
         return False
 
+    def wait(self, timeout_s: float) -> None:
+        """Waits until a process has news, or `timeout_s` is over."""
+        members = [self.learner.member, *self.hosts.members]
+        answers = [member.answer for member in members if member.answer is not None]
+        if answers:
+            self._site.ray.wait(answers, num_returns=1, timeout=timeout_s, fetch_local=False)
+        else:
+            time.sleep(timeout_s)
+
     def kill(self) -> None:
         """Ends all processes, whatever they are at."""
         self.hosts.kill()
         self.learner.member.end()
 
     def _work(self, now_s: float) -> None:
-        nodes = None
+        nodes, member = None, self.learner.member
         if now_s - self._looked_s >= NODES_S:
             self._looked_s = now_s
-            nodes = self._site.nodes()
+            nodes = living_nodes(self._site.ray)
             if len(nodes) != self._nodes and self._nodes:
                 self._hooks.on_message(f"the cluster has {len(nodes)} nodes now")
             self._nodes = len(nodes)
-            member = self.learner.member
-            if member.placed is not None and member.node not in {node.id for node in nodes}:
+            if member.placed and member.node not in {node.id for node in nodes}:
                 self.learner.lost(now_s)
-            crowded = self.learner.place(
-                nodes,
-                self.hosts.slots,
-                wanted_hosts=self._config.cluster.cluster_hosts or len(nodes),
-                now_s=now_s,
-            )
-            if crowded is not None:
-                self.hosts.make_room(crowded)
-            if member.placed is None or member.waits:
+            hosts = self._config.cluster.cluster_hosts or len(nodes)
+            if self.learner.place(nodes, wanted_hosts=hosts, now_s=now_s):
+                self.hosts.make_room(member.node)
+            if not member.placed or member.waits:
                 nodes = None  # first its room, then theirs
         if self.learner.address:
             self.hosts.serve(
@@ -196,7 +195,7 @@ class Training:
                 num_envs=self._config.server.num_envs,
                 block=self.learner.block,
             )
-        self.hosts.attend(nodes, now_s)
+        self.hosts.attend(nodes, now_s, reserved={member.node: self.learner.cpus})
         self.learner.tell(self.counts())
 
     def counts(self) -> dict[str, int]:
@@ -211,9 +210,9 @@ class Training:
     def _end(self, now_s: float) -> bool:
         """The learner saves and ends, then the hosts; returns whether all are gone."""
         self._ending = True
-        if not self.learner.over() and self.learner.done is None:
+        if self.learner.done is None and self.learner.member.leaving_s is None:
             self.learner.hang_up(now_s)
-        if self.learner.member.placed is not None:
+        if self.learner.member.placed:
             self.hosts.hear(now_s)
             return False
         self.hosts.hang_up(now_s)
@@ -223,7 +222,7 @@ class Training:
     def _fail(self, error: HeadraceError, now_s: float) -> bool:
         """Keeps the first failure; what can still be saved is."""
         self.failure = self.failure or error
-        if self._ending or self.learner.member.placed is None:
+        if self._ending or not self.learner.member.placed:
             return True
         self._ending = True
         self._hooks.on_message(f"{error}; the run is saved and ends")

@@ -1,4 +1,4 @@
-"""The learner of a run on a cluster: placed, heard, and started again from its last checkpoint."""
+"""The learner of a run on a cluster: where it goes, what it tells, and how often it has died."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from headrace import errors
 from headrace.config import RunConfig, merged, to_dict
 from headrace.errors import ConfigError, HeadraceError, PeerLost
 from headrace.pools.credentials import is_loopback, parse_address
-from headrace.run.cluster_keeper import Heard
-from headrace.run.cluster_member import IN_PEACE, WAIT_S, Member, Order, Site
-from headrace.run.cluster_plan import Node, Slot, choose_learner, envs_per_message, gpus_wanted
+from headrace.run.cluster_actor import Heard, Member, Order, Site
+from headrace.run.cluster_plan import Node, choose_learner, envs_per_message, gpus_wanted
 from headrace.run.local import Hooks
 from headrace.run.report import Row
 
@@ -60,60 +59,56 @@ class LearnerSeat:
         """Whether its run folder is the driver's."""
         self.done: Mapping[str, Any] | None = None
         """Its metrics, and whether the run is complete; None until it has ended well."""
+        self.node: Node | None = None
+        """Where it is, or was last."""
+        self.cpus = 0.0
+        """Processors of it that are reserved for the learner."""
         self.member = Member("the learner")
         self._site, self._job, self._hooks = site, job, hooks
         self._resume = resume
         self._failure: HeadraceError | None = None
         self._checkpoints = 0  # of this life
-        self._home: Node | None = None
         self._gpus = 0  # that it had
+        self._crowded: set[str] = set()  # ids of nodes where others have the room
         self._lacking_s: float | None = None  # since when there is no room
         self._counts: Mapping[str, int] = {}
 
-    @property
-    def node(self) -> Node | None:
-        """Where it is, or was last."""
-        return self._home
-
-    def place(
-        self, nodes: Sequence[Node], hosts: Sequence[Slot], *, wanted_hosts: int, now_s: float
-    ) -> str | None:
-        """Starts it if it is not there and may be.
+    def place(self, nodes: Sequence[Node], *, wanted_hosts: int, now_s: float) -> bool:
+        """Has Ray make room for it, if it has none and may; returns whether hosts must give way.
 
         Args:
             nodes: Those that live.
-            hosts: Room that worker hosts have.
-            wanted_hosts: How many of them are to be expected.
+            wanted_hosts: How many worker hosts are to be expected.
             now_s: The time.
-
-        Returns:
-            The id of a node where hosts must give way first; None if there is no such.
 
         Raises:
             ConfigError: no node has the GPUs, or its port would be open to others.
             PeerLost: there was no room for too long.
         """
-        if self.member.placed is not None or now_s < self.member.restart_s:
-            return None
+        member, home = self.member, self.node
+        if member.placed:
+            if not member.lacks_room(now_s):
+                return False
+            self._crowded.add(member.node)
+        elif now_s < member.restart_s:
+            return False
         most = int(max((node.gpus for node in nodes), default=0))
         if self.deaths:  # the node that had them may come back
             most = max(most, self._gpus)
         gpus = gpus_wanted(self._job.config, most)
-        found = choose_learner(nodes, gpus, hosts=hosts, home=self._home.id if self._home else "")
-        if found is None:
+        found = choose_learner(nodes, gpus, home=home.id if home else "", crowded=self._crowded)
+        if found is None or (member.placed and found[0].id == member.node):
             self._lack(now_s, gpus)
-            return None
-        node, cpus = found
-        if node.free_cpus < cpus and any(slot.node == node.id for slot in hosts):
-            return node.id
-        if node.free_cpus < cpus or node.free_gpus < gpus:
-            self._lack(now_s, gpus)
-            return None
-        # At its old address the worker hosts find it again by themselves.
-        stays = self._home is not None and self._home.id == node.id
-        again = self.address if stays and self.member.deaths == 1 else ""
+            return False
+        member.end()
+        self._begin(*found, gpus=gpus, wanted_hosts=wanted_hosts, now_s=now_s)
+        return True
+
+    def _begin(
+        self, node: Node, cpus: float, *, gpus: int, wanted_hosts: int, now_s: float
+    ) -> None:
         remote = self._job.config.remote
-        listen = again or remote.listen or f"{_bracketed(node.address)}:0"
+        listen = remote.listen or f"{_bracketed(node.address)}:0"
         ensure_private(listen, tls=bool(remote.tls_cert), insecure=remote.insecure)
         self.block = envs_per_message(self._job.config, wanted_hosts)
         changes = {"listen": listen, "token_file": "", "envs_per_message": self.block}
@@ -125,31 +120,34 @@ class LearnerSeat:
             "again": self.deaths > 0,
             "trust_code": self._job.trust_code,
         }
-        self._home, self._gpus, self._checkpoints = node, gpus, 0
+        self.node, self.cpus, self._gpus = node, cpus, gpus
         order = Order("headrace learner", MODULE, settings, node.id, cpus, float(gpus))
         self.member.begin(self._site, order, now_s)
         what = f", with {gpus} of its GPUs" if gpus else ""
         self._hooks.on_message(f"the learner goes to {node.name}{what}")
-        return None
 
     def attend(self, now_s: float) -> None:
         """Hears it.
 
         Raises:
             HeadraceError: what it said before it ended: training failed.
-            PeerLost: it died too often.
+            PeerLost: it died too often, or did not save when it should have.
         """
-        heard = self.member.hear(now_s)
-        self._judge(now_s)
-        if heard is None:
-            return
-        for message in heard.messages:
-            self._take(message)
-        for line in heard.printed:
-            if line.strip():
+        member = self.member
+        leaving_s = now_s if member.leaving_s is None else member.leaving_s
+        if member.placed and now_s - leaving_s > SAVE_S:
+            member.end()
+            raise PeerLost(f"the learner did not save within {SAVE_S:g} s and was killed")
+        life = member.life
+        for heard in member.hear(now_s):
+            for message in heard.messages:
+                self._take(message)
+            for line in filter(str.strip, heard.printed):
                 self._hooks.on_message(f"the learner printed: {line}")
-        if heard.death is not None and self.done is None:
-            self._died(heard, now_s)
+            if heard.death is not None:
+                self._died(heard, now_s)
+        if member.life != life:
+            self._counts, self._lacking_s = {}, None
 
     def lost(self, now_s: float) -> None:
         """Its node has left the cluster."""
@@ -158,15 +156,9 @@ class LearnerSeat:
 
     def tell(self, counts: Mapping[str, int]) -> None:
         """Says what belongs into its rows of metrics."""
-        if self.member.placed is not None and not self.member.waits and counts != self._counts:
+        if self.member.works and counts != self._counts:
             self._counts = dict(counts)
-            self.member.placed.say(json.dumps({"counts": self._counts}).encode() + b"\n")
-
-    def over(self) -> bool:
-        """Whether it has ended, and does not start again by itself."""
-        return self.member.placed is None and (
-            self.done is not None or self.member.leaving_s is not None
-        )
+            self.member.say(json.dumps({"counts": self._counts}).encode() + b"\n")
 
     def hang_up(self, now_s: float) -> None:
         """Asks it to save and to end.
@@ -174,14 +166,12 @@ class LearnerSeat:
         Raises:
             PeerLost: it is dead.
         """
-        if self.member.placed is None and self.deaths and self.done is None:
+        if self.deaths and self.done is None and not self.member.works:
             raise PeerLost(
                 f"{self.member.times()}; the run ended before it was back: go on from its last "
                 "checkpoint with headrace train --resume"
             )
         self.member.hang_up(now_s)
-        if self.member.leaving_s is None:
-            self.member.leaving_s = now_s  # it had not begun
 
     def _take(self, message: Mapping[str, Any]) -> None:
         row: Row | None = message.get("row")
@@ -205,41 +195,40 @@ class LearnerSeat:
     def _reachable(self, address: str) -> str:
         """Returns what hosts connect to, where the learner may listen at all of its addresses."""
         bound = parse_address(address, flag="--listen")
-        if bound.host in _ANYWHERE and self._home is not None:
-            return f"{_bracketed(self._home.address)}:{bound.port}"
+        if bound.host in _ANYWHERE and self.node is not None:
+            return f"{_bracketed(self.node.address)}:{bound.port}"
         return address
 
-    def _judge(self, now_s: float) -> None:
-        leaving_s = self.member.leaving_s
-        if self.member.placed is not None and leaving_s is not None and now_s - leaving_s > SAVE_S:
-            self.member.end()
-            raise PeerLost(f"the learner did not save within {SAVE_S:g} s and was killed")
-        if self.member.waits and now_s - self.member.asked_s > WAIT_S:
-            self.member.end()
-            self._home = None
-            self._lack(now_s, self._gpus)
-        elif self.member.placed is not None and not self.member.waits:
-            self._lacking_s = None
-
     def _died(self, heard: Heard, now_s: float) -> None:
+        """Counts a death, unless that is how the run should end.
+
+        Raises:
+            HeadraceError: what training says is final.
+            PeerLost: it died too often, or before it had saved.
+        """
         failure, self._failure = self._failure, None
-        first_life = not self.deaths
+        leaving = self.member.leaving_s is not None
+        if self.done is not None or (leaving and heard.code == 0 and failure is None):
+            self.member.end()  # or it had not begun, and there is nothing to save
+            return
         # What training says on purpose is final. Only a life after another may meet a lock, or a
         # port, that is about to be free, or a node that does not see the run's folder.
-        if failure is not None and (first_life or not isinstance(failure, ConfigError)):
+        if failure is not None and not (self.deaths and isinstance(failure, ConfigError)):
+            self.member.end()
             raise failure
         cause = str(failure or heard.death)
-        if self.member.leaving_s is not None:
-            if cause.startswith(IN_PEACE):  # it had not begun, and so there is nothing to save
-                return
+        if leaving:
+            self.member.end()
             raise PeerLost(f"the learner died before it had saved: {cause}")
         self.deaths += 1
         # A new run saves before it begins.
         healthy = self._checkpoints > (0 if self._resume else 1)
         self.member.died(cause, now_s, healthy=healthy)
         if self.member.deaths >= MAX_DEATHS:
+            self.member.end()
             raise PeerLost(f"{self.member.times()}; last: {cause}")
         self._resume = self._resume or self._checkpoints > 0
+        self._checkpoints = 0
         self._hooks.on_message(
             f"the learner died: {cause}; it starts again "
             f"{'from its newest checkpoint' if self._resume else 'anew'}"

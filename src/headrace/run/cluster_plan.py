@@ -26,8 +26,6 @@ class Node(NamedTuple):
     address: str  # without a port
     cpus: float
     gpus: float
-    free_cpus: float  # that nobody has reserved
-    free_gpus: float
 
 
 class Slot(NamedTuple):
@@ -66,66 +64,59 @@ def gpus_wanted(config: RunConfig, most: int) -> int:
 
 
 def choose_learner(
-    nodes: Sequence[Node], gpus: int, *, hosts: Collection[Slot] = (), home: str = ""
+    nodes: Sequence[Node], gpus: int, *, home: str = "", crowded: Collection[str] = ()
 ) -> tuple[Node, float] | None:
-    """Returns the learner's node and the processors to reserve there; None if there is no room.
+    """Returns the learner's node and the processors to reserve there; None if none fits.
 
-    Room is counted as if worker hosts were not there: for the learner they give way. A node whose
-    room somebody else has is the last choice, to be waited for.
+    Worker hosts give way for the learner, so they are not in its way here.
 
     Args:
         nodes: Those that live.
         gpus: What it wants.
-        hosts: Room that worker hosts have.
         home: Id of the node that it had before, which is preferred: its files may be there.
+        crowded: Ids of nodes where others have had the room; the last choice, to be waited for.
     """
     fit = [node for node in nodes if node.gpus >= gpus and node.cpus >= LEAST_CPUS]
     if not fit:
         return None
 
-    def wanted_cpus(node: Node) -> float:
-        others = any(other.cpus >= 1 for other in nodes if other.id != node.id)
-        return _whole(min(LEARNER_CPUS, node.cpus if others else node.cpus / 2))
-
     def rank(node: Node) -> tuple[bool, bool, bool, float]:
-        free_cpus = node.free_cpus + sum(slot.cpus for slot in hosts if slot.node == node.id)
-        has_room = free_cpus >= wanted_cpus(node) and node.free_gpus >= gpus
         # Where GPUs are not wanted, those who want them may have theirs.
-        return node.id == home, has_room, bool(gpus) or not node.gpus, node.cpus
+        spares_gpus = bool(gpus) or not node.gpus
+        return node.id not in crowded, node.id == home, spares_gpus, node.cpus
 
     best = max(fit, key=rank)
-    return best, wanted_cpus(best)
+    alone = not any(other.cpus >= 1 for other in nodes if other.id != best.id)
+    return best, _whole(min(LEARNER_CPUS, best.cpus / 2 if alone else best.cpus))
 
 
 def new_slots(
-    nodes: Sequence[Node], taken: Sequence[Slot], *, hosts: int, host_cpus: int
+    free: Mapping[str, float], taken: Sequence[Slot], *, hosts: int, host_cpus: int
 ) -> list[Slot]:
     """Returns room for the worker hosts that are still missing, as far as there is any.
 
     Args:
-        nodes: Those that live, with what is free beside the learner and the hosts that there are.
+        free: Processors that are left on each node, by its id, beside the learner and the hosts
+            that there are.
         taken: Of the hosts that there are.
         hosts: How many are wanted in all; 0 for one on every node.
         host_cpus: Processors of each; 0 for all that are free.
     """
-    least = host_cpus or LEAST_CPUS
-    open_nodes = [node for node in nodes if node.free_cpus >= least]
+    free = {node: cpus for node, cpus in free.items() if cpus >= (host_cpus or LEAST_CPUS)}
     if not hosts:
         busy = {slot.node for slot in taken}
         return [
-            Slot(node.id, float(host_cpus) or _whole(node.free_cpus))
-            for node in open_nodes
-            if node.id not in busy
+            Slot(node, float(host_cpus) or _whole(cpus))
+            for node, cpus in free.items()
+            if node not in busy
         ]
     chosen: Counter[str] = Counter()
     for _ in range(hosts - len(taken)):
-        room = [node for node in open_nodes if chosen[node.id] < _most(node, host_cpus)]
+        room = [node for node in free if chosen[node] < max(1, int(free[node] / (host_cpus or 1)))]
         if not room:
             break
         # Even over the nodes: the one whose hosts would have most processors each.
-        best = max(room, key=lambda node: node.free_cpus / (chosen[node.id] + 1))
-        chosen[best.id] += 1
-    free = {node.id: node.free_cpus for node in open_nodes}
+        chosen[max(room, key=lambda node: free[node] / (chosen[node] + 1))] += 1
     return [
         Slot(node, float(host_cpus) or _whole(free[node] / count))
         for node, count in chosen.items()
@@ -168,10 +159,6 @@ def shares(num_envs: int, block: int, cpus: Mapping[int, float]) -> dict[int, in
     for host in sorted(hosts, key=lambda host: math.floor(exact[host]) - exact[host])[:left]:
         counts[host] += 1
     return {host: count * largest for host, count in counts.items()}
-
-
-def _most(node: Node, host_cpus: int) -> int:
-    return max(1, int(node.free_cpus / (host_cpus or 1)))
 
 
 def _whole(cpus: float) -> float:

@@ -1,8 +1,13 @@
-"""The one file that speaks Ray: connects or starts it, and places keepers on its nodes.
+"""The Ray that a run is on: connects to it or starts it, and refuses one that is open to others.
 
 Ray's ports run whatever code they are sent. A Ray that is started here listens on loopback alone
 and asks for a token that is made for it; one that others can reach is refused unless it asks for
-a token, which is tried. Step data never goes this way.
+a token, which is tried.
+
+One that is started here is this file as a program, in a process group of its own. Signals of a
+terminal or a scheduler go to the driver's whole group: were Ray in it, they would take it from
+under a run that is about to save. And whatever kills the driver ends that group
+(pools/processes.py), before Ray itself has noticed.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ import importlib.util
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +27,10 @@ from typing import Any
 
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.credentials import is_loopback, parse_address
-from headrace.pools.processes import WorkerProcess
-from headrace.run.cluster_keeper import Heard, Keeper
-from headrace.run.cluster_member import Order
+from headrace.pools.processes import WorkerEnd, WorkerProcess
+from headrace.run.cluster_actor import Site, one_line
 from headrace.run.cluster_plan import Node
 from headrace.run.system import usable_cores
-
-LOOK_S = 0.5
-"""Longest that a keeper waits for news of its process before it says that there is none."""
 
 _MODE = "RAY_AUTH_MODE"
 _OBJECT_STORE_NBYTES = 80 << 20  # about the least that Ray takes: nothing of ours lies there
@@ -44,131 +44,30 @@ _FIX = (
 )
 
 
-class RayCluster:
-    """A Ray that this process is connected to. For one thread."""
+def living_nodes(ray: Any) -> list[Node]:
+    """Returns the nodes that live.
 
-    def __init__(self, ray: Any, variables: Mapping[str, str]) -> None:
-        """Speaks through the module `ray`; `variables` go into each process's environment."""
-        self._ray = ray
-        self._variables = dict(variables)
-        self._placed: list[RayPlaced] = []
-
-    def nodes(self) -> list[Node]:
-        """Returns the nodes that live.
-
-        Raises:
-            PeerLost: the cluster does not answer.
-        """
-        # Public Ray knows what is free only in all.
-        state = importlib.import_module("ray._private.state")
-        try:
-            free, entries = state.available_resources_per_node(), self._ray.nodes()
-        except self._ray.exceptions.RayError as error:
-            raise PeerLost(f"the Ray cluster does not answer: {one_line(error)}") from error
-        nodes = []
-        for entry in entries:
-            key, total = entry["NodeID"], entry["Resources"]
-            if not entry["Alive"]:
-                continue
-            nodes.append(
-                Node(
-                    id=key,
-                    name=entry["NodeManagerHostname"],
-                    address=entry["NodeManagerAddress"],
-                    cpus=total.get("CPU", 0.0),
-                    gpus=total.get("GPU", 0.0),
-                    free_cpus=free.get(key, {}).get("CPU", 0.0),
-                    free_gpus=free.get(key, {}).get("GPU", 0.0),
-                )
-            )
-        return sorted(nodes)
-
-    def place(self, order: Order) -> RayPlaced:
-        """Begins to place a process; never waits."""
-        self._placed = [placed for placed in self._placed if placed.answer is not None]
-        self._placed.append(RayPlaced(self._ray, order, self._variables))
-        return self._placed[-1]
-
-    def wait(self, timeout_s: float) -> None:
-        """Waits until a process has news, or `timeout_s` is over."""
-        answers = [placed.answer for placed in self._placed if placed.answer is not None]
-        if answers:
-            self._ray.wait(answers, num_returns=1, timeout=timeout_s, fetch_local=False)
-        else:
-            time.sleep(timeout_s)
-
-
-class RayPlaced:
-    """A process on its way to a node, or there. For one thread; nothing but `kill` waits."""
-
-    def __init__(self, ray: Any, order: Order, variables: Mapping[str, str]) -> None:
-        """Asks Ray for room on the order's node, and for a keeper there."""
-        groups = importlib.import_module("ray.util.placement_group")
-        strategies = importlib.import_module("ray.util.scheduling_strategies")
-        self._ray, self._remove = ray, groups.remove_placement_group
-        bundle = {"CPU": order.cpus, **({"GPU": order.gpus} if order.gpus else {})}
-        self._group = groups.placement_group(
-            [bundle], bundle_label_selector=[{"ray.io/node-id": order.node}]
+    Raises:
+        PeerLost: the cluster does not answer.
+    """
+    try:
+        entries = [entry for entry in ray.nodes() if entry["Alive"]]
+    except ray.exceptions.RayError as error:
+        raise PeerLost(f"the Ray cluster does not answer: {one_line(error)}") from error
+    return sorted(
+        Node(
+            id=entry["NodeID"],
+            name=entry["NodeManagerHostname"],
+            address=entry["NodeManagerAddress"],
+            cpus=entry["Resources"].get("CPU", 0.0),
+            gpus=entry["Resources"].get("GPU", 0.0),
         )
-        self._keeper = (
-            ray.remote(Keeper)
-            .options(
-                num_cpus=order.cpus,
-                num_gpus=order.gpus,
-                max_restarts=0,
-                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group),
-            )
-            .remote()
-        )
-        self.machine = ""
-        """Name of the machine where it runs; empty while it waits for room."""
-        self.answer: Any = self._keeper.start.remote(
-            order.module,
-            order.settings,
-            order.name,
-            variables,
-            paths=[str(Path(path or ".").resolve()) for path in sys.path],
-            folder=str(Path.cwd()),
-        )
-
-    def hear(self) -> Heard | None:
-        """Returns what has come since the last call; None if nothing has, not even a sign of life.
-
-        A process that has died on its node, and one that has died with it, look the same.
-        """
-        if self.answer is None:
-            return None
-        if not self._ray.wait([self.answer], timeout=0)[0]:
-            return None
-        try:
-            answer = self._ray.get(self.answer)
-        except self._ray.exceptions.RayError as error:
-            self.answer = None
-            return Heard(death=one_line(error))
-        if isinstance(answer, str):
-            self.machine, answer = answer, Heard()
-        heard: Heard = answer
-        self.answer = None if heard.death is not None else self._keeper.look.remote(LOOK_S)
-        return heard
-
-    def say(self, data: bytes) -> None:
-        """Sends the process something."""
-        self._keeper.say.remote(data)
-
-    def hang_up(self) -> None:
-        """Asks the process to end."""
-        self._keeper.hang_up.remote()
-
-    def kill(self) -> None:
-        """Ends the process, its keeper, and the claim to their room; may come twice."""
-        self.answer = None
-        with contextlib.suppress(self._ray.exceptions.RayError):  # a cluster that is gone
-            self._ray.kill(self._keeper)
-            self._remove(self._group)
+        for entry in entries
+    )
 
 
 @contextlib.contextmanager
-def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[RayCluster]:
+def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[Site]:
     """Connects to Ray for as long as the block runs; a Ray that was started here ends with it.
 
     Args:
@@ -203,7 +102,7 @@ def connected(cluster: str, variables: Mapping[str, str]) -> Iterator[RayCluster
             raise ConfigError(f"no Ray cluster at --cluster {cluster}: {why}") from error
         stack.callback(ray.shutdown)
         _ensure_closed(ray, [entry["NodeManagerAddress"] for entry in ray.nodes()], cluster)
-        yield RayCluster(ray, variables)
+        yield Site(ray, variables)
 
 
 def ensure_allowed(cluster: str) -> None:
@@ -238,19 +137,6 @@ def job_config() -> Any:
     return config
 
 
-def one_line(error: BaseException) -> str:
-    """Returns what matters of one of Ray's many-lined errors."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return f"{type(cause).__name__}: {cause}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if line.startswith("The actor ") and "unexpectedly" not in line
-    ]
-    named = [line for line in lines if "Error: " in line]
-    return (telling or named[-1:] or lines or [type(error).__name__])[0][:300]
-
-
 def _module() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when a cluster starts
     return importlib.import_module("ray")
@@ -277,8 +163,8 @@ def _keep_to_loopback(stack: contextlib.ExitStack) -> None:
     for name, value in variables.items():
         stack.callback(_put_back, name, os.environ.get(name))
         os.environ[name] = value
-    _module()
-    if importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER:
+    ray, util = _module(), importlib.import_module("ray.util")
+    if not ray.is_initialized() and not is_loopback(util.get_node_ip_address()):
         raise ConfigError(
             "this process had imported ray before, which now listens on the network: leave that "
             "out, or start Ray yourself and say --cluster auto"
@@ -301,7 +187,7 @@ def _own_ray(stack: contextlib.ExitStack) -> str:
         "cpus": usable_cores(),
         "object_store_nbytes": _OBJECT_STORE_NBYTES,
     }
-    process = WorkerProcess("headrace.run.ray_process", settings, name="headrace ray")
+    process = WorkerProcess("headrace.run.cluster_ray", settings, name="headrace ray")
     stack.callback(process.close, _END_S)
     until_s = time.monotonic() + _START_S
     while True:
@@ -348,3 +234,31 @@ def answers_anybody(address: str) -> bool:
             closed = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE
             return error.code() not in closed
         return True
+
+
+def main() -> None:
+    """Starts Ray with the parent's settings, tells its address, and ends it when asked to."""
+    end = WorkerEnd.open()
+    ray = _module()
+    ray.init(
+        address="local",
+        job_config=job_config(),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level="error",
+        _temp_dir=end.settings["folder"],
+        num_cpus=end.settings["cpus"],
+        object_store_memory=end.settings["object_store_nbytes"],
+    )
+    end.status({"address": ray.get_runtime_context().gcs_address})
+    try:
+        while True:
+            end.receive()
+    except PeerLost:
+        ray.shutdown()
+        shutil.rmtree(end.settings["folder"], ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

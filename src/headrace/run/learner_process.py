@@ -10,6 +10,7 @@ purpose is told and is final; what kills this process is found out by whoever lo
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import signal
@@ -18,9 +19,10 @@ import time
 from pathlib import Path
 
 from headrace import STARTED_S
-from headrace.config import from_dict, to_toml
+from headrace.config import RunConfig, from_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError, PeerLost
 from headrace.length import clock_from
+from headrace.pools.credentials import parse_address
 from headrace.pools.processes import WorkerEnd
 from headrace.run.local import Hooks, run_training
 from headrace.run.report import Row
@@ -105,6 +107,26 @@ def open_run(
     return run, shared
 
 
+def at_its_address(config: RunConfig, kept: Path) -> RunConfig:
+    """Returns the settings, to listen where the life before did: there worker hosts look for it.
+
+    Only once: whoever has that port now may keep it.
+
+    Args:
+        config: Of the run.
+        kept: The file in which that life has left its address, if it came so far.
+    """
+    if not kept.exists():
+        return config
+    before = parse_address(kept.read_text(), flag="--listen")
+    kept.unlink()
+    own = parse_address(config.remote.listen, flag="--listen")
+    if own.host != before.host or own.port:  # on another node, or fixed
+        return config
+    listen = config.remote.listen.removesuffix(":0") + f":{before.port}"
+    return dataclasses.replace(config, remote=dataclasses.replace(config.remote, listen=listen))
+
+
 def run_learner(end: WorkerEnd, told: Told, stop: Stop) -> None:
     """Trains until the run is complete or the driver wants it to end, and tells the outcome."""
     settings = end.settings
@@ -118,6 +140,14 @@ def run_learner(end: WorkerEnd, told: Told, stop: Stop) -> None:
         again=settings["again"],
     )
     end.status({"shared": shared})
+    kept = path / f"{settings['mark']}.address"
+    if settings["again"]:
+        config = at_its_address(config, kept)
+
+    def on_listen(address: str) -> None:
+        kept.write_text(address)
+        end.status({"address": address})
+
     # A life that ended before its first checkpoint has left nothing to go on from.
     resume = settings["resume"] or any(run.checkpoints.glob("agent_steps_*"))
 
@@ -130,7 +160,7 @@ def run_learner(end: WorkerEnd, told: Told, stop: Stop) -> None:
         on_update=lambda *_: None,
         on_checkpoint=lambda saved: end.status({"checkpoint": str(saved)}),
         on_message=lambda text: end.status({"message": text}),
-        on_listen=lambda address: end.status({"address": address}),
+        on_listen=on_listen,
     )
     if stop.requested:  # before it began
         return
@@ -142,6 +172,7 @@ def run_learner(end: WorkerEnd, told: Told, stop: Stop) -> None:
         trust_code=settings["trust_code"],
         clock_s=clock_from(STARTED_S),
     )
+    kept.unlink(missing_ok=True)
     end.status({"done": {"metrics": result.metrics, "finished": result.finished}})
 
 
