@@ -88,7 +88,40 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
         (["train", "catch", "--passes", "5"], "passes must be 1 to 4, not 5: say --passes 4"),
         (["train", "catch", "--passes", "-1"], "passes must be 1 to 4, not -1: say --passes 1"),
         (["train", "catch", "--minibatches", "7"], "batch_unrolls=32: say --minibatches 4"),
-        (["train", "catch", "--clip-range", "-1"], "say --minibatches 1 --clip-range 0"),
+        (["train", "catch", "--clip-range", "-1"], "not -1.0: say --clip-range 0"),
+        (["train", "catch", "--clip-range", "inf", "--passes", "2"], "not inf: say --clip-range 0"),
+        (
+            ["train", "catch", "--clip-range-schedule", "linear"],
+            "no effect without a clip: say --clip-range 0.2 --passes 2",
+        ),
+        (["train", "catch", "--target-kl", "0.02"], "say --learning-rate-schedule kl as well, or"),
+        (["train", "catch", "--final-entropy-cost", "0.1"], "say --entropy-cost-schedule linear"),
+        (
+            ["train", "catch", "--final-entropy-cost", "inf", "--entropy-cost-schedule", "linear"],
+            "finite and not negative, not inf: say --final-entropy-cost 0",
+        ),
+        (["train", "catch", "--popart-step", "0.1"], "popart_step is of --normalize-values"),
+        (
+            ["train", "catch", "--algorithm", "r2d2", "--initial-epsilon", "0.5"],
+            "say --epsilon-schedule linear as well",
+        ),
+        (
+            ["train", "catch", "--algorithm", "r2d2", "--final-importance-exponent", "0.5"],
+            "say --importance-exponent-schedule linear as well",
+        ),
+        (
+            [
+                *[
+                    "train",
+                    "pointmass",
+                    "--algorithm",
+                    "sac",
+                    "--importance-exponent-schedule",
+                    "linear",
+                ]
+            ],
+            "say --importance-exponent-schedule constant, or --priority-exponent 0.6",
+        ),
         (["train", "catch", *BY_KL], "one: say --passes 2 as well"),
         (["train", "catch", "--stop-kl", "0.1"], "there is one: say --passes 2 as well"),
         (["train", "catch", "--stop-kl", "-1"], "positive, not -1.0: say --stop-kl 0"),
@@ -96,14 +129,17 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str, quiet: bool = True) 
         (["train", "catch", "--target-kl", "nan"], "not nan: say --target-kl 0.01"),
         (
             ["train", "catch", "--passes", "2", "--clip-range", "nan"],
-            "clip_range must be a number, not nan",
+            "not nan: say --clip-range 0",
         ),
         (["train", "catch", "--optimizer-eps", "nan"], "optimizer_eps must be a number, not nan"),
         (
             ["train", "catch", "--vtrace-lambda-form", "advantage"],
             "vtrace_lambda_form has no effect on a vtrace_lambda of 1: say --vtrace-lambda 0.95",
         ),
-        (["train", "catch", "--popart-step", "0"], "popart_step must be above 0 and at most 1"),
+        (
+            ["train", "catch", "--popart-step", "0"],
+            "popart_step must be above 0 and at most 1, not 0.0: say --popart-step 0.001",
+        ),
         (
             ["train", "catch", "--target-entropy", "1", "--entropy-cost-schedule", "linear"],
             "say --entropy-cost-schedule constant",

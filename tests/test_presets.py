@@ -48,7 +48,7 @@ PAPER_OPTIMIZER = {
     "optimizer": "rmsprop_tf",
     "learning_rate": 0.0006,
     "learning_rate_schedule": "linear",
-    "target_kl": 0.01,
+    "target_kl": None,
     "optimizer_eps": pytest.approx(0.01 / SAMPLES**2, rel=1e-12),
     "rmsprop_decay": 0.99,
     "momentum": 0.0,

@@ -103,3 +103,4 @@ class Update(NamedTuple):
     metrics: dict[str, Tensor]  # scalars by name, such as loss/policy
     finite: Tensor  # bool scalar: loss and gradient norm were finite
     priority: Tensor | None = None  # [B] float32 > 0: how often each sampled sequence should return
+    passes: int | None = None  # over the batch; None for as many as the rule's `experience` says

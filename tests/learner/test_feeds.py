@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -350,3 +351,16 @@ def test_after_a_resume_without_the_environments_no_sequence_spans_both_sessions
     two.step(5)
     two.feed._take_in(waiting=len(two.queue))
     assert two.replay.inserted == inserted + ENVS  # the first that lies in the new session alone
+
+
+def test_the_importance_exponent_follows_its_schedule() -> None:
+    desk = Desk(ratio=0.0)
+    desk.step(40)
+    assert desk.next() is not None
+    assert desk.replay.importance_exponent == 1.0
+    desk.feed._settings = dataclasses.replace(
+        SETTINGS, importance_exponent=0.4, importance_exponent_schedule="linear"
+    )
+    for progress, wanted in ((0.0, 0.4), (0.5, 0.7), (1.0, 1.0)):
+        desk.feed.go_on(progress)
+        assert desk.replay.importance_exponent == pytest.approx(wanted)

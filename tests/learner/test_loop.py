@@ -126,9 +126,8 @@ def test_passes_that_were_left_out_are_no_samples(monkeypatch: pytest.MonkeyPatc
     bench = Bench()
     four = dataclasses.replace(bench.algorithm.experience, passes=4)
     monkeypatch.setattr(bench.algorithm, "experience", four)
-    for passes in (3.0, None):
-        said = {} if passes is None else {"passes": torch.tensor(passes)}
-        update = Update(said, torch.tensor(True))
+    for passes in (3, None):
+        update = Update({}, torch.tensor(True), passes=passes)
         monkeypatch.setattr(bench.algorithm, "update", lambda *_, update=update, **__: update)
         for _ in range(T + (passes is not None)):
             bench.append(0)

@@ -3,6 +3,7 @@
 Shape suffixes: T = unroll steps, U = T + 1, B = unrolls.
 """
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -138,3 +139,27 @@ def test_inputs_are_left_as_they_were(inputs: Inputs) -> None:
     copies = [x.clone() for x in inputs]
     vtrace_targets(*inputs)
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 0.95])
+def test_the_advantage_may_bootstrap_from_a_mixture(lambda_: float) -> None:
+    """As rlax writes it: q = r + gamma (lambda v + (1 - lambda) V) at the next step."""
+    generator = torch.Generator().manual_seed(5)
+    log_ratio, reward = (torch.randn(6, 3, generator=generator).double() for _ in range(2))
+    discount = 0.9 * (torch.rand(6, 3, generator=generator) > 0.2).double()
+    value = torch.randn(7, 3, generator=generator).double()
+    arguments = (log_ratio, reward, discount, value)
+    traces = vtrace_targets(*arguments, lambda_=lambda_)
+    mixed = vtrace_targets(*arguments, lambda_=lambda_, lambda_form="advantage")
+    assert torch.equal(mixed.value_TB, traces.value_TB)
+    for step in range(6):
+        for column in range(3):
+            following = value[step + 1, column]
+            if step < 5:
+                target = traces.value_TB[step + 1, column]
+                following = lambda_ * target + (1 - lambda_) * following
+            q = reward[step, column] + discount[step, column] * following
+            weight = min(1.0, math.exp(log_ratio[step, column]))
+            wanted = weight * (q - value[step, column])
+            assert float(mixed.advantage_TB[step, column]) == pytest.approx(float(wanted))
+    assert not torch.allclose(mixed.advantage_TB, traces.advantage_TB)

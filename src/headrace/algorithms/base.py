@@ -70,7 +70,20 @@ class ReplayConfig:
                 "priority_exponent must not be negative, and importance_exponent in [0, 1]"
             )
         if not 0 <= self.final_importance_exponent <= 1:
-            raise ConfigError("final_importance_exponent must be in [0, 1]")
+            raise ConfigError(
+                "final_importance_exponent must be in [0, 1]: say --final-importance-exponent 1"
+            )
+        is_constant = self.importance_exponent_schedule == "constant"
+        if self.final_importance_exponent != 1 and is_constant:
+            raise ConfigError(
+                "final_importance_exponent is of a schedule: say --importance-exponent-schedule "
+                "linear as well"
+            )
+        if not self.priority_exponent and not is_constant:
+            raise ConfigError(
+                "importance_exponent_schedule has no effect where all sequences are sampled alike: "
+                "say --importance-exponent-schedule constant, or --priority-exponent 0.6"
+            )
 
     def importance_exponent_at(self, progress: float) -> float:
         """Returns the exponent when the share `progress` of the run is done."""

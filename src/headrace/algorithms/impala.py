@@ -30,6 +30,7 @@ from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.minibatches import (
     Step,
+    check_end,
     check_kl,
     check_minibatches,
     columns_of,
@@ -77,7 +78,8 @@ class ImpalaConfig:
     clip_range_schedule: Schedule = "constant"
     """linear, cosine: to zero at the end of the run."""
     stop_kl: float = 0.0
-    """No further pass over a batch once the policy has moved by more, in nats; 0 for never."""
+    """No further pass over a batch once the policy has moved by more than this many nats, as the
+    first minibatch of that pass says; 0 for never."""
     discount: float = 0.99
     """gamma, per agent step."""
     normalize_advantage: bool = False
@@ -119,10 +121,16 @@ class ImpalaConfig:
         if not 1 <= self.passes <= 4:
             nearest = min(4, max(1, self.passes))
             raise ConfigError(f"passes must be 1 to 4, not {self.passes}: say --passes {nearest}")
-        if self.minibatches < 1 or self.clip_range < 0:
+        if self.minibatches < 1:
+            raise ConfigError(f"minibatches must be at least 1, not {self.minibatches}: say 1")
+        if not 0 <= self.clip_range < math.inf:
             raise ConfigError(
-                "minibatches must be at least 1, and clip_range 0 (for none) or positive: say "
-                "--minibatches 1 --clip-range 0"
+                f"clip_range must be 0 (for none) or positive and finite, not {self.clip_range}: "
+                "say --clip-range 0"
+            )
+        if self.clip_range_schedule != "constant" and not self.clip_range:
+            raise ConfigError(
+                "clip_range_schedule has no effect without a clip: say --clip-range 0.2 --passes 2"
             )
         check_minibatches(self.minibatches, "batch_unrolls", self.batch_unrolls, least=1)
         if self.clip_range and self.passes == self.minibatches == 1:
@@ -140,8 +148,7 @@ class ImpalaConfig:
             raise ConfigError(
                 "entropy_cost must be positive where target_entropy is set, else >= 0"
             )
-        if self.final_entropy_cost < 0:
-            raise ConfigError("final_entropy_cost must not be negative")
+        check_end("entropy_cost", self.final_entropy_cost, self.entropy_cost_schedule)
         if self.target_entropy is not None and self.entropy_cost_schedule != "constant":
             raise ConfigError(
                 "target_entropy adapts the entropy cost, which entropy_cost_schedule cannot set "
@@ -155,7 +162,6 @@ class _Output(NamedTuple):
     parameters_TBP: Tensor
     log_prob_TB: Tensor  # of the actions that were taken
     value_UB: Tensor
-    value_features_UBF: Tensor | None  # only where values are normalised
 
 
 class Impala:
@@ -311,16 +317,15 @@ class Impala:
         """Yields the losses of each pass; each step is taken before the next loss is asked for."""
         first_TB: Tensor | None = None
         for _ in range(self._config.passes):
-            if self._config.minibatches == 1:  # the step differentiates what targets are made of
-                output = self._forward(batch)
+            moves_values = self._popart is not None and first_TB is None
+            if self._config.minibatches == 1 and not moves_values:
+                output = self._forward(batch)  # the step differentiates what targets are made of
             else:
                 with torch.no_grad(), in_eval_mode(self.model):
                     output = self._forward(batch)
+            yield self._losses(batch, output, first_TB)
             if first_TB is None:
-                yield self._losses(batch, output, None)
                 first_TB = output.log_prob_TB.detach()
-            else:
-                yield self._losses(batch, output, first_TB)
 
     def _losses(self, batch: Batch, output: _Output, first_TB: Tensor | None) -> Iterator[Step]:
         """Yields those of one pass; `first_TB` is the log-probability at the first, if earlier."""
@@ -328,9 +333,8 @@ class Impala:
         targets = self._targets(batch, output, first_TB)
         if self._popart is not None and first_TB is None:
             self._popart.observe_targets(targets.value_TB)
-            if output.value_features_UBF is not None and config.minibatches == 1:  # graph of old
-                value_UB = self._popart(output.value_features_UBF).squeeze(-1)
-                output = output._replace(value_UB=value_UB)
+            if config.minibatches == 1:
+                output = self._forward(batch)  # by the layer as it is now
         if config.minibatches == 1:
             yield self._loss(batch, output, targets, first_TB)
             return
@@ -352,8 +356,7 @@ class Impala:
             output.parameters[:-1], None if mask is None else mask[:-1]
         )
         log_prob_TB = self._distribution.log_prob(parameters_TBP, batch.action)
-        features_UBF = None if self._popart is None else output.value_features
-        return _Output(parameters_TBP, log_prob_TB, output.value, features_UBF)
+        return _Output(parameters_TBP, log_prob_TB, output.value)
 
     def _targets(
         self, batch: Batch, output: _Output, first_TB: Tensor | None = None
@@ -400,7 +403,11 @@ class Impala:
             clip_range = self._clip_range if config.clip_range else math.inf
             log_ratio_TB = output.log_prob_TB - first_TB
             policy_loss = losses.clipped_surrogate_loss(log_ratio_TB, advantage_TB, clip_range)
-            more["kl_divergence"] = losses.divergence(log_ratio_TB.detach())
+            more["kl_divergence"] = losses.divergence(
+                log_ratio_TB.detach(), losses.ratio_of(first_TB - batch.log_prob)
+            )
+        if config.clip_range:
+            more["clip_range"] = torch.tensor(self._clip_range)
         value_loss = losses.value_loss(value_TB, target_TB)
         entropy = self._distribution.entropy(output.parameters_TBP).mean()
         entropy_loss, alpha = self._entropy_loss(entropy)

@@ -5,6 +5,7 @@ Shape suffixes: R = rows, C = columns of a batch (unrolls, or samples), M = thos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from headrace.algorithms.optimizers import OptimizerConfig, StepSize, clipped_st
 from headrace.errors import ConfigError
 from headrace.ops.normalization import moments_of
 from headrace.records import Batch, PolicyInput, Update
+from headrace.schedules import Schedule
 
 
 def check_minibatches(minibatches: int, what: str, columns: int, *, least: int) -> None:
@@ -52,6 +54,19 @@ def check_kl(optimizer: OptimizerConfig, *, stop_kl: float, passes: int, flag: s
         )
 
 
+def check_end(name: str, end: float, schedule: Schedule) -> None:
+    """Raises ConfigError if the end of a schedule, `final_NAME`, is no number or is never met."""
+    flag = name.replace("_", "-")
+    if not 0 <= end < math.inf:
+        raise ConfigError(
+            f"final_{name} must be finite and not negative, not {end}: say --final-{flag} 0"
+        )
+    if end and schedule == "constant":
+        raise ConfigError(
+            f"final_{name}={end} is never met without a schedule: say --{flag}-schedule linear"
+        )
+
+
 Step = tuple[Tensor, dict[str, Tensor]]
 """A loss and its parts, detached."""
 
@@ -73,36 +88,41 @@ def take_steps(
         passes: Over a batch. A step is taken before the next loss is asked for; where there are
             several passes, the parts of a loss have `kl_divergence`, from the policy before.
         optimizer: Of what the losses are differentiated for.
-        step_size: Of this update; told of the last pass's divergence.
+        step_size: Of this update; told of the divergence that the last pass has seen.
         progress: Of the run.
         max_norm: Clip of the gradient's norm; 0 for none.
-        stop_kl: No pass follows one with a larger mean divergence; 0 for never.
+        stop_kl: No pass begins where the first loss of it says a larger divergence; 0 for never.
         learners: Who steps alike, and stops alike.
         after: Done after each step.
     """
     learning_rate = step_size.at(progress)
     steps: list[dict[str, Tensor]] = []
-    taken, moved = 0, torch.zeros(())
+    taken = first = 0
     for losses in passes:
-        first, taken = len(steps), taken + 1
+        start = len(steps)
         for total, metrics in losses:
+            if stop_kl and taken and len(steps) == start:  # what the passes before have done
+                moved = metrics["kl_divergence"].clone()
+                learners.average([moved])
+                if moved > stop_kl:
+                    break
             metrics["gradient_norm"] = clipped_step(
                 optimizer, total, learning_rate=learning_rate, max_norm=max_norm, learners=learners
             )
             after()
             steps.append(metrics)
-        if stop_kl or step_size.follows_kl:
-            moved = mean_metrics(steps[first:])["kl_divergence"].clone()
-            learners.average([moved])
-            if stop_kl and moved > stop_kl:
-                break
-    if step_size.follows_kl:
-        step_size.observe(moved)
+        if len(steps) == start:
+            break
+        taken, first = taken + 1, start
     means = mean_metrics(steps)
+    if "kl_divergence" in means:  # of the last pass alone, which begins where others have come to
+        moved = means["kl_divergence"] = mean_metrics(steps[first:])["kl_divergence"].clone()
+        if step_size.follows_kl:
+            learners.average([moved])
+            step_size.observe(moved, progress=progress)
     means["learning_rate"] = torch.tensor(learning_rate)
-    if stop_kl:
-        means["passes"] = torch.tensor(float(taken))
-    return Update(means, torch.isfinite(means["loss/total"] + means["gradient_norm"]))
+    finite = torch.isfinite(means["loss/total"] + means["gradient_norm"])
+    return Update(means, finite, passes=taken)
 
 
 def shuffled(generator: torch.Generator, columns: int, minibatches: int) -> tuple[Tensor, ...]:

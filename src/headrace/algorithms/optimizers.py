@@ -25,7 +25,7 @@ from headrace.networks.heads import OutputLayer
 from headrace.networks.recurrent import Gates
 from headrace.schedules import remaining
 
-_KL_FACTOR = 1.5
+_TARGET_KL, _KL_FACTOR = 0.01, 1.5
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.01, 10.0  # 1e-5 to 1e-2 for 1e-3, as rsl_rl bounds it
 
 
@@ -41,12 +41,14 @@ class OptimizerConfig:
     learning_rate_schedule: Literal["constant", "linear", "cosine", "kl"] = "linear"
     """linear, cosine: to zero at the end of the run. kl: up or down, so that the policy moves by
     about target_kl in an update."""
-    target_kl: float = 0.01
-    """Divergence, in nats, that the step size is steered to under the schedule `kl`."""
+    target_kl: float | None = None
+    """Divergence, in nats, that the step size is steered to under the schedule `kl`; None for
+    0.01."""
     learning_rate_warmup: float = 0.0
     """Share of the run, its first part, in which the step size rises from zero."""
     learning_rate_decay: float = 1.0
-    """Share of the run, its last part, in which the step size falls; before, it stays."""
+    """Share of the run, its last part, in which linear and cosine fall; before, the step size
+    stays."""
     optimizer_eps: float = 1e-5
     """Added to the denominator; for losses that are means (see the module)."""
     rmsprop_decay: float = 0.99
@@ -69,9 +71,15 @@ class OptimizerConfig:
             raise ConfigError(
                 "learning_rate, optimizer_eps and max_gradient_norm must not be negative"
             )
-        if not 0 < self.target_kl < math.inf:
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
             raise ConfigError(
                 f"target_kl must be positive and finite, not {self.target_kl}: say --target-kl 0.01"
+            )
+        if self.target_kl is not None and self.learning_rate_schedule != "kl":
+            raise ConfigError(
+                "target_kl steers a learning rate that follows the divergence: say "
+                f"--learning-rate-schedule kl as well, or --stop-kl {self.target_kl} in its place "
+                "to leave out passes"
             )
         if not 0 <= self.muon_momentum < 1:
             raise ConfigError("muon_momentum must be at least 0 and below 1")
@@ -279,8 +287,9 @@ class StepSize:
     """The step size of updates that go over a batch several times.
 
     Under the schedule `kl` it is divided by 1.5 after an update that moved the policy by more than
-    twice the target, and multiplied by 1.5 after one that moved it by less than half: as rl_games
-    and rsl_rl do, whose source is Schulman et al. 2017 (arXiv:1707.06347), section 4.
+    twice the target, and multiplied by 1.5 after one that moved it by less than half. That is the
+    rule of rl_games and rsl_rl, which look at every minibatch; here it is once an update, at what
+    the last pass has seen: with few minibatches the update goes further than that.
     """
 
     def __init__(self, config: OptimizerConfig) -> None:
@@ -297,12 +306,15 @@ class StepSize:
         """Whether `observe` is to be told."""
         return self._config.learning_rate_schedule == "kl"
 
-    def observe(self, kl: Tensor) -> None:
-        """Takes the divergence [] from the policy before an update to that of its last pass."""
-        moved, target = float(kl), self._config.target_kl
+    def observe(self, kl: Tensor, *, progress: float = 1.0) -> None:
+        """Takes the divergence [] from the policy before an update that its last pass has seen.
+
+        Small steps of a warm-up are no reason for larger ones.
+        """
+        moved, target = float(kl), self._config.target_kl or _TARGET_KL
         if moved > 2.0 * target:
             self._factor = max(self._factor / _KL_FACTOR, _LEAST_FACTOR)
-        elif moved < 0.5 * target:
+        elif moved < 0.5 * target and progress >= self._config.learning_rate_warmup:
             self._factor = min(self._factor * _KL_FACTOR, _LARGEST_FACTOR)
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ unroll (R = T, C = B); M of the C columns are a minibatch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
 from headrace.algorithms.minibatches import (
     Step,
+    check_end,
     check_kl,
     check_minibatches,
     inputs_mapped,
@@ -84,7 +86,8 @@ class PpoConfig:
     clip_range_schedule: Schedule = "constant"
     """linear, cosine: to zero at the end of the run."""
     stop_kl: float = 0.0
-    """No further pass over a batch once the policy has moved by more, in nats; 0 for never."""
+    """No further pass over a batch once the policy has moved by more than this many nats, as the
+    first minibatch of that pass says; 0 for never."""
     value_clip_range: float = 0.0
     """How far a value may move in an update before its gradient stops; 0 for any distance. Of
     normalised values, in units of their spread."""
@@ -111,12 +114,14 @@ class PpoConfig:
             raise ConfigError("discount and gae_lambda must be in [0, 1]")
         if self.epochs < 1 or self.minibatches < 1:
             raise ConfigError("epochs and minibatches must be at least 1")
-        if self.clip_range <= 0 or self.value_clip_range < 0 or self.entropy_cost < 0:
+        if not 0 < self.clip_range < math.inf:
             raise ConfigError(
-                "clip_range must be positive, value_clip_range and entropy_cost not negative"
+                f"clip_range must be positive and finite, not {self.clip_range}: say "
+                "--clip-range 0.2"
             )
-        if self.final_entropy_cost < 0:
-            raise ConfigError("final_entropy_cost must not be negative")
+        if self.value_clip_range < 0 or self.entropy_cost < 0:
+            raise ConfigError("value_clip_range and entropy_cost must not be negative")
+        check_end("entropy_cost", self.final_entropy_cost, self.entropy_cost_schedule)
         check_kl(self.optimizer, stop_kl=self.stop_kl, passes=self.epochs, flag="--epochs")
 
 
@@ -284,6 +289,8 @@ class Ppo:
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
             "loss/entropy": entropy.detach(),
+            "entropy_cost": torch.tensor(self._entropy_cost),
+            "clip_range": torch.tensor(clip_range),
             "value_mean": output.value.detach().mean(),
             "importance_ratio_mean": ratio.mean(),
             "kl_divergence": losses.divergence(log_ratio.detach()),

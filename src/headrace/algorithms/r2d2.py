@@ -268,6 +268,8 @@ class R2d2:
         metrics["gradient_norm"] = norm
         metrics["learning_rate"] = torch.tensor(learning_rate)
         metrics["target_age"] = torch.tensor(float(age))
+        if self._exploration_left is not None:
+            metrics["exploration_left"] = self._exploration_left.clone()
         finite = torch.isfinite(total.detach()) & torch.isfinite(norm)
         return Update(metrics, finite, priority_B)
 

@@ -95,7 +95,16 @@ class R2d2Config:
             )
         check_no_kl(self.optimizer, "r2d2")
         if not 0 <= self.initial_epsilon <= 1 or not 0 < self.epsilon_decay <= 1:
-            raise ConfigError("initial_epsilon must be in [0, 1], and epsilon_decay in (0, 1]")
+            raise ConfigError(
+                "initial_epsilon must be in [0, 1], and epsilon_decay in (0, 1]: say "
+                "--initial-epsilon 1 --epsilon-decay 0.1"
+            )
+        is_given = (self.initial_epsilon, self.epsilon_decay) != (1.0, 0.1)
+        if is_given and self.epsilon_schedule == "constant":
+            raise ConfigError(
+                "initial_epsilon and epsilon_decay are of a schedule: say --epsilon-schedule "
+                "linear as well"
+            )
         shares = (self.discount, self.priority_eta, self.epsilon_base, self.eval_epsilon)
         if min(shares) < 0 or max(shares) > 1:
             raise ConfigError(

@@ -83,6 +83,11 @@ class Learner:
             self._held = self.feed.next(version=self.version, timeout_s=timeout_s, waits=waits)
         return self._held is not None
 
+    def go_on(self, progress: float) -> None:
+        """Sets what the next batch depends on, for a share `progress` of the run that is done."""
+        if isinstance(self.feed, ReplayFeed):
+            self.feed.go_on(progress)
+
     def learn(self, *, progress: float, timeout_s: float, waits: Waits) -> Update | None:
         """Takes one update, or as many as the algorithm takes at once.
 
@@ -93,8 +98,7 @@ class Learner:
                 published.
         """
         experience = self.algorithm.experience
-        if isinstance(self.feed, ReplayFeed):
-            self.feed.go_on(progress)
+        self.go_on(progress)
         self.hold(timeout_s=timeout_s, waits=waits)
         batch, self._held = self._held, None
         if batch is None:
@@ -113,8 +117,8 @@ class Learner:
         self.version += experience.updates_per_call
         learners = 1 if self._group is None else self._group.count
         samples = experience.samples_per_update * experience.updates_per_call * learners
-        if "passes" in update.metrics:  # fewer than there could have been
-            samples = round(samples * float(update.metrics["passes"]) / experience.passes)
+        if update.passes is not None:  # fewer than there could have been
+            samples = samples * update.passes // experience.passes
         self.samples += samples
         self._weights.publish(self.algorithm.model, self.version)
         return update

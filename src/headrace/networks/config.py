@@ -10,6 +10,8 @@ from headrace.networks.torsos import Activation
 
 Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
 
+_POPART_STEP = 1e-3
+
 HEADS_OF = {
     "policy_value": "policy",
     "duelling": "values",
@@ -45,8 +47,9 @@ class NetworkConfig:
     normalize_values: bool = False
     """Whether values are learned in units of their own spread (PopArt), whatever the scale of
     rewards."""
-    popart_step: float = 1e-3
-    """How far the moments of normalize_values move towards those of one batch, in (0, 1]."""
+    popart_step: float = _POPART_STEP
+    """How far the moments of normalize_values move towards those of one batch, in (0, 1]. The first
+    batches move them further: as a mean of all so far, in which the start counts as one."""
     initial_log_std: float = 0.0
     """Continuous actions: log standard deviation at the start, before the squash."""
     state_dependent_std: bool = False
@@ -74,7 +77,12 @@ class NetworkConfig:
                 "say --no-separate-value"
             )
         if not 0 < self.popart_step <= 1:
-            raise ConfigError(f"popart_step must be above 0 and at most 1, not {self.popart_step}")
+            raise ConfigError(
+                f"popart_step must be above 0 and at most 1, not {self.popart_step}: say "
+                "--popart-step 0.001"
+            )
+        if self.popart_step != _POPART_STEP and not self.normalize_values:
+            raise ConfigError("popart_step is of --normalize-values: say that as well")
         if self.num_critics < 1 or not 0 <= self.critic_dropout < 1:
             raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")
 

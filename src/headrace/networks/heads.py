@@ -38,6 +38,7 @@ class PopArtHead(OutputLayer):
 
     mean_N: Tensor
     square_N: Tensor
+    count_N: Tensor
 
     def __init__(self, features: int, tasks: int = 1, *, step: float) -> None:
         """Takes the length of the input, N, and how far statistics move in an update."""
@@ -47,6 +48,7 @@ class PopArtHead(OutputLayer):
         self.learners: Learners = ALONE  # whose targets are observed together; see `Algorithm`
         for name, value in popart.no_statistics(tasks)._asdict().items():
             self.register_buffer(name, value)
+        self.register_buffer("count_N", torch.zeros(tasks, dtype=torch.float64))
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns values in the unit of the rewards."""
@@ -61,7 +63,8 @@ class PopArtHead(OutputLayer):
     def observe_targets(self, target: Tensor, task: Tensor | None = None) -> None:
         """Moves statistics by targets [...] of values, and the layer so that outputs stay.
 
-        In place: what was computed with a gradient before has to be computed again.
+        In place: what was computed with a gradient before has to be computed again. Batch k moves
+        them by 1 / (k + 1), until that is less than `step`: what they start with counts as one.
 
         Args:
             target: In the unit of the rewards.
@@ -70,7 +73,9 @@ class PopArtHead(OutputLayer):
         if task is None:
             task = torch.zeros((), dtype=torch.int64, device=target.device)
         old = self._statistics()
-        new = popart.updated(old, target, task, step=self.step, learners=self.learners)
+        step_N = (1.0 / (self.count_N + 2.0)).clamp(min=self.step)
+        new = popart.updated(old, target, task, step=step_N, learners=self.learners)
+        self.count_N.add_((new.mean_N != old.mean_N) | (new.square_N != old.square_N))
         weight, bias = popart.preserved(self.weight, self.bias, old, new)
         own = (*old, self.weight, self.bias)
         for part, value in zip(own, (*new, weight, bias), strict=True):

@@ -22,7 +22,7 @@ from headrace.errors import ConfigError
 from headrace.networks.action_values import ActionValueNet
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.config import NetworkConfig
-from headrace.networks.heads import PopArtHead, policy_head, value_head
+from headrace.networks.heads import policy_head, value_head
 from headrace.networks.normalizer import (
     ObservationNormalizer,
     Observer,
@@ -63,14 +63,6 @@ class PolicyValue(NamedTuple):
 
     parameters: Tensor  # [U, B, P] float32 of the policy: logits, or mean and log deviation
     value: Tensor  # [U, B] float32, in the unit of the rewards
-
-
-class NormalizedPolicyValue(NamedTuple):
-    """The same from a `PopArtHead`, with what it is to be asked again about."""
-
-    parameters: Tensor
-    value: Tensor
-    value_features: Tensor  # [U, B, F]
 
 
 class PolicyValueNet(nn.Module):
@@ -132,7 +124,7 @@ class PolicyValueNet(nn.Module):
 
     def forward(
         self, inputs: PolicyInput, recurrent: tuple[Tensor, ...]
-    ) -> tuple[PolicyValue | NormalizedPolicyValue, tuple[Tensor, ...]]:
+    ) -> tuple[PolicyValue, tuple[Tensor, ...]]:
         """Runs rows [U, B] in order, clearing the recurrent state before rows that reset."""
         shape = inputs.observation.shape[:2]
         rows = inputs.observation.flatten(0, 1)
@@ -150,8 +142,6 @@ class PolicyValueNet(nn.Module):
                 value_UBF = features_UBF
             parameters_UBP = self.policy(features_UBF)
             value_UB = self.value(value_UBF).squeeze(-1)
-        if isinstance(self.value, PopArtHead):
-            return NormalizedPolicyValue(parameters_UBP, value_UB, value_UBF), recurrent
         return PolicyValue(parameters_UBP, value_UB), recurrent
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:

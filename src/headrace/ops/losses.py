@@ -12,6 +12,9 @@ LARGEST_LOG_RATIO = 20.0
 """Ratios beyond are taken as this: `exp` has no float32 for 89, and its gradient there is NaN."""
 
 
+_LARGEST_WEIGHT = 10.0  # a few actions must not say it all
+
+
 def ratio_of(log_ratio: Tensor) -> Tensor:
     """Returns the ratio of two probabilities, any shape.
 
@@ -22,13 +25,21 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return torch.where(log_ratio == torch.inf, log_ratio, capped).exp()
 
 
-def divergence(log_ratio: Tensor) -> Tensor:
+def divergence(log_ratio: Tensor, weight: Tensor | None = None) -> Tensor:
     """Estimates KL(old, new), in nats, from actions of the old policy: a mean over all of them.
 
     r - 1 - log r is low in variance and never negative, unlike the mean of the log ratio (Schulman
     2020, "Approximating KL divergence").
+
+    Args:
+        log_ratio: log-probability of the action, new minus old.
+        weight: of each action, where they are a third policy's: old over that.
     """
-    return (ratio_of(log_ratio) - 1.0 - log_ratio).mean()
+    estimate = ratio_of(log_ratio) - 1.0 - log_ratio
+    if weight is None:
+        return estimate.mean()
+    weight = weight.clamp(max=_LARGEST_WEIGHT)
+    return (weight * estimate).sum() / weight.sum().clamp(min=1e-12)
 
 
 def policy_gradient_loss(log_prob_TB: Tensor, advantage_TB: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def updated(
     target: Tensor,
     task: Tensor,
     *,
-    step: float,
+    step: float | Tensor,
     learners: Learners = ALONE,
 ) -> Statistics:
     """Moves the moments of every task that is present one step towards those of its targets.
@@ -49,7 +49,7 @@ def updated(
         target: [...] of values, in the unit of the rewards.
         task: int64 of the same shape, or one that broadcasts to it: the number of each target's
             task, from 0 to N - 1.
-        step: how far, from 0 to 1.
+        step: how far, from 0 to 1; one for all, or one for each task, [N].
         learners: whose targets are taken together; all get the same bits.
     """
     target, task = target.double().flatten(), task.expand_as(target).flatten()

@@ -152,6 +152,7 @@ def learn_together(
 
     `stop` and `elapsed_s` are told at the meeting; see `Meeting.meet`.
     """
+    learner.go_on(meeting.schedule_progress)
     ready = learner.hold(timeout_s=min(timeout_s, POLL_S), waits=waits)
     before_s = time.perf_counter()
     goes_on = meeting.meet(ready=ready, stop=stop, elapsed_s=elapsed_s)
