@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from headrace import cli
-from headrace.cli import USAGE, main
+from headrace.cli import main, usage
 from headrace.config import from_dict, merged, read_toml
 from headrace.errors import ConfigError
 from headrace.presets import PRESETS, find
@@ -211,7 +211,7 @@ def test_an_error_of_several_lines_keeps_them_and_poses_as_nothing_else(
     def failing(_: list[str]) -> None:
         raise ConfigError("\x1b[31mno\x1b[0m:\nheadrace: \x1b[2Jall is well")
 
-    monkeypatch.setitem(cli.COMMANDS, "envs", failing)
+    monkeypatch.setattr("headrace.commands.envs.envs_command", failing)
     with pytest.raises(SystemExit):
         main(["envs"])
     assert capsys.readouterr().err == "headrace: no:\n    headrace: \\x1b[2Jall is well\n"
@@ -425,4 +425,4 @@ def test_a_missing_extra_names_the_command_that_installs_it() -> None:
 
 
 def test_the_list_of_commands_fits_a_terminal() -> None:
-    assert max(map(len, USAGE.splitlines())) <= 80
+    assert max(map(len, usage().splitlines())) <= 80
