@@ -39,7 +39,7 @@ MATHS = {"ops", "networks", "algorithms"}
 MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "rows", "errors"}
 MATHS_MAY_USE |= {"schedules"}
 
-LAZY = ("ale_py", "grpc", "lz4", "ray", "tensorboard", "imageio")
+LAZY = ("ale_py", "cryptography", "grpc", "lz4", "ray", "tensorboard", "imageio")
 
 
 def part_of(module: str) -> str | None:

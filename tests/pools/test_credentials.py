@@ -1,6 +1,5 @@
 """Who may connect: tokens, addresses, certificates; and that both sides say why one may not."""
 
-import datetime
 import importlib
 import socket
 from collections.abc import Callable, Iterator
@@ -8,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools import credentials, wire
@@ -25,7 +20,6 @@ from headrace.pools.credentials import (
     server_tls,
     token_fault,
     token_metadata,
-    validity,
 )
 from headrace.pools.doorstep import Doorstep, Notices, connected
 from headrace.pools.link import Link, LinkConfig
@@ -254,23 +248,6 @@ def test_the_token_comes_before_all_else(listen: Listen, token_file: Callable[[s
 
 
 # -- certificate files
-
-
-def test_the_times_of_a_certificate_are_read_as_others_read_them() -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
-    for begins, ends in ((1960, 1999), (2020, 2049), (2049, 2051)):  # both forms, both centuries
-        before = datetime.datetime(begins, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
-        after = datetime.datetime(ends, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
-        made = (
-            x509.CertificateBuilder(name, name, key.public_key(), 7, before, after)
-            .sign(key, hashes.SHA256())
-            .public_bytes(Encoding.DER)
-        )
-        assert validity(made) == (before, after)
-        for length in range(0, len(made), 7):
-            with pytest.raises((ValueError, IndexError)):
-                validity(made[:length])
 
 
 def test_files_of_both_ends_are_checked_at_the_start(files: Any, tmp_path: Path) -> None:
