@@ -190,11 +190,20 @@ def test_there_is_a_cap_on_hosts(book: Any, tools: Any, listen: Listen) -> None:
         link.close()
 
 
-def test_the_cap_holds_for_who_says_hello_late(tools: Any, listen: Listen) -> None:
+def test_the_cap_holds_for_who_says_hello_late(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listener = listen(max_hosts=1)
+    admit, inside = listener._admit, threading.Event()
+
+    async def noted(address: str, context: Any) -> Any:
+        inside.set()
+        return await admit(address, context)
+
+    monkeypatch.setattr(listener, "_admit", noted)
     go_on = threading.Event()
     with Raw(listener, wire.encode(wire.Kind.HELLO, text=HELLO), wait_for=go_on) as late:
-        tools.wait_until(lambda: listener._doorstep._known)  # it is in, and silent
+        assert inside.wait(20)  # it is in, and silent
         link = join(listener)
         go_on.set()
         assert "1 worker hosts already" in late.end()[1]

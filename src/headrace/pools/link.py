@@ -26,7 +26,6 @@ from headrace.pools.settings import LinkConfig
 from headrace.pools.transport import (
     LOOP,
     METHOD,
-    MISMATCH,
     RETRY_KEY,
     Outbox,
     RunOver,
@@ -301,22 +300,12 @@ class Link:
             return ServerBusy(str(error))
         config = self._config
         found = diagnose(self._server, ca=config.tls_ca, cert=config.tls_cert, key=config.tls_key)
-        if found.speaks_plain:
-            call(self._loop, self._tell_mismatch(), timeout_s=_START_TIMEOUT_S)
         if self._code == "UNIMPLEMENTED":
             return ConfigError(f"at {self.server} there is no server of headrace's")
         if not found.reason:
             return error
         sentence = f"cannot connect to {self.server}: {found.reason}"
         return PeerLost(sentence) if found.retry else ConfigError(sentence)
-
-    async def _tell_mismatch(self) -> None:
-        """Lets the server say on its side too that TLS met plain text; no token goes along."""
-        aio = self._grpc.aio
-        options = channel_options()
-        async with aio.insecure_channel(f"dns:///{self._server}", options=options) as channel:
-            with contextlib.suppress(aio.AioRpcError):
-                await channel.unary_unary(MISMATCH)(b"", timeout=_FAREWELL_S)
 
 
 def sessions(

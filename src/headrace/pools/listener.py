@@ -16,14 +16,13 @@ from headrace.errors import ConfigError
 from headrace.pools import wire
 from headrace.pools.credentials import Address, ServerTls, server_access, token_fault
 from headrace.pools.diagnosis import bind_fault
-from headrace.pools.doorstep import Doorstep, Notices, connected
 from headrace.pools.health import add_health, set_health
+from headrace.pools.notices import Notices
 from headrace.pools.peers import NO_ROOM, OVER, End, Peer, Refused, Stream, Tenant, check_hello
 from headrace.pools.settings import RemoteConfig
 from headrace.pools.transport import (
     LOOP,
     METHOD,
-    MISMATCH,
     RETRY_KEY,
     call,
     cut,
@@ -35,7 +34,7 @@ __all__ = ["COUNTERS", "Listener", "Peer", "Refused", "Tenant"]
 
 COUNTERS = (
     "hosts",  # connected and welcomed, now
-    "refused",  # turned away, or gone before they said hello
+    "refused",  # turned away, or gone before they said hello; not who fails in the TLS handshake
     "garbage",  # closed for what they sent
     "lost",  # hosts that were welcomed and went without a BYE
     "bytes_in",
@@ -97,7 +96,6 @@ class Listener:
         self._fault: BaseException | None = None  # the tenant's first
         self._waiting: set[str] = set()  # machines whose hosts wait for room, and that was said
         self._notices = Notices(on_message, now_s=time.monotonic())
-        self._doorstep = Doorstep(patience_s=config.hello_timeout_s)
         self._close_lock = threading.Lock()  # guards _open
         self._open = True
         self._loop = LOOP.acquire()
@@ -159,7 +157,6 @@ class Listener:
         except RuntimeError as error:
             fault = bind_fault(wanted) or "another program took it"
             raise ConfigError(f"cannot listen at {wanted}: {fault}") from error
-        self._port = port
         await self._server.start()
         await set_health(self._health, serving=True)
         self._watcher = asyncio.ensure_future(self._watch())
@@ -181,29 +178,19 @@ class Listener:
         service, _, session = METHOD[1:].partition("/")
         return grpc.method_handlers_generic_handler(
             service,
-            {
-                session: grpc.stream_stream_rpc_method_handler(self._session),
-                MISMATCH.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(self._mismatch),
-            },
+            {session: grpc.stream_stream_rpc_method_handler(self._session)},
         )
 
     def _credentials(self, tls: ServerTls) -> Any:
-        grpc = self._grpc
-        certificates = grpc.ssl_server_certificate_configuration(
-            [(tls.key, tls.cert)], tls.client_ca or None
-        )
-
-        def asked() -> None:  # once per connection, in a thread of gRPC's
-            self._doorstep.knocked(lambda: connected(self._port), now_s=time.monotonic())
-
-        return grpc.dynamic_ssl_server_credentials(
-            certificates, asked, require_client_authentication=bool(tls.client_ca)
+        return self._grpc.ssl_server_credentials(
+            [(tls.key, tls.cert)],
+            tls.client_ca or None,
+            require_client_auth=bool(tls.client_ca),
         )
 
     async def _session(self, _requests: Any, context: Any) -> None:
         """Serves one stream, from its token to its end."""
         address = _peer_address(context)
-        self._doorstep.arrived(address)
         try:
             stream, text = await self._admit(address, context)
         except _TurnedAway as turned:
@@ -318,11 +305,6 @@ class Listener:
         except self._grpc.aio.BaseError:
             stream.finish(End(_CONNECTION_BROKE, counter="lost"))
 
-    async def _mismatch(self, _request: bytes, context: Any) -> bytes:
-        end = End("it tried TLS, and this server speaks plain text")
-        self._turned_away(_peer_address(context), end)
-        return b""
-
     async def _abort(self, context: Any, end: End) -> None:
         """Ends a stream with the sentence; raises what gRPC wants to see."""
         code = getattr(self._grpc.StatusCode, end.code)
@@ -330,7 +312,7 @@ class Listener:
         await context.abort(code, end.reason, retry)
 
     async def _watch(self) -> None:
-        """Looks for peers that do not read, and for connections that never said a word."""
+        """Looks for peers that do not read."""
         limit_s = self._config.host_timeout_s
         while True:
             await asyncio.sleep(_WATCH_S)
@@ -339,15 +321,6 @@ class Listener:
                 since_s = stream.outbox.writing_since_s
                 if since_s is not None and now_s - since_s > limit_s:
                     stream.finish(End(f"it read nothing for {limit_s:g} s", counter="lost"))
-            count, addresses = self._doorstep.overdue(now_s=now_s)
-            if count:
-                self._counters["refused"] += count
-                where = f" ({', '.join(addresses[:8])})" if addresses else ""
-                self._say(
-                    f"refused {count} connections{where}: no session within "
-                    f"{self._config.hello_timeout_s:g} s of the start of TLS; they spoke plain "
-                    "text, or one side did not accept the other's certificate"
-                )
 
     def _ask(self, method: Callable[..., _T], *args: Any) -> _T:
         """Calls a method of the tenant, and notes what it should not have raised."""

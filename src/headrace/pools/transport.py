@@ -22,8 +22,6 @@ from headrace.run_files import escaped
 
 METHOD = "/headrace.Hosts/Session"
 """The one stream of a worker host."""
-MISMATCH = "/headrace.Hosts/Mismatch"
-"""Called in plain text by a host that tried TLS, so that the server can say so too."""
 RETRY_KEY = "headrace-retry"
 """In the metadata at the end of a stream: "yes" if the host may come again, "no" if it should not.
 Missing where gRPC, not headrace, ended the stream."""
