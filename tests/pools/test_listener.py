@@ -513,6 +513,9 @@ def test_the_health_service_answers_on_the_same_port(
             if listener is guarded:
                 with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
                     next(watch)
+                with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+                    stub.List(health_pb2.HealthListRequest(), timeout=20)
+                assert listener.counters["refused"] == 2
             else:
                 assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
                 listener.close()

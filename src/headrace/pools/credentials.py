@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import ssl
+from collections.abc import Awaitable, Callable, Container
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,33 @@ def token_fault(token: bytes, metadata: Any) -> str:
     if not shown:
         return "no token: this server asks for one, from --token-file or HEADRACE_TOKEN"
     return "wrong token: it is not the one of this server"
+
+
+def token_interceptor(
+    token: bytes, refuse: Callable[[Any, str], Awaitable[None]], *, open_to_all: Container[str]
+) -> Any:
+    """Returns what stands before every method of an asynchronous server and asks for the token.
+
+    Args:
+        token: What it must be; empty if any will do.
+        refuse: Ends a call, given its context, with a sentence.
+        open_to_all: Methods that ask for no token, with their services.
+    """
+    import grpc.aio  # noqa: PLC0415 - an extra
+
+    class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+        async def intercept_service(self, continuation: Any, call: Any) -> Any:
+            fault = token_fault(token, call.invocation_metadata)
+            if not fault or call.method in open_to_all:
+                return await continuation(call)
+
+            async def refused(_requests: Any, context: Any) -> None:
+                await refuse(context, fault)
+
+            # Whatever kind the method is of: nothing is read, and the answer is its end.
+            return grpc.stream_stream_rpc_method_handler(refused)
+
+    return TokenInterceptor()
 
 
 def check_exposure(

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from headrace.errors import ConfigError
 from headrace.pools import wire
-from headrace.pools.credentials import Address, ServerTls, server_access, token_fault
+from headrace.pools.credentials import Address, ServerTls, server_access, token_interceptor
 from headrace.pools.diagnosis import bind_fault
-from headrace.pools.health import add_health, set_health
+from headrace.pools.health import CHECK, add_health, set_health
 from headrace.pools.notices import Notices
 from headrace.pools.peers import NO_ROOM, OVER, End, Peer, Refused, Stream, Tenant, check_hello
 from headrace.pools.settings import RemoteConfig
@@ -146,8 +146,9 @@ class Listener:
                 max_hosts=config.max_hosts, hello_timeout_s=config.hello_timeout_s
             ),
             maximum_concurrent_rpcs=2 * config.max_hosts + 64,
+            interceptors=(token_interceptor(self._token, self._refuse, open_to_all={CHECK}),),
         )
-        self._health = add_health(self._server, self._token_fault)
+        self._health = add_health(self._server)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         try:
             if self._tls is None:
@@ -189,7 +190,7 @@ class Listener:
         )
 
     async def _session(self, _requests: Any, context: Any) -> None:
-        """Serves one stream, from its token to its end."""
+        """Serves one stream, whose token was checked."""
         address = _peer_address(context)
         try:
             stream, text = await self._admit(address, context)
@@ -221,9 +222,6 @@ class Listener:
         Raises:
             _TurnedAway: it is not welcome.
         """
-        fault = self._token_fault(context)
-        if fault:
-            raise _TurnedAway(End(fault, "UNAUTHENTICATED", False))
         self._check_room()
         timeout_s = self._config.hello_timeout_s
         try:
@@ -305,6 +303,12 @@ class Listener:
         except self._grpc.aio.BaseError:
             stream.finish(End(_CONNECTION_BROKE, counter="lost"))
 
+    async def _refuse(self, context: Any, fault: str) -> None:
+        """Ends a call that did not show the token."""
+        end = End(fault, "UNAUTHENTICATED", False)
+        self._turned_away(_peer_address(context), end)
+        await self._abort(context, end)
+
     async def _abort(self, context: Any, end: End) -> None:
         """Ends a stream with the sentence; raises what gRPC wants to see."""
         code = getattr(self._grpc.StatusCode, end.code)
@@ -331,9 +335,6 @@ class Listener:
         except BaseException as error:
             self._fault = self._fault or error
             raise
-
-    def _token_fault(self, context: Any) -> str:
-        return token_fault(self._token, context.invocation_metadata())
 
     def _turned_away(self, address: str, end: End) -> None:
         self._counters[end.counter or "refused"] += 1
