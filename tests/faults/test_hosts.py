@@ -16,12 +16,12 @@ import pytest
 from headrace import catalog
 from headrace.cli import main
 from headrace.pools.grpc import GrpcPool
-from headrace.pools.link import LinkConfig
 from headrace.pools.processes import WorkerProcess
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.run.host import HostConfig, run_host
 from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport.settings import LinkConfig, RemoteConfig
 
 pytestmark = pytest.mark.net
 

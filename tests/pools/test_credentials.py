@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools import credentials, wire
-from headrace.pools.credentials import (
+from headrace.transport import auth, wire
+from headrace.transport.auth import (
     Address,
     check_exposure,
     client_tls,
@@ -21,10 +21,10 @@ from headrace.pools.credentials import (
     token_fault,
     token_metadata,
 )
-from headrace.pools.link import Link, LinkConfig
-from headrace.pools.listener import Listener
-from headrace.pools.notices import Notices
-from headrace.pools.settings import RemoteConfig
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.grpc_server import Listener
+from headrace.transport.notices import Notices
+from headrace.transport.settings import LinkConfig, RemoteConfig
 
 HELLO = {"protocol": wire.VERSION, "name": "node7"}
 TOKEN = "a-token-of-some-length"
@@ -83,7 +83,7 @@ def token_file(tmp_path: Path) -> Callable[[str], str]:
 
 def enter(listener: Listener, **config: Any) -> None:
     """Comes in, and goes."""
-    Link.open(LinkConfig(connect=listener.address, **config), HELLO).close()
+    HostClient.open(LinkConfig(connect=listener.address, **config), HELLO).close()
 
 
 # -- addresses, exposure
@@ -163,7 +163,7 @@ def test_neither_end_goes_beyond_loopback_unguarded(
         with pytest.raises(ConfigError, match=words):
             listen(listen=address)
         with pytest.raises(ConfigError, match=words):
-            Link.open(LinkConfig(connect=address), HELLO)
+            HostClient.open(LinkConfig(connect=address), HELLO)
 
 
 # -- tokens
@@ -207,7 +207,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
         asked.append((shown, wanted))
         return shown == wanted
 
-    monkeypatch.setattr(credentials.hmac, "compare_digest", compare)
+    monkeypatch.setattr(auth.hmac, "compare_digest", compare)
     token = TOKEN.encode()
     assert token_fault(token, token_metadata(token)) == ""
     assert "wrong token" in token_fault(token, token_metadata(OTHER.encode()))
@@ -239,8 +239,10 @@ def test_wrong_tokens_and_none_are_refused_on_both_sides(
 def test_the_token_comes_before_all_else(listen: Listen, token_file: Callable[[str], str]) -> None:
     listener = listen(token_file=token_file(TOKEN), max_hosts=1)
     with pytest.raises(ConfigError, match="no token"):
-        Link.open(LinkConfig(connect=listener.address), {"not": "a hello"})
-    inside = Link.open(LinkConfig(connect=listener.address, token_file=token_file(TOKEN)), HELLO)
+        HostClient.open(LinkConfig(connect=listener.address), {"not": "a hello"})
+    inside = HostClient.open(
+        LinkConfig(connect=listener.address, token_file=token_file(TOKEN)), HELLO
+    )
     with pytest.raises(ConfigError, match="no token"):  # not: that it is full
         enter(listener)
     inside.close()
@@ -331,7 +333,7 @@ def test_beyond_loopback_with_tls_and_a_token(
     port = listener.address.rpartition(":")[2]
     assert listener.address == f"0.0.0.0:{port}"
     config = LinkConfig(connect=f"127.0.0.1:{port}", tls_ca=files.ca, token_file=token)
-    Link.open(config, HELLO).close()
+    HostClient.open(config, HELLO).close()
     assert len(book.welcomed) == 1
 
 
@@ -363,7 +365,7 @@ def test_a_server_whose_certificate_has_expired(
     with pytest.raises(ConfigError, match=r"worn.pem expired on"):
         tls(tls_cert=cert, tls_key=key)
     # It was good when the server started.
-    monkeypatch.setattr(credentials, "_time_fault", lambda der, path: "")
+    monkeypatch.setattr(auth, "_time_fault", lambda der, path: "")
     listener = tls(tls_cert=cert, tls_key=key)
     with pytest.raises(ConfigError, match="not accepted here: certificate has expired"):
         enter(listener, tls_ca=files.ca)
@@ -400,7 +402,7 @@ def test_a_host_whose_certificate_is_not_accepted(
     monkeypatch: pytest.MonkeyPatch,
     shown: str,
 ) -> None:
-    monkeypatch.setattr(credentials, "_time_fault", lambda der, path: "")
+    monkeypatch.setattr(auth, "_time_fault", lambda der, path: "")
     cert, key = {
         "none": lambda: ("", ""),
         "expired": lambda: files.pair("stale", "node7", days=-1),
@@ -417,7 +419,7 @@ def test_a_port_where_nobody_listens_may_be_tried_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(PeerLost, match="nobody listens there: Connection refused"):
-        Link.open(LinkConfig(connect=f"127.0.0.1:{port}"), HELLO)
+        HostClient.open(LinkConfig(connect=f"127.0.0.1:{port}"), HELLO)
 
 
 # -- lines for the user

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action, check_batch
+from headrace.pools.checks import check_batch
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
@@ -43,7 +43,7 @@ from headrace.pools.shm_layout import (
     read_step,
     with_ends,
 )
-from headrace.specs import EnvSpec
+from headrace.specs import EnvSpec, check_action
 from headrace.steps import EnvStep
 
 WORKER_MODULE = "headrace.run.worker"

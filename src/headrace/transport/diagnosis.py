@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import NamedTuple
 
-from headrace.pools.credentials import Address
+from headrace.transport.auth import Address
 
 _TIMEOUT_S = 3.0
 

@@ -1,6 +1,6 @@
 """The server's end of what goes between machines: one stream of messages per worker host.
 
-What the messages say is the tenant's business. This file knows who may come in, and who must go.
+What the messages say is the handler's business. This file knows who may come in, and who must go.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from headrace.errors import ConfigError
-from headrace.pools import wire
-from headrace.pools.credentials import Address, ServerTls, server_access, token_interceptor
-from headrace.pools.diagnosis import bind_fault
-from headrace.pools.health import CHECK, add_health, set_health
-from headrace.pools.notices import Notices
-from headrace.pools.peers import NO_ROOM, OVER, End, Peer, Refused, Stream, Tenant, check_hello
-from headrace.pools.settings import RemoteConfig
-from headrace.pools.transport import (
+from headrace.transport import wire
+from headrace.transport.auth import Address, ServerTls, server_access, token_interceptor
+from headrace.transport.connections import (
+    NO_ROOM,
+    OVER,
+    End,
+    Handler,
+    HostConnection,
+    Refused,
+    check_hello,
+)
+from headrace.transport.diagnosis import bind_fault
+from headrace.transport.grpc_common import (
     LOOP,
     METHOD,
     RETRY_KEY,
@@ -29,8 +34,9 @@ from headrace.pools.transport import (
     import_grpc,
     server_options,
 )
-
-__all__ = ["COUNTERS", "Listener", "Peer", "Refused", "Tenant"]
+from headrace.transport.health import CHECK, add_health, set_health
+from headrace.transport.notices import Notices
+from headrace.transport.settings import RemoteConfig
 
 COUNTERS = (
     "hosts",  # connected and welcomed, now
@@ -66,7 +72,7 @@ class Listener:
     def __init__(
         self,
         config: RemoteConfig,
-        tenant: Tenant,
+        handler: Handler,
         *,
         address: str = "",
         on_message: Callable[[str], None],
@@ -75,7 +81,7 @@ class Listener:
 
         Args:
             config: Address, token, certificates, caps.
-            tenant: Gets the messages.
+            handler: Gets the messages.
             address: HOST:PORT, port 0 for any free one; empty for `config.listen`, or if that is
                 empty too, 127.0.0.1:0.
             on_message: Gets sentences for the log; called in any thread.
@@ -84,16 +90,16 @@ class Listener:
             ConfigError: the address cannot be had, or is open to others without token and TLS, or
                 a certificate is no good, or a package is missing.
         """
-        self._config, self._tenant = config, tenant
+        self._config, self._handler = config, handler
         wanted, self._token, self._tls = server_access(config, address)
         self._grpc = import_grpc()
         wire.check_compression(config.message_compression)
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self._streams: set[Stream] = set()
+        self._streams: set[HostConnection] = set()
         self._server: Any = None  # of gRPC
         self._health: Any = None
         self._closing: End | None = None
-        self._fault: BaseException | None = None  # the tenant's first
+        self._fault: BaseException | None = None  # the handler's first
         self._waiting: set[str] = set()  # machines whose hosts wait for room, and that was said
         self._notices = Notices(on_message, now_s=time.monotonic())
         self._close_lock = threading.Lock()  # guards _open
@@ -116,14 +122,14 @@ class Listener:
         return MappingProxyType(self._counters)
 
     def check(self) -> None:
-        """Raises what a method of the tenant raised that it should not; for any thread."""
+        """Raises what a method of the handler raised that it should not; for any thread."""
         if self._fault is not None:
             raise self._fault
 
     def close(self, reason: str = "the server has ended", *, retry: bool = True) -> None:
         """Tells every peer the reason, waits two seconds at most, and gives the port back.
 
-        Not to be called in the tenant's methods. A second call does nothing.
+        Not to be called in the handler's methods. A second call does nothing.
 
         Args:
             reason: The sentence that reaches every peer.
@@ -177,10 +183,8 @@ class Listener:
     def _handlers(self) -> Any:
         grpc = self._grpc
         service, _, session = METHOD[1:].partition("/")
-        return grpc.method_handlers_generic_handler(
-            service,
-            {session: grpc.stream_stream_rpc_method_handler(self._session)},
-        )
+        method = grpc.stream_stream_rpc_method_handler(self._session)
+        return grpc.method_handlers_generic_handler(service, {session: method})
 
     def _credentials(self, tls: ServerTls) -> Any:
         return self._grpc.ssl_server_credentials(
@@ -210,13 +214,13 @@ class Listener:
             self._counters["hosts"] -= 1
             if end.counter:
                 self._counters[end.counter] += 1
-            if end.counter == "garbage":  # of the others the tenant tells
+            if end.counter == "garbage":  # of the others the handler tells
                 self._say(f"closed {stream.name}: {end.reason}")
-            self._ask(self._tenant.gone, stream, end.reason)
+            self._ask(self._handler.gone, stream, end.reason)
         if end.code != "OK":
             await self._abort(context, end)
 
-    async def _admit(self, address: str, context: Any) -> tuple[Stream, Mapping[str, Any]]:
+    async def _admit(self, address: str, context: Any) -> tuple[HostConnection, Mapping[str, Any]]:
         """Returns a stream that is welcome, and the text of its WELCOME.
 
         Raises:
@@ -234,8 +238,8 @@ class Listener:
         try:
             name, hello = check_hello(data)
             self._check_room()  # others came meanwhile
-            stream = Stream(f"{name}, {address}", hello, self._loop)
-            text = self._ask(self._tenant.welcome, stream)
+            stream = HostConnection(f"{name}, {address}", hello, self._loop)
+            text = self._ask(self._handler.welcome, stream)
         except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             raise _TurnedAway(End(str(error), "INVALID_ARGUMENT", False, "garbage")) from error
         except Refused as error:
@@ -251,8 +255,8 @@ class Listener:
         if len(self._streams) >= self._config.max_hosts:
             raise _TurnedAway(End(f"there are {self._config.max_hosts} worker hosts already"))
 
-    async def _serve(self, stream: Stream, text: Mapping[str, Any], context: Any) -> None:
-        """Reads and writes until one of them, or the tenant, or the listener, ends the stream."""
+    async def _serve(self, stream: HostConnection, text: Mapping[str, Any], context: Any) -> None:
+        """Reads and writes until one of them, or the handler, or the listener, ends the stream."""
         welcome = wire.encode(wire.Kind.WELCOME, text=text)
         reader = asyncio.ensure_future(self._read(stream, context))
         writer = asyncio.ensure_future(self._write(stream, context, welcome))
@@ -265,10 +269,10 @@ class Listener:
                 task.cancel()
             results = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception):  # a fault of the tenant's: gRPC logs it
+            if isinstance(result, Exception):  # a fault of the handler's: gRPC logs it
                 raise result
 
-    async def _read(self, stream: Stream, context: Any) -> None:
+    async def _read(self, stream: HostConnection, context: Any) -> None:
         end = End("a fault in the server", "INTERNAL", counter="lost")
         try:
             while stream.end is None:
@@ -281,7 +285,7 @@ class Listener:
                 if message.kind is wire.Kind.BYE:
                     end = End(str(message.text.get("reason", "it said goodbye")), "OK")
                     break
-                self._ask(self._tenant.take, stream, message)
+                self._ask(self._handler.take, stream, message)
         except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             end = End(str(error), "INVALID_ARGUMENT", False, "garbage")
         except self._grpc.aio.BaseError:
@@ -292,7 +296,7 @@ class Listener:
         finally:
             stream.finish(end)
 
-    async def _write(self, stream: Stream, context: Any, welcome: bytes) -> None:
+    async def _write(self, stream: HostConnection, context: Any, welcome: bytes) -> None:
         async def write(data: bytes) -> None:
             await context.write(data)
             self._counters["messages_out"] += 1
@@ -327,7 +331,7 @@ class Listener:
                     stream.finish(End(f"it read nothing for {limit_s:g} s", counter="lost"))
 
     def _ask(self, method: Callable[..., _T], *args: Any) -> _T:
-        """Calls a method of the tenant, and notes what it should not have raised."""
+        """Calls a method of the handler, and notes what it should not have raised."""
         try:
             return method(*args)
         except (wire.WireError, Refused):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.errors import ConfigError
-from headrace.pools.settings import RemoteConfig
+from headrace.transport.settings import RemoteConfig
 
 MIN_TOKEN = 16
 """Characters of a token, at least."""
