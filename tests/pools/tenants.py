@@ -89,10 +89,13 @@ class Files:
         self.ca = self._write("ca.pem", [self._authority.cert_pem])
         self.cert, self.key = self.pair("server", "127.0.0.1", "localhost")
 
-    def pair(self, stem: str, *names: str, days: int = 30) -> tuple[str, str]:
+    def pair(
+        self, stem: str, *names: str, days: int = 30, begins: datetime.datetime | None = None
+    ) -> tuple[str, str]:
         """Returns the files of a certificate and its key; with negative days it has expired."""
         ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
-        made = self._authority.issue_cert(*names, not_after=ends, not_before=_LONG_AGO)
+        begins = begins or _LONG_AGO
+        made = self._authority.issue_cert(*names, not_after=ends, not_before=begins)
         cert = self._write(f"{stem}.pem", made.cert_chain_pems)
         return cert, self._write(f"{stem}.key", [made.private_key_pem])
 

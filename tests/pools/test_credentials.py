@@ -1,5 +1,6 @@
 """Who may connect: tokens, addresses, certificates; and that both sides say why one may not."""
 
+import datetime
 import importlib
 import socket
 from collections.abc import Callable, Iterator
@@ -254,6 +255,8 @@ def test_the_token_comes_before_all_else(listen: Listen, token_file: Callable[[s
 
 def test_files_of_both_ends_are_checked_at_the_start(files: Any, tmp_path: Path) -> None:
     old_cert, old_key = files.pair("old", "127.0.0.1", days=-1)
+    begins = datetime.datetime(2100, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    early = files.pair("early", "127.0.0.1", days=36500, begins=begins)
     other_cert, _ = files.pair("other", "127.0.0.1")
     text = tmp_path / "text.pem"
     text.write_text("no certificate")
@@ -266,6 +269,7 @@ def test_files_of_both_ends_are_checked_at_the_start(files: Any, tmp_path: Path)
         (("/no/cert", key), "certificate /no/cert cannot be read: No such file"),
         ((other_cert, key), "is not the private key of"),
         ((old_cert, old_key), "old.pem expired on 20"),
+        (early, "early.pem is valid only from 2100-02-03 04:05 UTC on"),
         ((str(text), key), "text.pem holds no certificate in PEM"),
         ((str(binary), key), "binary.pem holds no certificate in PEM"),
         ((cert, str(text)), "is not the private key of"),
