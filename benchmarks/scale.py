@@ -33,9 +33,10 @@ from scale_simulator import Simulator
 
 from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
 from headrace.pools.grpc import GrpcPool
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.specs import EnvSpec
+from headrace.transport.settings import RemoteConfig
 
 _FREE = "headrace.bench.free_env:FreeEnv"
 _START_S = 60.0

@@ -23,10 +23,10 @@ import gymnasium as gym
 import numpy as np
 
 from headrace.bench.wire_ours import hello
-from headrace.pools.messages import encode_step
-from headrace.pools.transport import METHOD, channel_options, import_grpc
-from headrace.pools.wire import Kind, decode, encode
 from headrace.steps import EnvStep
+from headrace.transport.grpc_common import METHOD, channel_options, import_grpc
+from headrace.transport.messages import encode_step
+from headrace.transport.wire import Kind, decode, encode
 
 OBSERVATION = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
 """16 bytes, as those of `headrace.bench.free_env`."""

@@ -26,7 +26,7 @@ LAYERS = (
     ("server", "learner"),
     ("algorithms", "pools", "experience", "weights"),
     ("networks", "envs", "telemetry"),
-    ("ops",),
+    ("ops", "transport"),
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
@@ -39,7 +39,7 @@ MATHS = {"ops", "networks", "algorithms"}
 MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "rows", "errors"}
 MATHS_MAY_USE |= {"schedules"}
 
-LAZY = ("ale_py", "grpc", "lz4", "ray", "tensorboard", "imageio")
+LAZY = ("ale_py", "cryptography", "grpc", "lz4", "ray", "tensorboard", "imageio")
 LAZY += ("torch", "numpy", "gymnasium", "tyro", "rich")
 
 
@@ -123,6 +123,7 @@ def test_imports_go_down() -> None:
         ("headrace.pools.shm", "from headrace.experience import fifo", "not below it"),
         ("headrace.catalog", "from headrace.config import RunConfig", "not below it"),
         ("headrace.config", "from headrace.cli import main", "not below it"),
+        ("headrace.transport.messages", "from headrace.pools import shm_layout", "not below it"),
         ("headrace.algorithms.base", "from headrace.algorithms import impala", "not below it"),
         (
             "headrace.algorithms.impala",

@@ -23,9 +23,10 @@ from headrace import catalog
 from headrace.errors import ConfigError
 from headrace.length import Length
 from headrace.networks.models import NetworkConfig
-from headrace.pools.settings import ClusterConfig, RemoteConfig, WorkerConfig
+from headrace.pools.settings import ClusterConfig, WorkerConfig
 from headrace.server.settings import ServerConfig
 from headrace.telemetry.settings import EvaluatorConfig, ViewerConfig
+from headrace.transport.settings import RemoteConfig
 
 Value = TypeVar("Value")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.errors import ConfigError
 
@@ -96,3 +98,35 @@ class EnvSpec:
     def stacked_shape(self) -> tuple[int, ...]:
         """Shape [K, ...] of what the policy sees, K = frame_stack."""
         return (self.frame_stack, *self.observation_space.shape)
+
+
+def check_action(action: NDArray[Any], rows: int, space: ActionSpace) -> None:
+    """Refuses what no environment can take; ALE waits for ever on an action outside the space.
+
+    Args:
+        action: the reply: int64 [N] for Discrete, int64 [N, D] for MultiDiscrete, float32 [N, D]
+            for Box.
+        rows: N, rows of the last `receive`.
+        space: of one action.
+
+    Raises:
+        ValueError: wrong count, wrong dtype, or an action outside the space.
+    """
+    dtype = np.float32 if isinstance(space, gym.spaces.Box) else np.int64
+    shape = (rows, *(space.shape or ()))
+    if action.shape != shape or action.dtype != dtype:
+        raise ValueError(
+            f"expected {rows} actions of {np.dtype(dtype)} {shape}, got {action.dtype} "
+            f"{action.shape}"
+        )
+    low, high = _bounds(space)
+    if not ((action >= low) & (action <= high)).all():  # so that NaN is outside
+        raise ValueError(
+            f"actions must be in {low}..{high}, got {action.min(axis=0)}..{action.max(axis=0)}"
+        )
+
+
+def _bounds(space: ActionSpace) -> tuple[Any, Any]:
+    if isinstance(space, gym.spaces.Box):
+        return space.low, space.high
+    return 0, (space.n if isinstance(space, gym.spaces.Discrete) else space.nvec) - 1

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+INFO_NBYTES = 1024
+"""Room for the numeric scalars of one final info."""
 RUN_IDS = 1 << 32
 """Run ids of one life of a worker, or of one grant to a worker host; an environment may use them up
 by itself, and who starts the next life adds that many."""

@@ -16,12 +16,12 @@ import pytest
 from headrace import catalog
 from headrace.cli import main
 from headrace.pools.grpc import GrpcPool
-from headrace.pools.link import LinkConfig
 from headrace.pools.processes import WorkerProcess
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
 from headrace.run.host import HostConfig, run_host
 from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport.settings import LinkConfig, RemoteConfig
 
 pytestmark = pytest.mark.net
 
@@ -192,8 +192,8 @@ def test_a_host_that_is_killed_and_one_that_takes_over(
             victim = start(pool, 2)
             wait_until(lambda: pool.counters["envs"] == 4)
             heir = start(pool, 2)
-            pids = {host.peer.hello["pid"]: host for host in pool._grants.hosts.values()}
-            first = pool._grants.blocks[pids[victim.pid].blocks[0]].first
+            pids = {host.peer.hello["pid"]: host for host in pool._assignment.hosts.values()}
+            first = pool._assignment.blocks[pids[victim.pid].blocks[0]].first
             check_takeover(pool, said, first, lambda: os.kill(victim.pid, signal.SIGKILL))
             typed.send_signal(signal.SIGTERM)
             assert typed.wait(30.0) == 0

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from headrace.errors import PeerLost
-from headrace.pools import link as link_module
-from headrace.pools import transport, wire
-from headrace.pools.link import Link, LinkConfig, sessions
-from headrace.pools.listener import Listener
+from headrace.transport import grpc_client as client_module
+from headrace.transport import grpc_common, wire
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.grpc_server import Listener
+from headrace.transport.settings import LinkConfig
 
 pytestmark = pytest.mark.net
 
@@ -40,8 +41,8 @@ def wait_until() -> Any:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEADRACE_TOKEN", raising=False)
-    monkeypatch.setattr(link_module, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(link_module, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(client_module, "_LONGEST_PAUSE_S", 0.1)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def step(sequence: int, nbytes: int = NBYTES) -> bytes:
     return wire.encode(wire.Kind.STEP, sequence=sequence, arrays=arrays)
 
 
-def check_answer(link: Link, sequence: int) -> None:
+def check_answer(link: HostClient, sequence: int) -> None:
     message = link.receive(30)
     assert message is not None
     assert message.sequence == sequence
@@ -69,7 +70,7 @@ def test_fifty_ms_hide_behind_messages_in_flight(
     proxy = make_proxy(listen().address)
     proxy.delay(0.05)
     began_s = time.monotonic()
-    link = Link.open(LinkConfig(connect=proxy.address), HELLO)
+    link = HostClient.open(LinkConfig(connect=proxy.address), HELLO)
     for sequence in range(20):
         link.send(step(sequence))
     for sequence in range(20):
@@ -84,7 +85,7 @@ def test_a_stall_shorter_than_the_keepalive_does_no_harm(
 ) -> None:
     listener = listen()
     proxy = make_proxy(listener.address)
-    link = Link.open(LinkConfig(connect=proxy.address), HELLO)
+    link = HostClient.open(LinkConfig(connect=proxy.address), HELLO)
     proxy.stall()
     for sequence in range(3):
         link.send(step(sequence))
@@ -100,8 +101,8 @@ def test_a_stall_shorter_than_the_keepalive_does_no_harm(
 
 @pytest.fixture
 def short_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "KEEPALIVE_S", 0.3)
-    monkeypatch.setattr(transport, "KEEPALIVE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(grpc_common, "KEEPALIVE_S", 0.3)
+    monkeypatch.setattr(grpc_common, "KEEPALIVE_TIMEOUT_S", 0.3)
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def short_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quiet_hosts_are_not_taken_for_dead(listen: Listen, make_proxy: Any) -> None:
     """Many keepalives without a message: neither end may hang up for too many pings."""
     listener = listen()
-    link = Link.open(LinkConfig(connect=listener.address), HELLO)
+    link = HostClient.open(LinkConfig(connect=listener.address), HELLO)
     assert link.receive(6.0) is None
     link.send(step(1))
     check_answer(link, 1)
@@ -124,14 +125,14 @@ def test_a_partition_is_noticed_by_both_and_heals(
     listener = listen()
     proxy = make_proxy(listener.address)
     config = LinkConfig(connect=proxy.address, connect_timeout_s=0.5, give_up_s=60.0)
-    monkeypatch.setattr("headrace.pools.diagnosis._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("headrace.transport.diagnosis._TIMEOUT_S", 0.2)
     said: list[str] = []
 
     def heal(line: str) -> None:
         said.append(line)
         proxy.heal()
 
-    links = sessions(config, HELLO, stop=lambda: False, on_message=heal)
+    links = HostClient.sessions(config, HELLO, stop=lambda: False, on_message=heal)
     first = next(links)
     first.send(step(0))
     check_answer(first, 0)
@@ -142,7 +143,7 @@ def test_a_partition_is_noticed_by_both_and_heals(
     wait_until(lambda: book.left)  # the server has noticed too
     assert book.left[0][1] == "its connection broke"
     assert listener.counters["lost"] == 1
-    assert book.said == []  # the tenant tells
+    assert book.said == []  # the handler tells
     second = next(links)
     for sequence in range(2, 5):
         second.send(step(sequence))
@@ -161,7 +162,7 @@ def test_a_connection_cut_in_a_message_delivers_none_of_it(
 ) -> None:
     listener = listen()
     proxy = make_proxy(listener.address)
-    link = Link.open(LinkConfig(connect=proxy.address), HELLO)
+    link = HostClient.open(LinkConfig(connect=proxy.address), HELLO)
     link.send(step(0))
     check_answer(link, 0)
     proxy.truncate(NBYTES // 2 if where == "in a message" else 5)
@@ -172,7 +173,7 @@ def test_a_connection_cut_in_a_message_delivers_none_of_it(
     wait_until(lambda: book.left)
     assert [message.sequence for _, message in book.taken] == [0]
     assert (listener.counters["lost"], listener.counters["garbage"]) == (1, 0)
-    again = Link.open(LinkConfig(connect=proxy.address), HELLO) if proxy.mend() else None
+    again = HostClient.open(LinkConfig(connect=proxy.address), HELLO) if proxy.mend() else None
     assert again is not None
     again.send(step(2))
     check_answer(again, 2)
@@ -182,7 +183,7 @@ def test_a_connection_cut_in_a_message_delivers_none_of_it(
 def test_connections_that_are_reset_come_again(listen: Listen, make_proxy: Any) -> None:
     proxy = make_proxy(listen().address)
     config = LinkConfig(connect=proxy.address, give_up_s=60.0)
-    links = sessions(config, HELLO, stop=lambda: False, on_message=lambda line: None)
+    links = HostClient.sessions(config, HELLO, stop=lambda: False, on_message=lambda line: None)
     for sequence in range(5):
         link = next(links)
         link.send(step(sequence))
@@ -196,8 +197,9 @@ def test_connections_that_are_reset_come_again(listen: Listen, make_proxy: Any) 
 
 CHILD = """
 import sys
-from headrace.pools.link import Link, LinkConfig
-link = Link.open(LinkConfig(connect=sys.argv[1]), {"protocol": 1, "name": "child"})
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.settings import LinkConfig
+link = HostClient.open(LinkConfig(connect=sys.argv[1]), {"protocol": 1, "name": "child"})
 print("in", flush=True)
 link.receive(60)
 """
@@ -207,8 +209,8 @@ def test_a_host_that_is_killed_is_missed_at_once(
     listen: Listen, wait_until: Any, book: Any
 ) -> None:
     listener = listen()
-    other = Link.open(LinkConfig(connect=listener.address), HELLO)
-    source = Path(transport.__file__).parents[2]
+    other = HostClient.open(LinkConfig(connect=listener.address), HELLO)
+    source = Path(grpc_common.__file__).parents[2]
     command = [sys.executable, "-c", CHILD, listener.address]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(source)}
@@ -228,14 +230,14 @@ def test_a_host_that_is_killed_is_missed_at_once(
 
 SERVER = """
 import sys
-from headrace.pools.listener import Listener
-from headrace.pools.settings import RemoteConfig
+from headrace.transport.grpc_server import Listener
+from headrace.transport.settings import RemoteConfig
 assert "grpc" not in sys.modules  # before it is needed
-class Tenant:
+class Handler:
     def welcome(self, peer): return {}
     def take(self, peer, message): pass
     def gone(self, peer, reason): pass
-listener = Listener(RemoteConfig(), Tenant(), on_message=print)
+listener = Listener(RemoteConfig(), Handler(), on_message=print)
 print(listener.address, flush=True)
 sys.stdin.read()
 listener.close("a clean end")
@@ -244,7 +246,7 @@ listener.close("a clean end")
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_server_that_ends_or_is_killed_is_missed_at_once(killed: bool) -> None:
-    source = Path(transport.__file__).parents[2]
+    source = Path(grpc_common.__file__).parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,
@@ -256,7 +258,7 @@ def test_a_server_that_ends_or_is_killed_is_missed_at_once(killed: bool) -> None
         assert server.stdin is not None
         assert server.stdout is not None
         assert server.stderr is not None
-        link = Link.open(LinkConfig(connect=server.stdout.readline().strip()), HELLO)
+        link = HostClient.open(LinkConfig(connect=server.stdout.readline().strip()), HELLO)
         if killed:
             os.kill(server.pid, signal.SIGKILL)
         else:

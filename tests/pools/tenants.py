@@ -1,4 +1,4 @@
-"""What tests of the transport share: a tenant that keeps books, certificates, and how to wait."""
+"""What tests of the transport share: a handler that keeps books, certificates, and how to wait."""
 
 import datetime
 import threading
@@ -10,10 +10,10 @@ from typing import Any
 
 import trustme
 
-from headrace.pools import wire
-from headrace.pools.listener import Listener
-from headrace.pools.peers import Peer, Refused
-from headrace.pools.settings import RemoteConfig
+from headrace.transport import wire
+from headrace.transport.connections import HostConnection, Refused
+from headrace.transport.grpc_server import Listener
+from headrace.transport.settings import RemoteConfig
 
 HELLO = {"protocol": wire.VERSION, "name": "node7", "envs": 4}
 
@@ -22,20 +22,20 @@ class Book:
     """Welcomes everybody, answers each STEP with an ACTION of the same arrays, notes the rest."""
 
     def __init__(self) -> None:
-        self.welcomed: list[Peer] = []
+        self.welcomed: list[HostConnection] = []
         self.taken: list[tuple[str, wire.Message]] = []
         self.left: list[tuple[str, str]] = []
         self.said: list[str] = []
         self.refusal: Refused | None = None
         self.threads: set[str] = set()
 
-    def welcome(self, peer: Peer) -> Mapping[str, Any]:
+    def welcome(self, peer: HostConnection) -> Mapping[str, Any]:
         if self.refusal is not None:
             raise self.refusal
         self.welcomed.append(peer)
         return {"run": "r1"}
 
-    def take(self, peer: Peer, message: wire.Message) -> None:
+    def take(self, peer: HostConnection, message: wire.Message) -> None:
         self.threads.add(threading.current_thread().name)
         if message.kind is wire.Kind.UNROLL:
             raise wire.WireError("unrolls are not taken here")
@@ -50,7 +50,7 @@ class Book:
                 )
             )
 
-    def gone(self, peer: Peer, reason: str) -> None:
+    def gone(self, peer: HostConnection, reason: str) -> None:
         self.left.append((peer.name, reason))
 
     def says(self, *words: str) -> bool:
@@ -89,10 +89,13 @@ class Files:
         self.ca = self._write("ca.pem", [self._authority.cert_pem])
         self.cert, self.key = self.pair("server", "127.0.0.1", "localhost")
 
-    def pair(self, stem: str, *names: str, days: int = 30) -> tuple[str, str]:
+    def pair(
+        self, stem: str, *names: str, days: int = 30, begins: datetime.datetime | None = None
+    ) -> tuple[str, str]:
         """Returns the files of a certificate and its key; with negative days it has expired."""
         ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
-        made = self._authority.issue_cert(*names, not_after=ends, not_before=_LONG_AGO)
+        begins = begins or _LONG_AGO
+        made = self._authority.issue_cert(*names, not_after=ends, not_before=begins)
         cert = self._write(f"{stem}.pem", made.cert_chain_pems)
         return cert, self._write(f"{stem}.key", [made.private_key_pem])
 

@@ -6,8 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from headrace.pools.checks import check_action
-from headrace.specs import ActionSpace
+from headrace.specs import ActionSpace, check_action
 
 ONE = gym.spaces.Discrete(3)
 VECTOR = gym.spaces.MultiDiscrete([3, 5])

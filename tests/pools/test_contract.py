@@ -21,12 +21,12 @@ from headrace.pools.base import Pool
 from headrace.pools.device import DevicePool
 from headrace.pools.grpc import GrpcPool
 from headrace.pools.inline import InlinePool
-from headrace.pools.link import LinkConfig
 from headrace.pools.native import NativePool
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import ShmPool, WorkerEnvs
 from headrace.run.host import HostConfig, run_host
 from headrace.steps import EnvStep
+from headrace.transport.settings import LinkConfig, RemoteConfig
 
 NUM_ENVS, BATCH = 4, 2
 CASES = [

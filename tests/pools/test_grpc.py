@@ -9,15 +9,16 @@ import pytest
 from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools import grpc as grpc_pool
-from headrace.pools import wire
-from headrace.pools.grants import ENVS_PER_CORE, Grants
+from headrace.pools.assignment import ENVS_PER_CORE, Assignment
 from headrace.pools.grpc import LOOK_S, GrpcPool, reachable
-from headrace.pools.listener import Refused
-from headrace.pools.messages import encode_step
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
-from headrace.pools.wire import Kind, WireError
 from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport import wire
+from headrace.transport.connections import Refused
+from headrace.transport.messages import encode_step
+from headrace.transport.settings import RemoteConfig
+from headrace.transport.wire import Kind, WireError
 
 ENV = "worker_envs:ECHO"
 ENV_ID, COUNT, ACTION = range(3)
@@ -35,8 +36,8 @@ class FakeListener:
 
     address = "127.0.0.1:4711"
 
-    def __init__(self, config: RemoteConfig, tenant: GrpcPool, *, on_message: Any) -> None:
-        self.tenant = tenant
+    def __init__(self, config: RemoteConfig, handler: GrpcPool, *, on_message: Any) -> None:
+        self.handler = handler
         self.counters = {"lost": 0, "bytes_in": 0, "bytes_out": 0}
         self.closed: list[str] = []
         self.fault: Exception | None = None
@@ -49,7 +50,7 @@ class FakeListener:
         self.closed.append(reason)
 
 
-class Peer:
+class FakeHost:
     """A worker host of the test: what it is sent, and environments that count."""
 
     def __init__(self, pool: GrpcPool, name: str = "node1", **hello: Any) -> None:
@@ -66,7 +67,7 @@ class Peer:
     def close(self, reason: str, *, retry: bool = True) -> None:
         self.closed.append(reason)
 
-    def come(self) -> "Peer":
+    def come(self) -> "FakeHost":
         self.welcome = self.pool.welcome(self)
         self.pool.take(self, wire.decode(wire.encode(Kind.READY)))
         return self
@@ -153,7 +154,7 @@ def answer(pool: GrpcPool, step: EnvStep, action: int = 0) -> None:
 
 def test_steps_and_actions_alternate_by_block(make: Make) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     assert host.blocks == [[0, 0, 2, 0], [1, 2, 2, 0]]
     host.step(1, 0)
     step = receive(pool)
@@ -175,7 +176,7 @@ def test_steps_and_actions_alternate_by_block(make: Make) -> None:
 
 def test_what_breaks_the_alternation_is_garbage(make: Make) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     with pytest.raises(WireError, match="of which step 0 was asked for"):
         host.step(0, 1)
     host.step(0, 0)
@@ -200,14 +201,17 @@ def test_a_host_that_is_gone_is_out_of_the_line_and_its_block_starts_anew(
     make: Make, said: list[str]
 ) -> None:
     pool = make()
-    first, second = Peer(pool, envs=2).come(), Peer(pool, "node2", envs=2).come()
+    first, second = (
+        FakeHost(pool, envs=2).come(),
+        FakeHost(pool, "node2", envs=2).come(),
+    )
     first.step(0, 0)
     first.go()
     assert pool.receive(0.0) is None
     assert pool.counters["envs"] == 2
     second.step(1, 0)
     answer(pool, receive(pool))  # the other goes on
-    third = Peer(pool, "node3", envs=2).come()
+    third = FakeHost(pool, "node3", envs=2).come()
     assert third.blocks == [[0, 0, 2, 1]]
     third.step(0, 0, run_id=5)
     step = receive(pool)
@@ -223,12 +227,12 @@ def test_a_host_that_is_gone_is_out_of_the_line_and_its_block_starts_anew(
 
 def test_rows_that_are_lent_stay_as_they_are_when_another_host_takes_them(make: Make) -> None:
     pool = make()
-    first = Peer(pool, envs=2).come()
+    first = FakeHost(pool, envs=2).come()
     first.step(0, 0)
     lent = receive(pool)
     before = lent.observation.copy()
     first.go()
-    second = Peer(pool, "node2", envs=2).come()
+    second = FakeHost(pool, "node2", envs=2).come()
     second.step(0, 0, observation=np.full((2, 4), 9.0, np.float32))
     np.testing.assert_array_equal(lent.observation, before)
     assert lent.run_id.tolist() == [0, 0]
@@ -244,16 +248,16 @@ def test_rows_that_are_lent_stay_as_they_are_when_another_host_takes_them(make: 
 
 def test_a_host_that_goes_twice_while_its_rows_are_lent(make: Make) -> None:
     pool = make()
-    Peer(pool, envs=2).come().step(0, 0)
-    first = next(iter(pool._grants.hosts))
+    FakeHost(pool, envs=2).come().step(0, 0)
+    first = next(iter(pool._assignment.hosts))
     lent = receive(pool)
     pool.gone(first, "x")
-    second = Peer(pool, "node2", envs=2).come()
+    second = FakeHost(pool, "node2", envs=2).come()
     second.step(0, 0)
     second.go()
     answer(pool, lent)
     assert pool.receive(0.0) is None  # what the second gave is gone with it
-    third = Peer(pool, "node3", envs=2).come()
+    third = FakeHost(pool, "node3", envs=2).come()
     third.step(0, 0)
     assert receive(pool).run_id.tolist() == [2 * RUN_IDS, 2 * RUN_IDS]
     pool.close()
@@ -261,29 +265,29 @@ def test_a_host_that_goes_twice_while_its_rows_are_lent(make: Make) -> None:
 
 def test_more_hosts_than_blocks_wait_and_fewer_leave_blocks_free(make: Make) -> None:
     pool = make(num_envs=5, batch_size=2)  # 3 blocks: of 1, 2 and 2
-    greedy = Peer(pool, envs=4).come()
+    greedy = FakeHost(pool, envs=4).come()
     assert [(first, size) for _, first, size, _ in greedy.blocks] == [(0, 1), (1, 2)]
-    second = Peer(pool, "node2", envs=100).come()
+    second = FakeHost(pool, "node2", envs=100).come()
     assert second.blocks == [[2, 3, 2, 0]]
     with pytest.raises(Refused, match="have a host") as refused:
-        Peer(pool, "spare").come()
+        FakeHost(pool, "spare").come()
     assert refused.value.retry
     second.go()
-    assert Peer(pool, "spare").come().blocks == [[2, 3, 2, 1]]
+    assert FakeHost(pool, "spare").come().blocks == [[2, 3, 2, 1]]
     pool.close()
 
 
 def test_what_a_host_may_take(make: Make) -> None:
     pool = make(num_envs=400, batch_size=64, max_envs_per_host=200)
     with pytest.raises(Refused, match="--envs 58 or more") as refused:
-        Peer(pool, envs=57).come()
+        FakeHost(pool, envs=57).come()
     assert not refused.value.retry
     for hello in ({"envs": -1}, {"envs": "x"}, {"cores": 0}, {"envs": True}):
         with pytest.raises(Refused, match="no sense"):
-            Peer(pool, **hello).come()
-    one = Peer(pool, cores=1).come()  # two blocks at least, so that one steps meanwhile
+            FakeHost(pool, **hello).come()
+    one = FakeHost(pool, cores=1).come()  # two blocks at least, so that one steps meanwhile
     assert len(one.blocks) == 2
-    many = Peer(pool, cores=100).come()
+    many = FakeHost(pool, cores=100).come()
     assert sum(size for _, _, size, _ in many.blocks) <= 200
     assert len(many.blocks) == 3
     pool.close()
@@ -291,7 +295,7 @@ def test_what_a_host_may_take(make: Make) -> None:
 
 def test_blocks_suit_the_batch() -> None:
     def sizes(num_envs: int, batch_size: int, envs: int = 0) -> list[int]:
-        grants = Grants.of(
+        grants = Assignment.of(
             num_envs, batch_size=batch_size, envs_per_message=envs, max_envs_per_host=4096
         )
         return [block.size for block in grants.blocks]
@@ -305,12 +309,15 @@ def test_blocks_suit_the_batch() -> None:
     with pytest.raises(ConfigError, match="envs_per_message"):
         sizes(64, 32, 33)
     with pytest.raises(ConfigError, match="max_envs_per_host"):
-        Grants.of(64, batch_size=32, envs_per_message=0, max_envs_per_host=31)
+        Assignment.of(64, batch_size=32, envs_per_message=0, max_envs_per_host=31)
 
 
 def test_full_batches_wait_for_all_that_began_and_for_nobody_else(make: Make) -> None:
     pool = make(num_envs=6, batch_size=6, full_batches=True, envs_per_message=2)
-    first, second = Peer(pool, envs=2).come(), Peer(pool, "node2", envs=2).come()
+    first, second = (
+        FakeHost(pool, envs=2).come(),
+        FakeHost(pool, "node2", envs=2).come(),
+    )
     first.step(0, 0)
     assert len(receive(pool).env_id) == 2  # the other has not begun
     pool.reply(np.zeros(2, np.int64))
@@ -329,7 +336,7 @@ def test_full_batches_wait_for_all_that_began_and_for_nobody_else(make: Make) ->
 
 def test_a_batch_is_due_by_size_or_by_age(make: Make, clock: Clock) -> None:
     pool = make(num_envs=6, batch_size=4, envs_per_message=2)
-    host = Peer(pool, envs=6).come()
+    host = FakeHost(pool, envs=6).come()
     host.step(2, 0)
     assert pool.receive(0.0) is None
     host.step(0, 0)
@@ -347,7 +354,7 @@ def test_a_host_that_owes_steps_and_is_silent_is_given_up(
     make: Make, clock: Clock, said: list[str]
 ) -> None:
     pool = make(host_timeout_s=10.0)
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
 
     def wait(seconds: float) -> None:
         for _ in range(int(seconds / LOOK_S)):
@@ -381,7 +388,7 @@ def test_a_host_that_owes_steps_and_is_silent_is_given_up(
 def test_a_server_that_was_away_takes_no_silence_amiss(make: Make, clock: Clock) -> None:
     pool = make(host_timeout_s=10.0, no_host_timeout_s=20.0)
     pool.receive(0.0)
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     host.step(0, 0)
     host.step(1, 0)
     answer(pool, receive(pool))
@@ -402,7 +409,7 @@ def test_a_run_without_hosts_says_how_to_start_one_and_ends_at_last(
     pool = make(no_host_timeout_s=30.0)
     waiting = "waiting for worker hosts on 127.0.0.1:4711: headrace worker --connect 127.0.0.1:4711"
     assert said == [waiting]
-    host = Peer(pool, envs=2).come()
+    host = FakeHost(pool, envs=2).come()
     assert said[1] == "worker host node1 steps environments 0..1; 2 have no host yet"
     for _ in range(200):
         clock.now_s += LOOK_S
@@ -423,7 +430,7 @@ def test_what_hosts_report_is_counted_and_shown_but_not_for_ever(
     make: Make, said: list[str]
 ) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     pool.take(host, wire.decode(wire.encode(Kind.REPORT, text={"deaths": 2})))
     pool.take(host, wire.decode(wire.encode(Kind.REPORT, text={"deaths": 3})))
     assert pool.deaths == 3
@@ -437,7 +444,7 @@ def test_what_hosts_report_is_counted_and_shown_but_not_for_ever(
 
 def test_what_hosts_report_moves_no_cursor(make: Make, said: list[str]) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     pool.take(host, wire.decode(wire.encode(Kind.REPORT, text={"note": "a\x1b[2J\nb"})))
     assert said[-1] == "worker host node1: a\\x1b[2J\n    b"
     pool.close()
@@ -445,7 +452,7 @@ def test_what_hosts_report_moves_no_cursor(make: Make, said: list[str]) -> None:
 
 def test_close_says_that_the_run_is_over(make: Make, said: list[str]) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     pool.close()
     pool.close()
     assert [(m.kind, m.text) for m in host.sent] == [(Kind.BYE, {"reason": "the run is over"})]
@@ -453,14 +460,14 @@ def test_close_says_that_the_run_is_over(make: Make, said: list[str]) -> None:
     host.go()
     assert len(said) == lines
     with pytest.raises(Refused, match="over"):
-        Peer(pool).come()
+        FakeHost(pool).come()
     with pytest.raises(PeerLost):
         pool.receive(0.0)
 
 
 def test_a_fault_in_the_listeners_thread_ends_the_run(make: Make) -> None:
     pool = make()
-    host = Peer(pool).come()
+    host = FakeHost(pool).come()
     host.step(0, 0)
     listener: Any = pool._listener
     listener.fault = ZeroDivisionError("a bug")

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools import link as link_module
-from headrace.pools import wire
-from headrace.pools.link import Link, LinkConfig, sessions
-from headrace.pools.listener import Listener
-from headrace.pools.peers import Refused
+from headrace.transport import grpc_client as client_module
+from headrace.transport import wire
+from headrace.transport.connections import Refused
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.grpc_server import Listener
+from headrace.transport.settings import LinkConfig
 
 pytestmark = pytest.mark.net
 
@@ -38,8 +39,8 @@ def wait_until() -> Any:
 @pytest.fixture(autouse=True)
 def no_token_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEADRACE_TOKEN", raising=False)
-    monkeypatch.setattr(link_module, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(link_module, "_LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(client_module, "_LONGEST_PAUSE_S", 0.05)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def step(sequence: int) -> bytes:
     return wire.encode(wire.Kind.STEP, sequence=sequence, arrays=arrays)
 
 
-def answer(link: Link) -> int:
+def answer(link: HostClient) -> int:
     """Returns the number of the next message."""
     message = link.receive(20)
     assert message is not None
@@ -67,7 +68,7 @@ def test_times_must_be_positive(name: str) -> None:
 
 
 def test_nothing_is_lost_or_reordered_with_many_in_flight(listen: Listen) -> None:
-    link = Link.open(LinkConfig(connect=listen().address), HELLO)
+    link = HostClient.open(LinkConfig(connect=listen().address), HELLO)
     for sequence in range(500):
         link.send(step(sequence))
     assert [answer(link) for _ in range(500)] == list(range(500))
@@ -76,7 +77,7 @@ def test_nothing_is_lost_or_reordered_with_many_in_flight(listen: Listen) -> Non
 
 
 def test_any_thread_may_send(listen: Listen) -> None:
-    link = Link.open(LinkConfig(connect=listen().address), HELLO)
+    link = HostClient.open(LinkConfig(connect=listen().address), HELLO)
 
     def send(first: int) -> None:
         for sequence in range(first, first + 100):
@@ -98,7 +99,7 @@ def test_any_thread_may_send(listen: Listen) -> None:
 def test_close_sends_what_is_queued_and_says_why(
     listen: Listen, book: Any, wait_until: Any
 ) -> None:
-    link = Link.open(LinkConfig(connect=listen().address), HELLO)
+    link = HostClient.open(LinkConfig(connect=listen().address), HELLO)
     for sequence in range(100):
         link.send(step(sequence))
     link.close("the spec differs: observation")
@@ -115,7 +116,7 @@ def test_close_sends_what_is_queued_and_says_why(
 
 def test_a_server_that_sends_garbage_is_left(listen: Listen, book: Any) -> None:
     book.take = lambda peer, message: peer.send(b"garbage")
-    link = Link.open(LinkConfig(connect=listen().address), HELLO)
+    link = HostClient.open(LinkConfig(connect=listen().address), HELLO)
     link.send(step(0))
     with pytest.raises(PeerLost, match="sent garbage: 7 bytes are no message"):
         link.receive(20)
@@ -127,10 +128,10 @@ def test_a_server_that_sends_garbage_is_left(listen: Listen, book: Any) -> None:
 def test_who_queues_more_than_the_server_reads_is_told(
     listen: Listen, book: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "_MAX_QUEUED_NBYTES", 64 << 20)
+    monkeypatch.setattr(client_module, "_MAX_QUEUED_NBYTES", 64 << 20)
     go_on = threading.Event()
-    book.take = lambda peer, message: go_on.wait(20)  # a tenant must not, but a machine may stop
-    link = Link.open(LinkConfig(connect=listen().address), HELLO)
+    book.take = lambda peer, message: go_on.wait(20)  # a handler must not, but a machine may stop
+    link = HostClient.open(LinkConfig(connect=listen().address), HELLO)
     message = wire.encode(wire.Kind.STEP, arrays=(np.zeros(8 << 20, np.uint8),))
 
     def send_all() -> None:
@@ -148,9 +149,9 @@ def test_who_queues_more_than_the_server_reads_is_told(
 def test_no_welcome_in_time_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         config = LinkConfig(connect=f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout_s=0.2)
-        monkeypatch.setattr("headrace.pools.diagnosis._TIMEOUT_S", 0.2)
+        monkeypatch.setattr("headrace.transport.diagnosis._TIMEOUT_S", 0.2)
         with pytest.raises(PeerLost, match=r"no welcome from 127\.0\.0\.1:.* in 0\.2 s"):
-            Link.open(config, HELLO)
+            HostClient.open(config, HELLO)
 
 
 def test_who_is_stopped_does_not_wait_for_a_welcome() -> None:
@@ -163,7 +164,9 @@ def test_who_is_stopped_does_not_wait_for_a_welcome() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as mute:
         config = LinkConfig(connect=f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout_s=3600.0)
-        assert list(sessions(config, HELLO, stop=stop, on_message=lambda line: None)) == []
+        assert (
+            list(HostClient.sessions(config, HELLO, stop=stop, on_message=lambda line: None)) == []
+        )
 
 
 def test_a_server_of_something_else_is_named() -> None:
@@ -176,7 +179,7 @@ def test_a_server_of_something_else_is_named() -> None:
     server.start()
     try:
         with pytest.raises(ConfigError, match="no server of headrace's"):
-            Link.open(LinkConfig(connect=f"127.0.0.1:{port}"), HELLO)
+            HostClient.open(LinkConfig(connect=f"127.0.0.1:{port}"), HELLO)
     finally:
         server.stop(None).wait(10)
 
@@ -184,17 +187,17 @@ def test_a_server_of_something_else_is_named() -> None:
 def test_an_answer_that_grpc_hides_is_asked_for_again(
     listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listener, begin, hidden = listen(), Link._begin, []
+    listener, begin, hidden = listen(), HostClient._begin, []
 
-    def begin_badly(link: Link, *arguments: Any) -> None:
+    def begin_badly(link: HostClient, *arguments: Any) -> None:
         if not hidden:
             hidden.append(1)
             link._code = "INTERNAL"
             raise PeerLost("Internal error from Core")
         begin(link, *arguments)
 
-    monkeypatch.setattr(Link, "_begin", begin_badly)
-    link = Link.open(LinkConfig(connect=listener.address), HELLO)
+    monkeypatch.setattr(HostClient, "_begin", begin_badly)
+    link = HostClient.open(LinkConfig(connect=listener.address), HELLO)
     assert hidden
     link.close()
 
@@ -207,7 +210,9 @@ def test_sessions_come_again_after_every_end(listen: Listen, book: Any) -> None:
     said: list[str] = []
     config = LinkConfig(connect=listener.address, give_up_s=20.0)
     rounds = 0
-    links = sessions(config, HELLO, stop=lambda: len(book.welcomed) == 4, on_message=said.append)
+    links = HostClient.sessions(
+        config, HELLO, stop=lambda: len(book.welcomed) == 4, on_message=said.append
+    )
     for link in links:
         link.send(step(rounds))
         assert answer(link) == rounds
@@ -236,7 +241,7 @@ def test_sessions_wait_for_a_server_and_say_why_once(listen: Listen) -> None:
         return False
 
     config = LinkConfig(connect=address, give_up_s=30.0)
-    for link in sessions(config, HELLO, stop=stop, on_message=said.append):
+    for link in HostClient.sessions(config, HELLO, stop=stop, on_message=said.append):
         assert link.welcome == {"run": "r1"}
         break
     assert len(said) == 1
@@ -248,7 +253,7 @@ def test_sessions_give_up_with_the_last_reason(book: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         config = LinkConfig(connect=f"127.0.0.1:{free.getsockname()[1]}", give_up_s=0.2)
     with pytest.raises(PeerLost, match=r"no server for 0.2 s; .*nobody listens there"):
-        next(sessions(config, HELLO, stop=lambda: False, on_message=book.said.append))
+        next(HostClient.sessions(config, HELLO, stop=lambda: False, on_message=book.said.append))
 
 
 def test_who_waits_for_room_does_not_give_up(listen: Listen, book: Any) -> None:
@@ -262,7 +267,7 @@ def test_who_waits_for_room_does_not_give_up(listen: Listen, book: Any) -> None:
         return False
 
     config = LinkConfig(connect=listener.address, give_up_s=1e-9)
-    link = next(sessions(config, HELLO, stop=stop, on_message=said.append))
+    link = next(HostClient.sessions(config, HELLO, stop=stop, on_message=said.append))
     assert link.welcome == {"run": "r1"}
     assert said == [f"{listener.address}: every block is taken; trying again until there is room"]
     assert sum("every block is taken" in line for line in book.said) == 1  # of five
@@ -274,7 +279,9 @@ def test_who_comes_when_the_run_is_over_ends_well(listen: Listen, book: Any) -> 
     book.refusal = Refused("the run is over", over=True)
     said: list[str] = []
     config = LinkConfig(connect=listener.address)
-    assert list(sessions(config, HELLO, stop=lambda: False, on_message=said.append)) == []
+    assert (
+        list(HostClient.sessions(config, HELLO, stop=lambda: False, on_message=said.append)) == []
+    )
     assert said == [f"{listener.address}: the run is over"]
 
 
@@ -282,7 +289,7 @@ def test_sessions_end_at_once_where_nothing_helps(listen: Listen, book: Any) -> 
     book.refusal = Refused("this run needs Atari", retry=False)
     with pytest.raises(ConfigError, match="this run needs Atari"):
         next(
-            sessions(
+            HostClient.sessions(
                 LinkConfig(connect=listen().address),
                 HELLO,
                 stop=lambda: False,
@@ -296,18 +303,21 @@ def test_sessions_end_when_the_run_is_over_or_the_host_should_stop(
 ) -> None:
     listener = listen()
     config = LinkConfig(connect=listener.address)
-    links = sessions(config, HELLO, stop=lambda: False, on_message=book.said.append)
+    links = HostClient.sessions(config, HELLO, stop=lambda: False, on_message=book.said.append)
     link = next(links)
     listener.close("training is over", retry=False)
     with pytest.raises(PeerLost, match="training is over"):
         link.receive(20)
     assert list(links) == []
-    assert list(sessions(config, HELLO, stop=lambda: True, on_message=book.said.append)) == []
+    assert (
+        list(HostClient.sessions(config, HELLO, stop=lambda: True, on_message=book.said.append))
+        == []
+    )
 
 
 def test_sessions_do_not_end_well_for_who_speaks_garbage(listen: Listen, book: Any) -> None:
     config = LinkConfig(connect=listen().address)
-    links = sessions(config, HELLO, stop=lambda: False, on_message=book.said.append)
+    links = HostClient.sessions(config, HELLO, stop=lambda: False, on_message=book.said.append)
     link = next(links)
     link.send(wire.encode(wire.Kind.UNROLL))
     with pytest.raises(PeerLost, match="unrolls are not taken"):
@@ -317,14 +327,16 @@ def test_sessions_do_not_end_well_for_who_speaks_garbage(listen: Listen, book: A
 
 
 def test_pauses_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "_FIRST_PAUSE_S", 1.0)
-    monkeypatch.setattr(link_module, "_LONGEST_PAUSE_S", 8.0)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(client_module, "_LONGEST_PAUSE_S", 8.0)
     pauses: list[float] = []
-    monkeypatch.setattr(link_module, "_wait", lambda seconds, stop: pauses.append(seconds))
+    monkeypatch.setattr(client_module, "_wait", lambda seconds, stop: pauses.append(seconds))
     with socket.create_server(("127.0.0.1", 0)) as free:
         config = LinkConfig(connect=f"127.0.0.1:{free.getsockname()[1]}", give_up_s=1000.0)
     assert not list(
-        sessions(config, HELLO, stop=lambda: len(pauses) == 6, on_message=lambda line: None)
+        HostClient.sessions(
+            config, HELLO, stop=lambda: len(pauses) == 6, on_message=lambda line: None
+        )
     )
     shares = np.array(pauses) / (1, 2, 4, 8, 8, 8)
     assert ((shares >= 0.5) & (shares <= 1.5)).all()
@@ -337,7 +349,7 @@ def test_a_link_that_never_was_leaves_nothing_behind() -> None:
 
     def attempt() -> None:
         with pytest.raises(PeerLost, match="nobody listens"):
-            Link.open(config, HELLO)
+            HostClient.open(config, HELLO)
 
     attempt()
     gc.collect()

@@ -17,11 +17,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools import transport, wire
-from headrace.pools.link import Link, LinkConfig
-from headrace.pools.listener import COUNTERS, Listener, check_listen
-from headrace.pools.peers import MAX_QUEUED_NBYTES, Refused
-from headrace.pools.settings import RemoteConfig
+from headrace.transport import grpc_common, wire
+from headrace.transport.connections import MAX_QUEUED_NBYTES, Refused
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.grpc_server import COUNTERS, Listener, check_listen
+from headrace.transport.settings import LinkConfig, RemoteConfig
 
 pytestmark = pytest.mark.net
 
@@ -60,7 +60,7 @@ class Raw:
         self._stop = threading.Event()
         self._messages = messages
         self._wait_for = wait_for
-        call = self._channel.stream_stream(transport.METHOD)
+        call = self._channel.stream_stream(grpc_common.METHOD)
         self.call = call(self._say(), timeout=20)
 
     def _say(self) -> Iterator[bytes]:
@@ -87,8 +87,8 @@ class Raw:
         self.close()
 
 
-def join(listener: Listener, name: str = "node7", **config: Any) -> Link:
-    return Link.open(LinkConfig(connect=listener.address, **config), HELLO | {"name": name})
+def join(listener: Listener, name: str = "node7", **config: Any) -> HostClient:
+    return HostClient.open(LinkConfig(connect=listener.address, **config), HELLO | {"name": name})
 
 
 def step(sequence: int = 0, block: int = 0) -> bytes:
@@ -96,7 +96,7 @@ def step(sequence: int = 0, block: int = 0) -> bytes:
     return wire.encode(wire.Kind.STEP, block=block, sequence=sequence, arrays=arrays)
 
 
-def check_served(link: Link, sequence: int = 5) -> None:
+def check_served(link: HostClient, sequence: int = 5) -> None:
     link.send(step(sequence, block=3))
     message = link.receive(20)
     assert message is not None
@@ -190,11 +190,20 @@ def test_there_is_a_cap_on_hosts(book: Any, tools: Any, listen: Listen) -> None:
         link.close()
 
 
-def test_the_cap_holds_for_who_says_hello_late(tools: Any, listen: Listen) -> None:
+def test_the_cap_holds_for_who_says_hello_late(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listener = listen(max_hosts=1)
+    admit, inside = listener._admit, threading.Event()
+
+    async def noted(address: str, context: Any) -> Any:
+        inside.set()
+        return await admit(address, context)
+
+    monkeypatch.setattr(listener, "_admit", noted)
     go_on = threading.Event()
     with Raw(listener, wire.encode(wire.Kind.HELLO, text=HELLO), wait_for=go_on) as late:
-        tools.wait_until(lambda: listener._doorstep._known)  # it is in, and silent
+        assert inside.wait(20)  # it is in, and silent
         link = join(listener)
         go_on.set()
         assert "1 worker hosts already" in late.end()[1]
@@ -240,7 +249,7 @@ def test_who_begins_with_something_else_is_closed_and_counted(
         (b"", "no message"),
         (wire.encode(wire.Kind.UNROLL), "unrolls are not taken"),
     ],
-    ids=["cut short", "empty", "the tenant's verdict"],
+    ids=["cut short", "empty", "the handler's verdict"],
 )
 def test_garbage_later_ends_that_stream_alone(
     book: Any, tools: Any, listen: Listen, later: bytes, words: str
@@ -442,7 +451,7 @@ def test_an_address_of_another_machine_is_refused(
 
 def test_without_grpc_the_fix_is_named(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
-    for attempt in (listen, lambda: Link.open(LinkConfig(connect="127.0.0.1:1"), HELLO)):
+    for attempt in (listen, lambda: HostClient.open(LinkConfig(connect="127.0.0.1:1"), HELLO)):
         with pytest.raises(ConfigError, match="pip install 'headrace\\[cluster\\]'"):
             attempt()
 
@@ -504,6 +513,9 @@ def test_the_health_service_answers_on_the_same_port(
             if listener is guarded:
                 with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
                     next(watch)
+                with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+                    stub.List(health_pb2.HealthListRequest(), timeout=20)
+                assert listener.counters["refused"] == 2
             else:
                 assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
                 listener.close()
@@ -513,7 +525,7 @@ def test_the_health_service_answers_on_the_same_port(
 
 def test_fifty_hosts_at_once(book: Any, tools: Any, listen: Listen) -> None:
     listener = listen()
-    links: list[Link] = []
+    links: list[HostClient] = []
 
     def come(number: int) -> None:
         link = join(listener, f"n{number}")

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.pools import wire
-from headrace.pools.messages import (
+from headrace.pools.shm_layout import Table, layout, read_step, write_host_step
+from headrace.specs import EnvSpec
+from headrace.steps import INFO_NBYTES, EnvStep
+from headrace.transport import wire
+from headrace.transport.messages import (
     RUN_IDS,
     decode_action,
     decode_step,
@@ -20,12 +23,8 @@ from headrace.pools.messages import (
     encode_action,
     encode_step,
     spec_difference,
-    write_host_step,
 )
-from headrace.pools.shm_layout import INFO_NBYTES, Table, layout, read_step
-from headrace.pools.wire import Kind, Message, WireError
-from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
+from headrace.transport.wire import Kind, Message, WireError
 
 E = 5
 
@@ -100,7 +99,7 @@ def test_frames_are_not_copied_before_they_are_joined(monkeypatch: pytest.Monkey
         given.extend(arrays)
         return b""
 
-    monkeypatch.setattr("headrace.pools.messages.encode", encode)
+    monkeypatch.setattr("headrace.transport.messages.encode", encode)
     encode_step(step, block=0, sequence=0)
     assert np.shares_memory(given[0], step.observation)
 

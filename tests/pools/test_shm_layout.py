@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from headrace.pools.memory import anonymous_block
 from headrace.pools.shm_layout import (
     ALIGNMENT,
-    INFO_NBYTES,
     Rows,
     Table,
     layout,
@@ -21,7 +20,7 @@ from headrace.pools.shm_layout import (
     write_step,
 )
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
+from headrace.steps import INFO_NBYTES, EnvStep
 
 DTYPES = [np.uint8, np.int16, np.int64, np.float32, np.bool_]
 

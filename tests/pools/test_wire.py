@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import HeadraceError
-from headrace.pools import wire
-from headrace.pools.wire import Kind, WireError, decode, encode, example_message
+from headrace.transport import wire
+from headrace.transport.wire import Kind, WireError, decode, encode, example_message
 
 DTYPES = ("bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8")
 HEADER = struct.Struct("<4sHBBIIQII")  # as documented: a second opinion

@@ -12,7 +12,6 @@ import pytest
 
 from headrace import catalog
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.messages import describe, ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import GROUP, RECORD, Table, layout
 from headrace.run import worker
@@ -26,6 +25,7 @@ from headrace.run.worker import (
     run_worker,
 )
 from headrace.specs import EnvSpec
+from headrace.transport.messages import describe, ensure_same_spec
 
 ENV = "worker_envs:ECHO"
 

@@ -23,7 +23,7 @@ import pytest
 
 from headrace.config import RunConfig, completed, from_dict, to_dict, to_toml
 from headrace.errors import ConfigError, PeerLost, TrainingDiverged
-from headrace.pools.settings import ClusterConfig, RemoteConfig
+from headrace.pools.settings import ClusterConfig
 from headrace.run import (
     cluster,
     cluster_actor,
@@ -50,6 +50,7 @@ from headrace.run.cluster_ray import answers_anybody, connected, ensure_allowed
 from headrace.run.local import Hooks
 from headrace.run.stop import Stop
 from headrace.telemetry.record import RunDirectory
+from headrace.transport.settings import RemoteConfig
 
 LOOPBACK = "127.0.0.1"
 

@@ -17,20 +17,20 @@ import pytest
 from headrace import catalog
 from headrace.config import from_dict
 from headrace.errors import ConfigError, HeadraceError, PeerLost
-from headrace.pools import wire
 from headrace.pools.base import Pool
 from headrace.pools.grpc import GrpcPool
-from headrace.pools.link import LinkConfig
-from headrace.pools.messages import describe, encode_action
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
-from headrace.pools.wire import Kind, Message
 from headrace.run import host, host_blocks
 from headrace.run.api import prepare
 from headrace.run.host import HostConfig, read_welcome, run_host
 from headrace.run.host_blocks import BlockThread, Granted, RunIds, Task
 from headrace.specs import EnvSpec
 from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport import wire
+from headrace.transport.messages import describe, encode_action
+from headrace.transport.settings import LinkConfig, RemoteConfig
+from headrace.transport.wire import Kind, Message
 
 ENV = "worker_envs:ECHO"
 ENV_ID, COUNT, ACTION, SEED = range(4)
@@ -195,7 +195,9 @@ def test_a_host_finds_a_server_that_returns_and_starts_anew(make: Make, hosts: H
     steps = play(second, all_at(3, 4))
     assert (steps[0].observation[:, COUNT] == 0).all()
     assert {int(run_id) for step in steps for run_id in step.run_id} == {0}
-    assert any("pulled the plug" in line and "tries again" in line for line in hosts.said)
+    assert any("pulled the plug" in line and "tries again" in line for line in hosts.said), (
+        hosts.said
+    )
 
 
 @pytest.mark.net

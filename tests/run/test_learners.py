@@ -19,7 +19,7 @@ from headrace.config import from_dict, merged
 from headrace.errors import ConfigError, PeerLost
 from headrace.learner import checkpoint
 from headrace.learner.group import ExchangeFailed
-from headrace.pools.grants import Grants
+from headrace.pools.assignment import Assignment
 from headrace.pools.shm import ShmPool
 from headrace.presets import find
 from headrace.records import PolicyState
@@ -137,7 +137,7 @@ def test_replays_of_all_learners_must_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_environments_of_another_learner_keep_their_numbers_in_messages() -> None:
-    grants = Grants.of(8, batch_size=8, envs_per_message=4, max_envs_per_host=8)
+    grants = Assignment.of(8, batch_size=8, envs_per_message=4, max_envs_per_host=8)
     host: Any = SimpleNamespace(blocks=[0, 1])
     assert grants.span(host) == "0..7"
     assert grants.span(host, first_env=8) == "8..15"

@@ -24,10 +24,6 @@ import torch
 from headrace.config import RunConfig, from_dict, merged
 from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
 from headrace.experience.shared import Share, WorkerSlots
-from headrace.pools import wire
-from headrace.pools.link import LinkConfig
-from headrace.pools.listener import Refused
-from headrace.pools.wire import Kind, WireError
 from headrace.presets import find
 from headrace.run import acting_workers, build
 from headrace.run.acting_host import run_session
@@ -41,6 +37,10 @@ from headrace.run.local import Hooks
 from headrace.run.remote_acting import ActingHosts
 from headrace.run.report import Row
 from headrace.telemetry.metrics import Waits
+from headrace.transport import wire
+from headrace.transport.connections import Refused
+from headrace.transport.settings import LinkConfig
+from headrace.transport.wire import Kind, WireError
 from headrace.weights import Weights
 from tests.faults.proxy import proxy
 from tests.run import test_acting_workers
@@ -109,8 +109,8 @@ class Pair:
             self._hosts._listener.counters["lost"] += lost
             self._hosts.gone(self, reason)
 
-    def end(self) -> Link:
-        return Link(self)
+    def end(self) -> HostClient:
+        return HostClient(self)
 
     def take(self, message: bytes) -> None:
         """Hands a message to the learner; what is garbage closes the stream, as a listener does."""
@@ -137,7 +137,7 @@ class Pair:
                 return None
 
 
-class Link:
+class HostClient:
     """The host's end of a `Pair`."""
 
     def __init__(self, pair: Pair) -> None:
@@ -520,7 +520,7 @@ def test_a_host_waits_while_its_network_is_slow() -> None:
     pair = Pair(hosts)
     loads: list[float] = []
 
-    class Slow(Link):
+    class Slow(HostClient):
         sent = 0
 
         def __init__(self, pair: Pair) -> None:

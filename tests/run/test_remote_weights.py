@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from headrace.errors import PeerLost
-from headrace.pools import wire
 from headrace.run import remote_weights
 from headrace.run.remote_weights import FollowedWeights, OfferedWeights
+from headrace.transport import wire
 
 
 class Weighed:

@@ -28,7 +28,7 @@ from headrace.bench.wire_ours import messages
 from headrace.bench.wire_tally import TIMEOUT_S, Task
 from headrace.bench.wire_turn import IMPLEMENTATIONS
 from headrace.errors import ConfigError, HeadraceError, PeerLost
-from headrace.pools.transport import import_grpc
+from headrace.transport.grpc_common import import_grpc
 
 _START_S = 60.0  # of a turn: Ray takes some
 _KEEP_MEMORY = {

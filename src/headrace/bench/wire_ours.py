@@ -11,13 +11,14 @@ from headrace import __version__
 from headrace.bench.wire_tally import TIMEOUT_S, Tally, Task
 from headrace.errors import DeadlineExceeded, PeerLost
 from headrace.pools.grpc import GrpcPool
-from headrace.pools.link import Link, LinkConfig
-from headrace.pools.messages import encode_action, encode_step
-from headrace.pools.settings import RemoteConfig, WorkerConfig
+from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm import WorkerEnvs
-from headrace.pools.wire import Kind, encode
 from headrace.specs import EnvSpec
 from headrace.steps import EnvStep
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.messages import encode_action, encode_step
+from headrace.transport.settings import LinkConfig, RemoteConfig
+from headrace.transport.wire import Kind, encode
 
 NUM_ACTIONS = 4
 
@@ -91,7 +92,7 @@ def host(task: Task, address: str) -> None:
     """Shows frames, and shows them again when their actions have come, until the server ends."""
     frames = task.frames()
     start, further = (free_step(frames, first=first) for first in (True, False))
-    link = Link.open(
+    link = HostClient.open(
         LinkConfig(connect=address), hello(envs=task.envs * task.in_flight, name="host")
     )
     try:

@@ -24,8 +24,8 @@ import numpy as np
 from headrace.bench.wire_ours import messages
 from headrace.bench.wire_tally import TIMEOUT_S, Tally, Task
 from headrace.errors import ConfigError, DeadlineExceeded
-from headrace.pools.transport import import_grpc, shared_options
 from headrace.run.cluster_ray import job_config
+from headrace.transport.grpc_common import import_grpc, shared_options
 
 _METHOD = "/bench/session"
 _RAY_STORE_NBYTES = 256 << 20

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import tyro
 
-from headrace.pools.link import LinkConfig
 from headrace.run.host import HostConfig, run_host
 from headrace.run.stop import stop_signals
 from headrace.run.system import keep_memory
 from headrace.run_files import escaped_lines
+from headrace.transport.settings import LinkConfig
 
 
 @dataclass(frozen=True, kw_only=True)

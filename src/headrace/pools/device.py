@@ -19,7 +19,8 @@ from torch import Tensor
 
 from headrace.envs.device import DeviceEnv, DeviceRows, State, advance, first_rows
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.checks import check_action, check_batch
+from headrace.pools.checks import check_batch
+from headrace.specs import check_action
 from headrace.steps import EnvStep
 
 

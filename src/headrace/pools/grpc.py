@@ -28,22 +28,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import PeerLost
+from headrace.pools.assignment import Assignment, EnvGroup, Host
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action, check_batch
-from headrace.pools.grants import Block, Grants, Host
-from headrace.pools.listener import Listener, Peer, Refused
-from headrace.pools.messages import (
+from headrace.pools.checks import check_batch
+from headrace.pools.settings import WorkerConfig
+from headrace.pools.shm import WorkerEnvs
+from headrace.pools.shm_layout import (
+    Table,
+    layout,
+    read_rows,
+    read_step,
+    with_ends,
+    write_host_step,
+)
+from headrace.run_files import escaped_lines
+from headrace.specs import check_action
+from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport.connections import HostConnection, Refused
+from headrace.transport.grpc_server import Listener
+from headrace.transport.messages import (
     decode_step,
     describe,
     encode_action,
-    write_host_step,
 )
-from headrace.pools.settings import RemoteConfig, WorkerConfig
-from headrace.pools.shm import WorkerEnvs
-from headrace.pools.shm_layout import Table, layout, read_rows, read_step, with_ends
-from headrace.pools.wire import Kind, Message, WireError, encode
-from headrace.run_files import escaped_lines
-from headrace.steps import RUN_IDS, EnvStep
+from headrace.transport.settings import RemoteConfig
+from headrace.transport.wire import Kind, Message, WireError, encode
 
 LOOK_S = 0.25
 """Seconds between two looks at hosts that say nothing."""
@@ -94,20 +103,20 @@ class GrpcPool:
         self._recipe, self._remote, self._workers = recipe, remote, workers
         self._on_message, self._now_s, self._full_batches = on_message, now_s, full_batches
         self._changed = threading.Condition()  # guards all that follows, but for the table's rows
-        self._grants = Grants.of(
+        self._assignment = Assignment.of(
             num_envs,
             batch_size=batch_size,
             envs_per_message=remote.envs_per_message,
             max_envs_per_host=remote.max_envs_per_host,
         )
         self._line = Batcher(
-            [block.size for block in self._grants.blocks],
+            [block.size for block in self._assignment.blocks],
             max_envs=batch_size,
             # A full batch is due when nobody is missing, so not by age.
             max_wait_s=0.0 if full_batches else workers.batch_wait_ms / 1000.0,
             now_s=now_s,
         )
-        self._lent: list[tuple[Block, int, Host | None]] = []  # block, its number and its host
+        self._in_use: list[tuple[EnvGroup, int, Host | None]] = []  # block, its number and its host
         self._looked_s: float | None = None
         self._alone_since_s = now_s()
         self._last_loss = ""
@@ -133,7 +142,7 @@ class GrpcPool:
     def counters(self) -> dict[str, int]:
         """Those of the listener, and how many environments have a host."""
         with self._changed:
-            granted = self._grants.envs_granted()
+            granted = self._assignment.envs_granted()
         return {**self._listener.counters, "envs": granted}
 
     def receive(self, timeout_s: float) -> EnvStep | None:
@@ -147,18 +156,18 @@ class GrpcPool:
         while True:
             table = self._open_table()
             self._listener.check()
-            if self._lent:
+            if self._in_use:
                 raise RuntimeError("receive came twice: reply to the last batch first")
             self._look()
             with self._changed:
                 self._take_batch()
                 left_s = until_s - self._now_s()
-                if self._lent or left_s <= 0.0:
+                if self._in_use or left_s <= 0.0:
                     break
                 due_in_s = None if self._full_batches else self._line.due_in_s()
                 wait_s = min(left_s, LOOK_S)
                 self._changed.wait(wait_s if due_in_s is None else min(wait_s, due_in_s))
-        return self._lend(table) if self._lent else None
+        return self._lend(table) if self._in_use else None
 
     def reply(self, action: NDArray[Any]) -> None:
         """Sends the actions to the hosts; returns at once.
@@ -169,26 +178,26 @@ class GrpcPool:
             ValueError: wrong count or dtype, or an action outside the space; nothing was sent.
         """
         table = self._open_table()
-        if not self._lent:
+        if not self._in_use:
             raise RuntimeError("reply came twice: receive a batch first")
-        rows = sum(block.size for block, _, _ in self._lent)
+        rows = sum(block.size for block, _, _ in self._in_use)
         check_action(action, rows, self.spec.action_space)
         first = 0
         answers = []
         with self._changed:
             now_s = self._now_s()
-            for block, number, host in self._lent:
+            for block, number, host in self._in_use:
                 own = action[first : first + block.size]
                 first += block.size
-                block.lent = False
+                block.in_use = False
                 if host is not None and block.host is host:
-                    self._grants.asked(block, host, now_s)
+                    self._assignment.asked(block, host, now_s)
                     answers.append((host.peer, own, number, block.expected - 1))
                 elif block.kept is not None:  # of the host that came after the one that is gone
                     self._write(table, block, block.kept)
                     block.kept = None
                     self._line.add([number])
-            self._lent = []
+            self._in_use = []
         for peer, own, number, sequence in answers:
             peer.send(encode_action(own, block=number, sequence=sequence))
 
@@ -199,26 +208,26 @@ class GrpcPool:
                 return
             self._table = None
             self._stretches.clear()
-            peers = list(self._grants.hosts)
+            peers = list(self._assignment.hosts)
             self._changed.notify_all()
         goodbye = encode(Kind.BYE, text={"reason": "the run is over"})
         for peer in peers:
             peer.send(goodbye)
         self._listener.close("the run is over", retry=False)
 
-    def welcome(self, peer: Peer) -> Mapping[str, Any]:
-        """Grants a host its blocks; see `listener.Tenant`."""
+    def welcome(self, peer: HostConnection) -> Mapping[str, Any]:
+        """Grants a host its blocks; see `transport.connections.Handler`."""
         with self._changed:
             if self._table is None:
                 raise Refused("the run is over", over=True)
-            host = self._grants.grant(peer, self._now_s())
+            host = self._assignment.grant(peer, self._now_s())
             granted = [
                 [number, self._recipe.first_env + block.first, block.size, block.generation]
-                for number, block in enumerate(self._grants.blocks)
+                for number, block in enumerate(self._assignment.blocks)
                 if number in host.blocks
             ]
-            total = self._grants.envs_granted()
-            span = self._grants.span(host, first_env=self._recipe.first_env)
+            total = self._assignment.envs_granted()
+            span = self._assignment.span(host, first_env=self._recipe.first_env)
         missing = f"; {self.num_envs - total} have no host yet" if total < self.num_envs else ""
         self._on_message(f"worker host {peer.name} steps environments {span}{missing}")
         return {
@@ -232,10 +241,10 @@ class GrpcPool:
             "workers": dataclasses.asdict(self._workers),
         }
 
-    def take(self, peer: Peer, message: Message) -> None:
-        """Takes what a host says; see `listener.Tenant`."""
+    def take(self, peer: HostConnection, message: Message) -> None:
+        """Takes what a host says; see `transport.connections.Handler`."""
         with self._changed:
-            host = self._grants.hosts.get(peer)
+            host = self._assignment.hosts.get(peer)
         if host is None:  # given up, and its stream has not ended yet
             return
         if message.kind is Kind.STEP:
@@ -245,18 +254,18 @@ class GrpcPool:
         elif message.kind is not Kind.READY:
             raise WireError(f"a worker host has no {message.kind.name} to send")
 
-    def gone(self, peer: Peer, reason: str) -> None:
-        """Frees the blocks of a host; see `listener.Tenant`."""
+    def gone(self, peer: HostConnection, reason: str) -> None:
+        """Frees the blocks of a host; see `transport.connections.Handler`."""
         with self._changed:
-            host = self._grants.release(peer)
+            host = self._assignment.release(peer)
             if host is None or self._table is None:
                 return
             self._line.drop(host.blocks)
             self._last_loss = f"{peer.name}: {reason}"
-            alone = not self._grants.hosts
+            alone = not self._assignment.hosts
             if alone:
                 self._alone_since_s = self._now_s()
-            span = self._grants.span(host, first_env=self._recipe.first_env)
+            span = self._assignment.span(host, first_env=self._recipe.first_env)
             self._changed.notify_all()
         self._on_message(
             f"worker host {peer.name} is gone: {reason}; environments {span} wait for another, and "
@@ -268,7 +277,7 @@ class GrpcPool:
     def _take_step(self, host: Host, message: Message) -> None:
         number = message.block
         with self._changed:
-            block = self._grants.due(host, number, message.sequence)
+            block = self._assignment.due(host, number, message.sequence)
             if block.host is not host:
                 return
         step = decode_step(message, self.spec, block.size)
@@ -278,8 +287,8 @@ class GrpcPool:
             table = self._table
             if block.host is not host or table is None:
                 return
-            self._grants.returned(block, host, self._now_s())
-            if block.lent:
+            self._assignment.returned(block, host, self._now_s())
+            if block.in_use:
                 block.kept = step
                 return
             block.writing = True  # nobody else touches these rows now, and nobody is granted them
@@ -305,23 +314,23 @@ class GrpcPool:
                 f"worker host {host.peer.name}: {escaped_lines(note[:_MAX_NOTE])}{last}"
             )
 
-    def _write(self, table: Table, block: Block, step: Any) -> None:
+    def _write(self, table: Table, block: EnvGroup, step: Any) -> None:
         write_host_step(
             table.rows(block.first, block.end), step, run_offset=block.generation * RUN_IDS
         )
 
     def _take_batch(self) -> None:
         """Takes a batch out of the line, if one is due."""
-        if self._full_batches and not self._grants.whole():
+        if self._full_batches and not self._assignment.whole():
             return
-        blocks = self._grants.blocks
+        blocks = self._assignment.blocks
         numbers = sorted(self._line.take())
-        self._lent = [(blocks[number], number, blocks[number].host) for number in numbers]
-        for block, _, _ in self._lent:
-            block.lent = True
+        self._in_use = [(blocks[number], number, blocks[number].host) for number in numbers]
+        for block, _, _ in self._in_use:
+            block.in_use = True
 
     def _lend(self, table: Table) -> EnvStep:
-        spans = [(block.first, block.end) for block, _, _ in self._lent]
+        spans = [(block.first, block.end) for block, _, _ in self._in_use]
         first, end = spans[0][0], spans[-1][1]
         rows = sum(end - first for first, end in spans)
         self.rows_received += rows
@@ -349,16 +358,16 @@ class GrpcPool:
             if self._looked_s is None or now_s - self._looked_s > 4 * LOOK_S:
                 # The server had something else to do, or was stopped: that is nobody's silence.
                 gap_s = now_s - (self._alone_since_s if self._looked_s is None else self._looked_s)
-                for host in self._grants.hosts.values():
+                for host in self._assignment.hosts.values():
                     host.heard_s = min(now_s, host.heard_s + gap_s)
                 self._alone_since_s += gap_s
             self._looked_s = now_s
-            silent = self._grants.silent(
+            silent = self._assignment.silent(
                 now_s,
                 host_timeout_s=remote.host_timeout_s,
                 start_timeout_s=self._workers.start_timeout_s,
             )
-            alone = not self._grants.hosts and self._table is not None
+            alone = not self._assignment.hosts and self._table is not None
             self._deaths += len(silent)
         for host in silent:
             what = "was not ready" if host.starting else "gave no step"

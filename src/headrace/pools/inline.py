@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action, check_batch
+from headrace.pools.checks import check_batch
+from headrace.specs import check_action
 from headrace.steps import EnvStep
 
 _PER_ROW = ("run_id", "observation", "reward", "reset", "terminated", "truncated")

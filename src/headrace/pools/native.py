@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.checks import check_action
-from headrace.specs import EnvSpec
+from headrace.specs import EnvSpec, check_action
 from headrace.steps import EnvStep
 
 

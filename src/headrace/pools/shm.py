@@ -29,10 +29,9 @@ from numpy.typing import NDArray
 
 from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
-from headrace.pools.checks import check_action, check_batch
+from headrace.pools.checks import check_batch
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
-from headrace.pools.messages import describe
 from headrace.pools.processes import WorkerProcess
 from headrace.pools.settings import WorkerConfig
 from headrace.pools.shm_layout import (
@@ -44,8 +43,9 @@ from headrace.pools.shm_layout import (
     read_step,
     with_ends,
 )
-from headrace.specs import EnvSpec
+from headrace.specs import EnvSpec, check_action
 from headrace.steps import EnvStep
+from headrace.transport.messages import describe
 
 WORKER_MODULE = "headrace.run.worker"
 _PIPE_NBYTES = 1 << 16

@@ -26,12 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep, EpisodeInfo
+from headrace.steps import INFO_NBYTES, EnvStep, EpisodeInfo
+from headrace.transport.messages import HostStep
 
 ALIGNMENT = 64
 """Bytes: a cache line, so that no two columns share one."""
-INFO_NBYTES = 1024
-"""Room for the numeric scalars of one final info."""
 RECORD = struct.Struct("=HHI")
 """Worker, group, generation: what a worker writes into the common pipe, in one piece."""
 GROUP = struct.Struct("=H")
@@ -148,6 +147,29 @@ def write_step(rows: Rows, step: EnvStep, *, run_offset: int) -> int:
     if step.final_observation is not None:
         np.copyto(rows.final_observation, step.final_observation)
     return write_infos(rows, step.episode_info or {})
+
+
+def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
+    """Writes a step into the rows of its block, all of them.
+
+    Args:
+        rows: Of the block.
+        step: Of a host.
+        run_offset: Added to the run ids; of the block's generation.
+    """
+    np.copyto(rows.observation, step.observation)
+    np.copyto(rows.reward, step.reward)
+    np.copyto(rows.reset, step.reset)
+    np.copyto(rows.terminated, step.terminated)
+    np.copyto(rows.truncated, step.truncated)
+    np.add(step.run_id, run_offset, out=rows.run_id)
+    if rows.action_mask is not None and step.action_mask is not None:
+        np.copyto(rows.action_mask, step.action_mask)
+    if not np.count_nonzero(step.reset):
+        return
+    if step.final_observation is not None:
+        rows.final_observation[step.ended] = step.final_observation
+    write_infos(rows, step.infos)
 
 
 def write_infos(rows: Rows, infos: EpisodeInfo) -> int:

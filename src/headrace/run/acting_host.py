@@ -29,7 +29,6 @@ import torch
 from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
 from headrace.experience.packing import UnrollFormat
 from headrace.experience.remote import HostSlots
-from headrace.pools.wire import Kind, Message, WireError, encode
 from headrace.run.acting_mandate import Mandate, read_mandate
 from headrace.run.acting_workers import make_table
 from headrace.run.build import exploration
@@ -42,6 +41,7 @@ from headrace.run.seeds import Use, derived_seed
 from headrace.run.worker import generation_seed
 from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
+from headrace.transport.wire import Kind, Message, WireError, encode
 
 _CPU = torch.device("cpu")
 _WAIT_S = 0.1  # longest wait without a look at the stream
@@ -51,28 +51,28 @@ _SILENCE_S = 120.0  # longest that a native pool may take for one batch
 
 
 class Stream(Protocol):
-    """What a session needs of a `pools.link.Link`."""
+    """What a session needs of a `transport.grpc_client.HostClient`."""
 
     @property
     def welcome(self) -> dict[str, Any]:
-        """See `Link.welcome`."""
+        """See `HostClient.welcome`."""
 
     @property
     def server(self) -> str:
-        """See `Link.server`."""
+        """See `HostClient.server`."""
 
     @property
     def load(self) -> float:
-        """See `Link.load`."""
+        """See `HostClient.load`."""
 
     def send(self, message: bytes) -> None:
-        """See `Link.send`."""
+        """See `HostClient.send`."""
 
     def receive(self, timeout_s: float) -> Message | None:
-        """See `Link.receive`."""
+        """See `HostClient.receive`."""
 
     def close(self, reason: str = ...) -> None:
-        """See `Link.close`."""
+        """See `HostClient.close`."""
 
 
 class Over(Exception):

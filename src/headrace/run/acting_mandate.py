@@ -14,11 +14,11 @@ from headrace.config import RunConfig, from_dict
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
 from headrace.networks.modes import frozen
-from headrace.pools.messages import describe, spec_difference
-from headrace.pools.wire import Compression, check_compression
 from headrace.run.build import make_algorithm, make_model
 from headrace.run.system import choose_precision
 from headrace.specs import EnvSpec
+from headrace.transport.messages import describe, spec_difference
+from headrace.transport.wire import Compression, check_compression
 from headrace.weights import fingerprint
 
 _CPU = torch.device("cpu")

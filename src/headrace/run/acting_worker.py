@@ -32,7 +32,6 @@ from headrace.errors import PeerLost
 from headrace.experience.shared import Columns, Share, WorkerSlots
 from headrace.networks.models import lower_precision
 from headrace.networks.modes import frozen
-from headrace.pools.messages import ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.run.acting_workers import (
     BEATS,
@@ -53,6 +52,7 @@ from headrace.server.acting import Actor, initial_state
 from headrace.server.server import Seat
 from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits
+from headrace.transport.messages import ensure_same_spec
 from headrace.weights import WeightsCopy
 
 _CPU = torch.device("cpu")

@@ -28,12 +28,12 @@ from headrace.experience.shared import Columns, SharedSlots, shares, table_nbyte
 from headrace.experience.unrolls import Allocate, UnrollTable
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
-from headrace.pools.messages import describe
 from headrace.pools.processes import WorkerProcess
 from headrace.run.system import usable_cores
 from headrace.server.server import OnEpisodes
 from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits
+from headrace.transport.messages import describe
 from headrace.weights import SharedWeights, Weights, shared_nbytes
 
 WORKER_MODULE = "headrace.run.acting_worker"

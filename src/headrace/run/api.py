@@ -28,7 +28,6 @@ from headrace.config import (
 from headrace.envs import gymnasium
 from headrace.errors import ConfigError
 from headrace.length import clock_from
-from headrace.pools.listener import check_listen
 from headrace.run.complete import completed_as_typed, make_config
 from headrace.run.local import Hooks, TrainResult, run_training
 from headrace.run.report import Row
@@ -38,6 +37,7 @@ from headrace.run.validate import check
 from headrace.telemetry.live_text import without_token
 from headrace.telemetry.record import FolderInUse, RunDirectory, log_to
 from headrace.telemetry.wandb_log import ensure_wandb
+from headrace.transport.grpc_server import check_listen
 
 logger = logging.getLogger("headrace")
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from headrace import errors
 from headrace.config import RunConfig, merged, to_dict
 from headrace.errors import ConfigError, HeadraceError, PeerLost
-from headrace.pools.credentials import is_loopback, parse_address
 from headrace.run.cluster_actor import Heard, Member, Order, Site
 from headrace.run.cluster_plan import Node, choose_learner, envs_per_message, gpus_wanted
 from headrace.run.local import Hooks
 from headrace.run.report import Row
+from headrace.transport.auth import is_loopback, parse_address
 
 MODULE = "headrace.run.learner_process"
 """The learner's program."""

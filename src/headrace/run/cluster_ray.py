@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.credentials import is_loopback, parse_address
 from headrace.pools.processes import WorkerEnd, WorkerProcess
 from headrace.run.cluster_actor import Site, one_line
 from headrace.run.cluster_plan import Node
 from headrace.run.system import usable_cores
+from headrace.transport.auth import is_loopback, parse_address
 
 _MODE = "RAY_AUTH_MODE"
 _OBJECT_STORE_NBYTES = 80 << 20  # about the least that Ray takes: nothing of ours lies there

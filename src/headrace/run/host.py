@@ -25,15 +25,16 @@ from typing import Any
 from headrace import __version__, catalog
 from headrace.config import RunConfig, completed
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError, PeerLost
-from headrace.pools.link import Link, LinkConfig, sessions
-from headrace.pools.messages import describe, spec_difference
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.settings import WorkerConfig
-from headrace.pools.wire import Compression, Kind, WireError, check_compression, encode
 from headrace.run.host_blocks import POLL_S, BlockThread, Granted, LinkLost, Task
 from headrace.run.system import keep_memory, usable_cores
 from headrace.run.worker import as_tuples
 from headrace.specs import EnvSpec
+from headrace.transport.grpc_client import HostClient
+from headrace.transport.messages import describe, spec_difference
+from headrace.transport.settings import LinkConfig
+from headrace.transport.wire import Compression, Kind, WireError, check_compression, encode
 
 SILENCE_S = 120.0
 """Longest that a native pool may take for one step of a block: its `receive` takes no deadline."""
@@ -92,7 +93,7 @@ def run_host(
         "envs": config.envs,
         "cores": cores,
     }
-    for stream in sessions(link, hello, stop=stop, on_message=on_message):
+    for stream in HostClient.sessions(link, hello, stop=stop, on_message=on_message):
         try:
             over = run_session(
                 stream,
@@ -107,7 +108,7 @@ def run_host(
                 on_message(str(lost))
                 return
             on_message(f"lost {lost}; the environments end, and it tries again")
-            continue  # where the server took it for garbage, `sessions` ends
+            continue  # where the server took it for garbage, `HostClient.sessions` ends
         except BaseException as error:  # also of an environment: both sides are told
             reason = str(error) if isinstance(error, HeadraceError) else repr(error)
             stream.close(reason[:_MAX_REASON])
@@ -117,7 +118,7 @@ def run_host(
 
 
 def run_session(
-    link: Link,
+    link: HostClient,
     *,
     cores: int,
     trust_code: bool,
@@ -213,7 +214,7 @@ def read_welcome(welcome: Mapping[str, Any], *, cores: int, trust_code: bool) ->
 class Session:
     """One stream to the server, and the environments that step for it."""
 
-    def __init__(self, link: Link, *, on_message: Callable[[str], None]) -> None:
+    def __init__(self, link: HostClient, *, on_message: Callable[[str], None]) -> None:
         """Takes a stream whose welcome has come."""
         self._link = link
         self._on_message = on_message

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from headrace.config import RunConfig
 from headrace.errors import PeerLost
 from headrace.pools.base import Pool
-from headrace.pools.messages import decode_action, encode_step
-from headrace.pools.wire import Compression, Message, WireError
 from headrace.run.pools import make_pool
 from headrace.run.worker import generation_seed
 from headrace.specs import EnvSpec
+from headrace.transport.messages import decode_action, encode_step
+from headrace.transport.wire import Compression, Message, WireError
 
 POLL_S = 0.2
 """How often a session looks after its blocks, and they after the session."""

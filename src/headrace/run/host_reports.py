@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.pools import wire
-from headrace.pools.wire import Kind, WireError
 from headrace.server.server import Seat
 from headrace.telemetry.metrics import Waits
+from headrace.transport import wire
+from headrace.transport.wire import Kind, WireError
 
 Episode = tuple[int, float, int, Mapping[str, float]]
 """Number of the environment within its host, raw return, agent steps, numbers of the last info."""

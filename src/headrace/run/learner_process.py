@@ -22,12 +22,12 @@ from headrace import STARTED_S
 from headrace.config import RunConfig, from_dict, to_toml
 from headrace.errors import ConfigError, HeadraceError, PeerLost
 from headrace.length import clock_from
-from headrace.pools.credentials import parse_address
 from headrace.pools.processes import WorkerEnd
 from headrace.run.local import Hooks, run_training
 from headrace.run.report import Row
 from headrace.run.stop import Stop, stop_signals
 from headrace.telemetry.record import RunDirectory
+from headrace.transport.auth import parse_address
 
 _AGAIN_S = 0.1
 

@@ -32,13 +32,8 @@ from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError, PeerLost
 from headrace.experience.packing import UnrollFormat
 from headrace.experience.remote import CreditSlots, free_stretch
-from headrace.pools import wire
-from headrace.pools.grants import ENVS_PER_CORE
+from headrace.pools.assignment import ENVS_PER_CORE
 from headrace.pools.grpc import reachable
-from headrace.pools.listener import Listener, Peer, Refused
-from headrace.pools.messages import describe
-from headrace.pools.settings import RemoteConfig
-from headrace.pools.wire import Kind, Message, WireError
 from headrace.run.acting_workers import Turnarounds, make_table
 from headrace.run.host_reports import HostReport
 from headrace.run.pools import pool_name
@@ -47,6 +42,12 @@ from headrace.run_files import escaped_lines
 from headrace.server.server import OnEpisodes
 from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits
+from headrace.transport import wire
+from headrace.transport.connections import HostConnection, Refused
+from headrace.transport.grpc_server import Listener
+from headrace.transport.messages import describe
+from headrace.transport.settings import RemoteConfig
+from headrace.transport.wire import Kind, Message, WireError
 from headrace.weights import Weights, fingerprint
 
 _LOOK_S = 1.0  # most that one look adds to a silence: a learner that was busy heard nobody
@@ -62,7 +63,7 @@ _TO_HOSTS = (
 class _Host:
     """A host's session."""
 
-    peer: Peer
+    peer: HostConnection
     number: int  # of the session
     first_env: int
     num_envs: int
@@ -79,7 +80,7 @@ class _Host:
 
 
 class ActingHosts:
-    """Everything that steps and acts, seen from the learner; the `Tenant` of a listener.
+    """Everything that steps and acts, seen from the learner; the `Handler` of a listener.
 
     `queue`, `unrolls` and `weights` are the learner's ends. What is not said to be otherwise is for
     the learner's thread.
@@ -114,8 +115,8 @@ class ActingHosts:
         self._resume_count = resume_count
         num_envs = config.server.num_envs
         self._hosts_lock = threading.Lock()  # guards what follows
-        self._hosts: dict[Peer, _Host] = {}
-        self._peers: dict[int, Peer] = {}  # by number of the session
+        self._hosts: dict[HostConnection, _Host] = {}
+        self._peers: dict[int, HostConnection] = {}  # by number of the session
         self._owner = np.full(num_envs, -1)  # session that has each environment
         self._said_run = np.full((num_envs, 2), -1)  # session and run id, as its host counts
         self._run_id = np.full(num_envs, -1)  # as the learner counts
@@ -246,8 +247,8 @@ class ActingHosts:
                 peer.send(goodbye)
             self._listener.close("the run is over", retry=False)
 
-    def welcome(self, peer: Peer) -> Mapping[str, Any]:
-        """Grants a host its environments; see `listener.Tenant`."""
+    def welcome(self, peer: HostConnection) -> Mapping[str, Any]:
+        """Grants a host its environments; see `transport.connections.Handler`."""
         envs, cores = peer.hello.get("envs", 0), peer.hello.get("cores", 1)
         if type(envs) is not int or type(cores) is not int or envs < 0 or cores < 1:
             raise Refused(f"{envs!r} environments on {cores!r} cores make no sense")
@@ -272,8 +273,8 @@ class ActingHosts:
             "generation": host.number,
         }
 
-    def take(self, peer: Peer, message: Message) -> None:
-        """Takes what a host says; see `listener.Tenant`."""
+    def take(self, peer: HostConnection, message: Message) -> None:
+        """Takes what a host says; see `transport.connections.Handler`."""
         with self._hosts_lock:
             host = self._hosts.get(peer)
         if host is None:  # given up, and its stream has not ended yet
@@ -297,8 +298,8 @@ class ActingHosts:
         else:
             raise WireError(f"a worker host has no {message.kind.name} to send")
 
-    def gone(self, peer: Peer, reason: str) -> None:
-        """Frees the environments of a host; see `listener.Tenant`."""
+    def gone(self, peer: HostConnection, reason: str) -> None:
+        """Frees the environments of a host; see `transport.connections.Handler`."""
         with self._hosts_lock:
             host = self._hosts.pop(peer, None)
             if host is None:

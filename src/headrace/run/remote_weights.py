@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from headrace.errors import PeerLost
-from headrace.pools import wire
-from headrace.pools.wire import Kind, Message, WireError
+from headrace.transport import wire
+from headrace.transport.wire import Kind, Message, WireError
 from headrace.weights import FlatWeights, Weights, acting_tensors, checksum
 
 CHUNK_NBYTES = 8 << 20

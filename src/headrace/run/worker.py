@@ -25,11 +25,9 @@ from numpy.typing import NDArray
 from headrace import catalog
 from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools.messages import ensure_same_spec
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.shm_layout import (
     GROUP,
-    INFO_NBYTES,
     RECORD,
     Rows,
     Table,
@@ -40,7 +38,8 @@ from headrace.pools.shm_layout import (
     write_step,
 )
 from headrace.run.seeds import Use, derived_seed
-from headrace.steps import RUN_IDS, EnvStep, EpisodeInfo
+from headrace.steps import INFO_NBYTES, RUN_IDS, EnvStep, EpisodeInfo
+from headrace.transport.messages import ensure_same_spec
 
 TOGETHER_S = 100e-6
 """Groups whose actions are there are stepped as one if that takes no longer. A call and a message

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from headrace import __version__
 from headrace.errors import HeadraceError
-from headrace.pools import wire
-from headrace.pools.transport import Outbox, cut
 from headrace.run_files import escaped
+from headrace.transport import wire
+from headrace.transport.grpc_common import Outbox, cut
 
 MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 """Bytes that may wait for one peer before it is closed because it does not read."""
@@ -32,32 +32,7 @@ class Refused(HeadraceError):
         self.retry, self.over = retry, over
 
 
-class Peer(Protocol):
-    """A worker host that is connected."""
-
-    @property
-    def name(self) -> str:
-        """What it calls itself, and its address: "node7, 10.0.0.3:4711"."""
-
-    @property
-    def hello(self) -> dict[str, Any]:
-        """The text of its HELLO."""
-
-    def send(self, message: bytes) -> None:
-        """Queues a message and never waits. A peer that does not read is closed. Any thread."""
-
-    def close(self, reason: str, *, retry: bool = True) -> None:
-        """Ends the stream with that sentence, after what was sent before. Any thread.
-
-        Also out of the tenant's methods. `gone` is called a little later.
-
-        Args:
-            reason: Reaches the host, and the tenant's `gone`.
-            retry: Whether the host should try to come again.
-        """
-
-
-class Tenant(Protocol):
+class Handler(Protocol):
     """What is served.
 
     Called in the one thread of all peers, so one call at a time; none may wait for anything,
@@ -65,7 +40,7 @@ class Tenant(Protocol):
     stream, and reaches whoever calls `Listener.check`.
     """
 
-    def welcome(self, peer: Peer) -> Mapping[str, Any]:
+    def welcome(self, peer: HostConnection) -> Mapping[str, Any]:
         """Returns the text of the WELCOME. Token, version and HELLO were checked before.
 
         What is sent to the peer from here on follows the WELCOME.
@@ -74,7 +49,7 @@ class Tenant(Protocol):
             Refused: the peer is turned away with that sentence; `gone` is not called.
         """
 
-    def take(self, peer: Peer, message: wire.Message) -> None:
+    def take(self, peer: HostConnection, message: wire.Message) -> None:
         """Takes a further message; a BYE is not passed on, its reason reaches `gone`.
 
         Nothing comes from a peer that was closed.
@@ -83,7 +58,7 @@ class Tenant(Protocol):
             WireError: the message is garbage; the peer is closed and counted.
         """
 
-    def gone(self, peer: Peer, reason: str) -> None:
+    def gone(self, peer: HostConnection, reason: str) -> None:
         """Called once for every peer that was welcomed, when it is gone or the listener closes."""
 
 
@@ -102,12 +77,14 @@ class End(NamedTuple):
     counter: str = ""  # of the listener: what it counts as
 
 
-class Stream:
-    """The peer of one stream."""
+class HostConnection:
+    """A worker host that is connected; one stream. Any thread may call, and none ever waits."""
 
     def __init__(self, name: str, hello: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
         self.name = name
+        """What it calls itself, and its address: "node7, 10.0.0.3:4711"."""
         self.hello = hello
+        """The text of its HELLO."""
         self.outbox = Outbox(loop, max_nbytes=MAX_QUEUED_NBYTES)
         self.ended = asyncio.Event()
         self.end: End | None = None
@@ -115,13 +92,20 @@ class Stream:
         self._end_lock = threading.Lock()  # guards end
 
     def send(self, message: bytes) -> None:
-        """Queues a message, or closes a peer that does not read."""
+        """Queues a message; a host that does not read is closed."""
         if not self.outbox.put(message):
             nbytes = MAX_QUEUED_NBYTES >> 20
             self.finish(End(f"it does not read: {nbytes} MiB wait for it", counter="lost"))
 
     def close(self, reason: str, *, retry: bool = True) -> None:
-        """Ends the stream with that sentence."""
+        """Ends the stream with that sentence, after what was sent before.
+
+        Also out of the handler's methods. `gone` is called a little later.
+
+        Args:
+            reason: Reaches the host, and the handler's `gone`.
+            retry: Whether the host should try to come again.
+        """
         self.finish(End(reason, retry=retry))
 
     def finish(self, end: End) -> None:
@@ -129,7 +113,7 @@ class Stream:
         with self._end_lock:
             if self.end is not None:
                 return
-            self.end = end._replace(reason=cut(end.reason))  # part of it may be the peer's
+            self.end = end._replace(reason=cut(end.reason))  # part of it may be the host's
         self.outbox.finish()
         # The loop outlives every stream that somebody waits for.
         if not self._loop.is_closed():

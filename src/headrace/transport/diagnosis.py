@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import NamedTuple
 
-from headrace.pools.credentials import Address
+from headrace.transport.auth import Address
 
 _TIMEOUT_S = 3.0
 
@@ -17,7 +17,6 @@ class Diagnosis(NamedTuple):
 
     reason: str  # empty: nothing that explains it
     retry: bool  # whether it may pass
-    speaks_plain: bool = False  # plain text where TLS was expected
 
 
 def diagnose(address: Address, *, ca: str = "", cert: str = "", key: str = "") -> Diagnosis:
@@ -79,7 +78,6 @@ def _tls_fault(error: ssl.SSLError, ca: str) -> Diagnosis:
     return Diagnosis(
         "it speaks plain text, not TLS: leave --tls-ca out, or give the server --tls-cert",
         retry=False,
-        speaks_plain=True,
     )
 
 

@@ -21,11 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import ConfigError
-from headrace.pools.checks import check_action
-from headrace.pools.shm_layout import INFO_NBYTES, Rows, write_infos
-from headrace.pools.wire import Compression, Kind, Message, WireError, encode
-from headrace.specs import EnvSpec
-from headrace.steps import RUN_IDS, EnvStep, EpisodeInfo
+from headrace.specs import EnvSpec, check_action
+from headrace.steps import INFO_NBYTES, RUN_IDS, EnvStep, EpisodeInfo
+from headrace.transport.wire import Compression, Kind, Message, WireError, encode
 
 _FLOAT32, _BOOL, _INT64 = np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.int64)
 _MAX_DIFFERENCE = 500  # characters
@@ -185,29 +183,6 @@ def decode_step(message: Message, spec: EnvSpec, rows: int) -> HostStep:
         raise WireError("a step was truncated and has no final observation")
     infos = _infos(message.text, ended.tolist())
     return HostStep(shown, reward, reset, terminated, truncated, run_id, mask, final, infos)
-
-
-def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
-    """Writes a step into the rows of its block, all of them.
-
-    Args:
-        rows: Of the block.
-        step: Of a host.
-        run_offset: Added to the run ids; of the block's generation.
-    """
-    np.copyto(rows.observation, step.observation)
-    np.copyto(rows.reward, step.reward)
-    np.copyto(rows.reset, step.reset)
-    np.copyto(rows.terminated, step.terminated)
-    np.copyto(rows.truncated, step.truncated)
-    np.add(step.run_id, run_offset, out=rows.run_id)
-    if rows.action_mask is not None and step.action_mask is not None:
-        np.copyto(rows.action_mask, step.action_mask)
-    if not np.count_nonzero(step.reset):
-        return
-    if step.final_observation is not None:
-        rows.final_observation[step.ended] = step.final_observation
-    write_infos(rows, step.infos)
 
 
 def encode_action(action: NDArray[Any], *, block: int, sequence: int) -> bytes:

@@ -17,13 +17,11 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools import wire
 from headrace.run_files import escaped
+from headrace.transport import wire
 
 METHOD = "/headrace.Hosts/Session"
 """The one stream of a worker host."""
-MISMATCH = "/headrace.Hosts/Mismatch"
-"""Called in plain text by a host that tried TLS, so that the server can say so too."""
 RETRY_KEY = "headrace-retry"
 """In the metadata at the end of a stream: "yes" if the host may come again, "no" if it should not.
 Missing where gRPC, not headrace, ended the stream."""
@@ -42,7 +40,7 @@ _READ_NBYTES = 1 << 20
 """Bytes that one read from a socket asks for, and at most four times as many."""
 _MAX_METADATA_NBYTES = 16 << 10
 _JOIN_S = 10.0
-"""Seconds that the thread may take to end: it takes longer only if a tenant waits in it."""
+"""Seconds that the thread may take to end: it takes longer only if a handler waits in it."""
 
 Options = list[tuple[str, int]]
 _T = TypeVar("_T")
@@ -112,7 +110,7 @@ def channel_options() -> Options:
         *shared_options(),
         ("grpc.use_local_subchannel_pool", 1),  # every link has a connection of its own
         ("grpc.enable_http_proxy", 0),  # a proxy for the web is none for a cluster
-        ("grpc.enable_retries", 0),  # `sessions` tries again, and says so
+        ("grpc.enable_retries", 0),  # `HostClient.sessions` tries again, and says so
     ]
 
 

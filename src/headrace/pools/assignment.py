@@ -1,9 +1,9 @@
-"""Which worker host steps which environments: blocks are granted, owed, lent and freed.
+"""Which worker host steps which environments: groups of them, each a block of the wire format.
 
-    free --grant--> owed by its host --its step--> waits --receive--> lent to the server
+    free --grant--> pending at host --its step--> waits --receive--> in use by the server
       ^               ^                                                  |
       |               +------------------- reply ------------------------+
-      +---- release, from anywhere; what is lent stays so until the reply
+      +---- release, from anywhere; what is in use stays so until the reply
 
 For one thread at a time: whoever has it holds a lock.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.errors import ConfigError
-from headrace.pools.listener import Peer, Refused
-from headrace.pools.messages import HostStep
-from headrace.pools.wire import WireError
+from headrace.transport.connections import HostConnection, Refused
+from headrace.transport.messages import HostStep
+from headrace.transport.wire import WireError
 
 ENVS_PER_CORE = 32
 """Environments of a host that does not say how many it wants: enough that a core of emulators has
@@ -33,17 +33,17 @@ BLOCKS_PER_HOST = 2
 class Host:
     """A worker host that is connected."""
 
-    peer: Peer
+    peer: HostConnection
     blocks: list[int]
     heard_s: float  # its last sign of progress, or when it began to owe something
-    owed: int  # blocks that it has not given back
+    pending: int  # blocks that it has not given back
     starting: int  # of these, those that have not begun
     deaths: int = 0  # of its own worker processes, as it says
     notes: int = 0
 
 
 @dataclass(slots=True)
-class Block:
+class EnvGroup:
     """Environments first .. end - 1, which step together."""
 
     first: int
@@ -51,8 +51,8 @@ class Block:
     host: Host | None = None
     generation: int = -1  # of the grants
     expected: int = 0  # sequence of the host's next step
-    owed: bool = False
-    lent: bool = False
+    pending: bool = False
+    in_use: bool = False
     writing: bool = False  # a step is being copied into its rows
     kept: HostStep | None = None  # what came while the server still had the rows of a host before
 
@@ -63,17 +63,17 @@ class Block:
 
 
 @dataclass(slots=True)
-class Grants:
+class Assignment:
     """The blocks of a pool and the hosts that have them."""
 
-    blocks: list[Block]
+    blocks: list[EnvGroup]
     max_envs_per_host: int
-    hosts: dict[Peer, Host] = field(default_factory=dict)
+    hosts: dict[HostConnection, Host] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, num_envs: int, *, batch_size: int, envs_per_message: int, max_envs_per_host: int
-    ) -> Grants:
+    ) -> Assignment:
         """Cuts environments into blocks as even as possible.
 
         Args:
@@ -94,7 +94,7 @@ class Grants:
             )
         count = -(-num_envs // (envs_per_message or own))
         bounds = [num_envs * block // count for block in range(count + 1)]
-        blocks = [Block(first, end) for first, end in itertools.pairwise(bounds)]
+        blocks = [EnvGroup(first, end) for first, end in itertools.pairwise(bounds)]
         largest = max(block.size for block in blocks)
         if largest > max_envs_per_host:
             raise ConfigError(
@@ -103,7 +103,7 @@ class Grants:
             )
         return cls(blocks, max_envs_per_host)
 
-    def grant(self, peer: Peer, now_s: float) -> Host:
+    def grant(self, peer: HostConnection, now_s: float) -> Host:
         """Gives free blocks to a host that has come, as many as it takes; it owes their first step.
 
         Raises:
@@ -122,20 +122,20 @@ class Grants:
         host = Host(peer, taken, now_s, len(taken), len(taken))
         for number in taken:
             block = self.blocks[number]
-            block.host, block.owed, block.expected = host, True, 0
+            block.host, block.pending, block.expected = host, True, 0
             block.generation += 1
         self.hosts[peer] = host
         return host
 
-    def release(self, peer: Peer) -> Host | None:
+    def release(self, peer: HostConnection) -> Host | None:
         """Frees the blocks of a host that is gone, and returns it; None if it had been released."""
         host = self.hosts.pop(peer, None)
         for number in host.blocks if host else ():
             block = self.blocks[number]
-            block.host, block.owed, block.kept = None, False, None
+            block.host, block.pending, block.kept = None, False, None
         return host
 
-    def due(self, host: Host, number: int, sequence: int) -> Block:
+    def due(self, host: Host, number: int, sequence: int) -> EnvGroup:
         """Returns the block whose step has come.
 
         Raises:
@@ -144,25 +144,25 @@ class Grants:
         if number not in host.blocks:
             raise WireError(f"a step of block {number}, which it was not granted")
         block = self.blocks[number]
-        if not block.owed or sequence != block.expected:
-            owed = f"step {block.expected}" if block.owed else "none"
-            raise WireError(f"step {sequence} of block {number}, of which {owed} was asked for")
+        if not block.pending or sequence != block.expected:
+            wanted = f"step {block.expected}" if block.pending else "none"
+            raise WireError(f"step {sequence} of block {number}, of which {wanted} was asked for")
         return block
 
-    def returned(self, block: Block, host: Host, now_s: float) -> None:
+    def returned(self, block: EnvGroup, host: Host, now_s: float) -> None:
         """A host has given its step of a block."""
-        block.owed = False
+        block.pending = False
         host.starting -= block.expected == 0
         block.expected += 1
-        host.owed -= 1
+        host.pending -= 1
         host.heard_s = now_s
 
-    def asked(self, block: Block, host: Host, now_s: float) -> None:
+    def asked(self, block: EnvGroup, host: Host, now_s: float) -> None:
         """A host is asked for the next step of a block."""
-        if not host.owed:
+        if not host.pending:
             host.heard_s = now_s
-        block.owed = True
-        host.owed += 1
+        block.pending = True
+        host.pending += 1
 
     def envs_granted(self) -> int:
         """Environments that have a host."""
@@ -170,14 +170,14 @@ class Grants:
 
     def whole(self) -> bool:
         """Whether no block that has begun is still with its host."""
-        return not any(block.owed and block.expected for block in self.blocks)
+        return not any(block.pending and block.expected for block in self.blocks)
 
     def silent(self, now_s: float, *, host_timeout_s: float, start_timeout_s: float) -> list[Host]:
         """Returns the hosts that owe steps and gave no sign for too long."""
         return [
             host
             for host in self.hosts.values()
-            if host.owed
+            if host.pending
             and now_s - host.heard_s
             > (max(start_timeout_s, host_timeout_s) if host.starting else host_timeout_s)
         ]

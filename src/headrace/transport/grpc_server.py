@@ -1,6 +1,6 @@
 """The server's end of what goes between machines: one stream of messages per worker host.
 
-What the messages say is the tenant's business. This file knows who may come in, and who must go.
+What the messages say is the handler's business. This file knows who may come in, and who must go.
 """
 
 from __future__ import annotations
@@ -13,29 +13,34 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from headrace.errors import ConfigError
-from headrace.pools import wire
-from headrace.pools.credentials import Address, ServerTls, server_access, token_fault
-from headrace.pools.diagnosis import bind_fault
-from headrace.pools.doorstep import Doorstep, Notices, connected
-from headrace.pools.health import add_health, set_health
-from headrace.pools.peers import NO_ROOM, OVER, End, Peer, Refused, Stream, Tenant, check_hello
-from headrace.pools.settings import RemoteConfig
-from headrace.pools.transport import (
+from headrace.transport import wire
+from headrace.transport.auth import Address, ServerTls, server_access, token_interceptor
+from headrace.transport.connections import (
+    NO_ROOM,
+    OVER,
+    End,
+    Handler,
+    HostConnection,
+    Refused,
+    check_hello,
+)
+from headrace.transport.diagnosis import bind_fault
+from headrace.transport.grpc_common import (
     LOOP,
     METHOD,
-    MISMATCH,
     RETRY_KEY,
     call,
     cut,
     import_grpc,
     server_options,
 )
-
-__all__ = ["COUNTERS", "Listener", "Peer", "Refused", "Tenant"]
+from headrace.transport.health import CHECK, add_health, set_health
+from headrace.transport.notices import Notices
+from headrace.transport.settings import RemoteConfig
 
 COUNTERS = (
     "hosts",  # connected and welcomed, now
-    "refused",  # turned away, or gone before they said hello
+    "refused",  # turned away, or gone before they said hello; not who fails in the TLS handshake
     "garbage",  # closed for what they sent
     "lost",  # hosts that were welcomed and went without a BYE
     "bytes_in",
@@ -67,7 +72,7 @@ class Listener:
     def __init__(
         self,
         config: RemoteConfig,
-        tenant: Tenant,
+        handler: Handler,
         *,
         address: str = "",
         on_message: Callable[[str], None],
@@ -76,7 +81,7 @@ class Listener:
 
         Args:
             config: Address, token, certificates, caps.
-            tenant: Gets the messages.
+            handler: Gets the messages.
             address: HOST:PORT, port 0 for any free one; empty for `config.listen`, or if that is
                 empty too, 127.0.0.1:0.
             on_message: Gets sentences for the log; called in any thread.
@@ -85,19 +90,18 @@ class Listener:
             ConfigError: the address cannot be had, or is open to others without token and TLS, or
                 a certificate is no good, or a package is missing.
         """
-        self._config, self._tenant = config, tenant
+        self._config, self._handler = config, handler
         wanted, self._token, self._tls = server_access(config, address)
         self._grpc = import_grpc()
         wire.check_compression(config.message_compression)
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self._streams: set[Stream] = set()
+        self._streams: set[HostConnection] = set()
         self._server: Any = None  # of gRPC
         self._health: Any = None
         self._closing: End | None = None
-        self._fault: BaseException | None = None  # the tenant's first
+        self._fault: BaseException | None = None  # the handler's first
         self._waiting: set[str] = set()  # machines whose hosts wait for room, and that was said
         self._notices = Notices(on_message, now_s=time.monotonic())
-        self._doorstep = Doorstep(patience_s=config.hello_timeout_s)
         self._close_lock = threading.Lock()  # guards _open
         self._open = True
         self._loop = LOOP.acquire()
@@ -118,14 +122,14 @@ class Listener:
         return MappingProxyType(self._counters)
 
     def check(self) -> None:
-        """Raises what a method of the tenant raised that it should not; for any thread."""
+        """Raises what a method of the handler raised that it should not; for any thread."""
         if self._fault is not None:
             raise self._fault
 
     def close(self, reason: str = "the server has ended", *, retry: bool = True) -> None:
         """Tells every peer the reason, waits two seconds at most, and gives the port back.
 
-        Not to be called in the tenant's methods. A second call does nothing.
+        Not to be called in the handler's methods. A second call does nothing.
 
         Args:
             reason: The sentence that reaches every peer.
@@ -148,8 +152,9 @@ class Listener:
                 max_hosts=config.max_hosts, hello_timeout_s=config.hello_timeout_s
             ),
             maximum_concurrent_rpcs=2 * config.max_hosts + 64,
+            interceptors=(token_interceptor(self._token, self._refuse, open_to_all={CHECK}),),
         )
-        self._health = add_health(self._server, self._token_fault)
+        self._health = add_health(self._server)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         try:
             if self._tls is None:
@@ -159,7 +164,6 @@ class Listener:
         except RuntimeError as error:
             fault = bind_fault(wanted) or "another program took it"
             raise ConfigError(f"cannot listen at {wanted}: {fault}") from error
-        self._port = port
         await self._server.start()
         await set_health(self._health, serving=True)
         self._watcher = asyncio.ensure_future(self._watch())
@@ -179,31 +183,19 @@ class Listener:
     def _handlers(self) -> Any:
         grpc = self._grpc
         service, _, session = METHOD[1:].partition("/")
-        return grpc.method_handlers_generic_handler(
-            service,
-            {
-                session: grpc.stream_stream_rpc_method_handler(self._session),
-                MISMATCH.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(self._mismatch),
-            },
-        )
+        method = grpc.stream_stream_rpc_method_handler(self._session)
+        return grpc.method_handlers_generic_handler(service, {session: method})
 
     def _credentials(self, tls: ServerTls) -> Any:
-        grpc = self._grpc
-        certificates = grpc.ssl_server_certificate_configuration(
-            [(tls.key, tls.cert)], tls.client_ca or None
-        )
-
-        def asked() -> None:  # once per connection, in a thread of gRPC's
-            self._doorstep.knocked(lambda: connected(self._port), now_s=time.monotonic())
-
-        return grpc.dynamic_ssl_server_credentials(
-            certificates, asked, require_client_authentication=bool(tls.client_ca)
+        return self._grpc.ssl_server_credentials(
+            [(tls.key, tls.cert)],
+            tls.client_ca or None,
+            require_client_auth=bool(tls.client_ca),
         )
 
     async def _session(self, _requests: Any, context: Any) -> None:
-        """Serves one stream, from its token to its end."""
+        """Serves one stream, whose token was checked."""
         address = _peer_address(context)
-        self._doorstep.arrived(address)
         try:
             stream, text = await self._admit(address, context)
         except _TurnedAway as turned:
@@ -222,21 +214,18 @@ class Listener:
             self._counters["hosts"] -= 1
             if end.counter:
                 self._counters[end.counter] += 1
-            if end.counter == "garbage":  # of the others the tenant tells
+            if end.counter == "garbage":  # of the others the handler tells
                 self._say(f"closed {stream.name}: {end.reason}")
-            self._ask(self._tenant.gone, stream, end.reason)
+            self._ask(self._handler.gone, stream, end.reason)
         if end.code != "OK":
             await self._abort(context, end)
 
-    async def _admit(self, address: str, context: Any) -> tuple[Stream, Mapping[str, Any]]:
+    async def _admit(self, address: str, context: Any) -> tuple[HostConnection, Mapping[str, Any]]:
         """Returns a stream that is welcome, and the text of its WELCOME.
 
         Raises:
             _TurnedAway: it is not welcome.
         """
-        fault = self._token_fault(context)
-        if fault:
-            raise _TurnedAway(End(fault, "UNAUTHENTICATED", False))
         self._check_room()
         timeout_s = self._config.hello_timeout_s
         try:
@@ -249,8 +238,8 @@ class Listener:
         try:
             name, hello = check_hello(data)
             self._check_room()  # others came meanwhile
-            stream = Stream(f"{name}, {address}", hello, self._loop)
-            text = self._ask(self._tenant.welcome, stream)
+            stream = HostConnection(f"{name}, {address}", hello, self._loop)
+            text = self._ask(self._handler.welcome, stream)
         except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             raise _TurnedAway(End(str(error), "INVALID_ARGUMENT", False, "garbage")) from error
         except Refused as error:
@@ -266,8 +255,8 @@ class Listener:
         if len(self._streams) >= self._config.max_hosts:
             raise _TurnedAway(End(f"there are {self._config.max_hosts} worker hosts already"))
 
-    async def _serve(self, stream: Stream, text: Mapping[str, Any], context: Any) -> None:
-        """Reads and writes until one of them, or the tenant, or the listener, ends the stream."""
+    async def _serve(self, stream: HostConnection, text: Mapping[str, Any], context: Any) -> None:
+        """Reads and writes until one of them, or the handler, or the listener, ends the stream."""
         welcome = wire.encode(wire.Kind.WELCOME, text=text)
         reader = asyncio.ensure_future(self._read(stream, context))
         writer = asyncio.ensure_future(self._write(stream, context, welcome))
@@ -280,10 +269,10 @@ class Listener:
                 task.cancel()
             results = await asyncio.gather(reader, writer, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception):  # a fault of the tenant's: gRPC logs it
+            if isinstance(result, Exception):  # a fault of the handler's: gRPC logs it
                 raise result
 
-    async def _read(self, stream: Stream, context: Any) -> None:
+    async def _read(self, stream: HostConnection, context: Any) -> None:
         end = End("a fault in the server", "INTERNAL", counter="lost")
         try:
             while stream.end is None:
@@ -296,7 +285,7 @@ class Listener:
                 if message.kind is wire.Kind.BYE:
                     end = End(str(message.text.get("reason", "it said goodbye")), "OK")
                     break
-                self._ask(self._tenant.take, stream, message)
+                self._ask(self._handler.take, stream, message)
         except (wire.WireError, ConfigError) as error:  # ConfigError: no lz4 here to read it
             end = End(str(error), "INVALID_ARGUMENT", False, "garbage")
         except self._grpc.aio.BaseError:
@@ -307,7 +296,7 @@ class Listener:
         finally:
             stream.finish(end)
 
-    async def _write(self, stream: Stream, context: Any, welcome: bytes) -> None:
+    async def _write(self, stream: HostConnection, context: Any, welcome: bytes) -> None:
         async def write(data: bytes) -> None:
             await context.write(data)
             self._counters["messages_out"] += 1
@@ -318,10 +307,11 @@ class Listener:
         except self._grpc.aio.BaseError:
             stream.finish(End(_CONNECTION_BROKE, counter="lost"))
 
-    async def _mismatch(self, _request: bytes, context: Any) -> bytes:
-        end = End("it tried TLS, and this server speaks plain text")
+    async def _refuse(self, context: Any, fault: str) -> None:
+        """Ends a call that did not show the token."""
+        end = End(fault, "UNAUTHENTICATED", False)
         self._turned_away(_peer_address(context), end)
-        return b""
+        await self._abort(context, end)
 
     async def _abort(self, context: Any, end: End) -> None:
         """Ends a stream with the sentence; raises what gRPC wants to see."""
@@ -330,7 +320,7 @@ class Listener:
         await context.abort(code, end.reason, retry)
 
     async def _watch(self) -> None:
-        """Looks for peers that do not read, and for connections that never said a word."""
+        """Looks for peers that do not read."""
         limit_s = self._config.host_timeout_s
         while True:
             await asyncio.sleep(_WATCH_S)
@@ -339,18 +329,9 @@ class Listener:
                 since_s = stream.outbox.writing_since_s
                 if since_s is not None and now_s - since_s > limit_s:
                     stream.finish(End(f"it read nothing for {limit_s:g} s", counter="lost"))
-            count, addresses = self._doorstep.overdue(now_s=now_s)
-            if count:
-                self._counters["refused"] += count
-                where = f" ({', '.join(addresses[:8])})" if addresses else ""
-                self._say(
-                    f"refused {count} connections{where}: no session within "
-                    f"{self._config.hello_timeout_s:g} s of the start of TLS; they spoke plain "
-                    "text, or one side did not accept the other's certificate"
-                )
 
     def _ask(self, method: Callable[..., _T], *args: Any) -> _T:
-        """Calls a method of the tenant, and notes what it should not have raised."""
+        """Calls a method of the handler, and notes what it should not have raised."""
         try:
             return method(*args)
         except (wire.WireError, Refused):
@@ -358,9 +339,6 @@ class Listener:
         except BaseException as error:
             self._fault = self._fault or error
             raise
-
-    def _token_fault(self, context: Any) -> str:
-        return token_fault(self._token, context.invocation_metadata())
 
     def _turned_away(self, address: str, end: End) -> None:
         self._counters[end.counter or "refused"] += 1

@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from headrace.errors import ConfigError, PeerLost
-from headrace.pools import wire
-from headrace.pools.credentials import (
+from headrace.transport import wire
+from headrace.transport.auth import (
     check_exposure,
     client_tls,
     parse_address,
     read_token,
     token_metadata,
 )
-from headrace.pools.diagnosis import diagnose
-from headrace.pools.peers import OVER
-from headrace.pools.settings import LinkConfig
-from headrace.pools.transport import (
+from headrace.transport.connections import OVER
+from headrace.transport.diagnosis import diagnose
+from headrace.transport.grpc_common import (
     LOOP,
     METHOD,
-    MISMATCH,
     RETRY_KEY,
     Outbox,
     RunOver,
@@ -36,8 +34,7 @@ from headrace.pools.transport import (
     cut,
     import_grpc,
 )
-
-__all__ = ["Link", "LinkConfig", "RunOver", "ServerBusy", "sessions"]
+from headrace.transport.settings import LinkConfig
 
 _MAX_QUEUED_NBYTES = 2 * wire.MAX_NBYTES
 """Bytes that may wait on this end, in each direction."""
@@ -51,7 +48,7 @@ _STOP_S = 0.1
 """Seconds between two questions whether to stop."""
 
 
-class Link:
+class HostClient:
     """One stream to the server, from its welcome to its end.
 
     `send` and `close` may be called in any thread, `receive` in one at a time.
@@ -92,7 +89,7 @@ class Link:
         hello: Mapping[str, Any],
         *,
         stop: Callable[[], bool] = lambda: False,
-    ) -> Link:
+    ) -> HostClient:
         """Connects, says hello, and waits for the welcome.
 
         Args:
@@ -120,6 +117,75 @@ class Link:
                 if not (unclear and left and isinstance(error, PeerLost)):
                     raise
         return link
+
+    @classmethod
+    def sessions(
+        cls,
+        config: LinkConfig,
+        hello: Mapping[str, Any],
+        *,
+        stop: Callable[[], bool],
+        on_message: Callable[[str], None],
+    ) -> Iterator[HostClient]:
+        """Yields a new link each time that the one before has ended, with growing pauses between.
+
+        The caller uses the link until it is lost and asks for the next; the one before is closed
+        here. Ends when `stop()` is true, which is asked several times a second, or when the server
+        has ended a link and said not to come again (`HostClient.final`), or says that the run is
+        over.
+
+        Args:
+            config: Where to; `give_up_s` is counted from the last time that the server was there,
+                be it only to say that it has no room now.
+            hello: Text of every HELLO.
+            stop: Whether the worker host should end.
+            on_message: Is told why there is no link, when the reason changes.
+
+        Raises:
+            ConfigError: what no second attempt mends.
+            PeerLost: the server was away for `give_up_s`, with the last reason; or it took what
+                this host said for garbage.
+        """
+        pause_s, reason = _FIRST_PAUSE_S, ""
+        give_up_s = time.monotonic() + config.give_up_s
+        while not stop():
+            try:
+                link = cls.open(config, hello, stop=stop)
+            except RunOver as over:
+                on_message(str(over))
+                return
+            except PeerLost as error:
+                if stop():
+                    return
+                until = f"for {config.give_up_s:g} s"
+                if isinstance(error, ServerBusy):
+                    give_up_s, until = time.monotonic() + config.give_up_s, "until there is room"
+                elif time.monotonic() >= give_up_s:
+                    raise PeerLost(
+                        f"no server for {config.give_up_s:g} s; the last attempt: {error}"
+                    ) from error
+                if str(error) != reason:
+                    reason = str(error)
+                    on_message(f"{reason}; trying again {until}")
+            else:
+                reason, began_s = "", time.monotonic()
+                try:
+                    yield link
+                finally:
+                    link.close()
+                if link.accused:
+                    raise PeerLost(
+                        f"{link.lost}: this host and the server do not understand each other"
+                    )
+                if link.final:
+                    return
+                give_up_s = time.monotonic() + config.give_up_s
+                # A server that ends every link at once is no reason to hurry.
+                if time.monotonic() - began_s > _LONGEST_PAUSE_S:
+                    pause_s = _FIRST_PAUSE_S
+            # Jitter: a thousand hosts that lost one server do not come back in the same moment.
+            _wait(min(pause_s * random.uniform(0.5, 1.5), _until(give_up_s)), stop)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     @property
     def welcome(self) -> dict[str, Any]:
@@ -301,89 +367,12 @@ class Link:
             return ServerBusy(str(error))
         config = self._config
         found = diagnose(self._server, ca=config.tls_ca, cert=config.tls_cert, key=config.tls_key)
-        if found.speaks_plain:
-            call(self._loop, self._tell_mismatch(), timeout_s=_START_TIMEOUT_S)
         if self._code == "UNIMPLEMENTED":
             return ConfigError(f"at {self.server} there is no server of headrace's")
         if not found.reason:
             return error
         sentence = f"cannot connect to {self.server}: {found.reason}"
         return PeerLost(sentence) if found.retry else ConfigError(sentence)
-
-    async def _tell_mismatch(self) -> None:
-        """Lets the server say on its side too that TLS met plain text; no token goes along."""
-        aio = self._grpc.aio
-        options = channel_options()
-        async with aio.insecure_channel(f"dns:///{self._server}", options=options) as channel:
-            with contextlib.suppress(aio.AioRpcError):
-                await channel.unary_unary(MISMATCH)(b"", timeout=_FAREWELL_S)
-
-
-def sessions(
-    config: LinkConfig,
-    hello: Mapping[str, Any],
-    *,
-    stop: Callable[[], bool],
-    on_message: Callable[[str], None],
-) -> Iterator[Link]:
-    """Yields a new link each time that the one before has ended, with growing pauses between.
-
-    The caller uses the link until it is lost and asks for the next; the one before is closed here.
-    Ends when `stop()` is true, which is asked several times a second, or when the server has ended
-    a link and said not to come again (`Link.final`), or says that the run is over.
-
-    Args:
-        config: Where to; `give_up_s` is counted from the last time that the server was there, be it
-            only to say that it has no room now.
-        hello: Text of every HELLO.
-        stop: Whether the worker host should end.
-        on_message: Is told why there is no link, when the reason changes.
-
-    Raises:
-        ConfigError: what no second attempt mends.
-        PeerLost: the server was away for `give_up_s`, with the last reason; or it took what this
-            host said for garbage.
-    """
-    pause_s, reason = _FIRST_PAUSE_S, ""
-    give_up_s = time.monotonic() + config.give_up_s
-    while not stop():
-        try:
-            link = Link.open(config, hello, stop=stop)
-        except RunOver as over:
-            on_message(str(over))
-            return
-        except PeerLost as error:
-            if stop():
-                return
-            until = f"for {config.give_up_s:g} s"
-            if isinstance(error, ServerBusy):
-                give_up_s, until = time.monotonic() + config.give_up_s, "until there is room"
-            elif time.monotonic() >= give_up_s:
-                raise PeerLost(
-                    f"no server for {config.give_up_s:g} s; the last attempt: {error}"
-                ) from error
-            if str(error) != reason:
-                reason = str(error)
-                on_message(f"{reason}; trying again {until}")
-        else:
-            reason, began_s = "", time.monotonic()
-            try:
-                yield link
-            finally:
-                link.close()
-            if link.accused:
-                raise PeerLost(
-                    f"{link.lost}: this host and the server do not understand each other"
-                )
-            if link.final:
-                return
-            give_up_s = time.monotonic() + config.give_up_s
-            # A server that ends every link at once is no reason to hurry.
-            if time.monotonic() - began_s > _LONGEST_PAUSE_S:
-                pause_s = _FIRST_PAUSE_S
-        # Jitter: a thousand hosts that lost the same server do not come back in the same moment.
-        _wait(min(pause_s * random.uniform(0.5, 1.5), _until(give_up_s)), stop)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _until(moment_s: float) -> float:

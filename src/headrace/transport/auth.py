@@ -11,12 +11,13 @@ import ipaddress
 import os
 import socket
 import ssl
+from collections.abc import Awaitable, Callable, Container
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace.errors import ConfigError
-from headrace.pools.settings import RemoteConfig
+from headrace.transport.settings import RemoteConfig
 
 MIN_TOKEN = 16
 """Characters of a token, at least."""
@@ -113,6 +114,33 @@ def token_fault(token: bytes, metadata: Any) -> str:
     if not shown:
         return "no token: this server asks for one, from --token-file or HEADRACE_TOKEN"
     return "wrong token: it is not the one of this server"
+
+
+def token_interceptor(
+    token: bytes, refuse: Callable[[Any, str], Awaitable[None]], *, open_to_all: Container[str]
+) -> Any:
+    """Returns what stands before every method of an asynchronous server and asks for the token.
+
+    Args:
+        token: What it must be; empty if any will do.
+        refuse: Ends a call, given its context, with a sentence.
+        open_to_all: Methods that ask for no token, with their services.
+    """
+    import grpc.aio  # noqa: PLC0415 - an extra
+
+    class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+        async def intercept_service(self, continuation: Any, call: Any) -> Any:
+            fault = token_fault(token, call.invocation_metadata)
+            if not fault or call.method in open_to_all:
+                return await continuation(call)
+
+            async def refused(_requests: Any, context: Any) -> None:
+                await refuse(context, fault)
+
+            # Whatever kind the method is of: nothing is read, and the answer is its end.
+            return grpc.stream_stream_rpc_method_handler(refused)
+
+    return TokenInterceptor()
 
 
 def check_exposure(
@@ -223,7 +251,7 @@ def _read_pair(cert: str, key: str) -> tuple[bytes, bytes]:
     if not cert or not key:
         raise ConfigError("--tls-cert and --tls-key go together")
     pem_cert, pem_key = _read(cert, "certificate"), _read(key, "private key")
-    der = _certificates(pem_cert, cert)
+    own = _certificates(pem_cert, cert)[0]
     try:
         # The callback: a key with a passphrase would else ask the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, lambda: b"")
@@ -231,7 +259,7 @@ def _read_pair(cert: str, key: str) -> tuple[bytes, bytes]:
         raise ConfigError(
             f"{key} is not the private key of {cert}, or is no PEM without a passphrase: {error}"
         ) from error
-    fault = _time_fault(der[0], cert)
+    fault = _time_fault(own, cert)
     if fault:
         raise ConfigError(fault)
     return pem_cert, pem_key
@@ -239,7 +267,7 @@ def _read_pair(cert: str, key: str) -> tuple[bytes, bytes]:
 
 def _read_ca(path: str) -> bytes:
     pem = _read(path, "certificate authority")
-    faults = [_time_fault(der, path) for der in _certificates(pem, path)]
+    faults = [_time_fault(each, path) for each in _certificates(pem, path)]
     if all(faults):  # a file with old ones beside new ones is how they are renewed
         raise ConfigError(faults[0])
     return pem
@@ -252,72 +280,25 @@ def _read(path: str, what: str) -> bytes:
         raise ConfigError(f"the {what} {path} cannot be read: {error.strerror}") from error
 
 
-def _certificates(pem: bytes, path: str) -> list[bytes]:
-    """Returns every certificate of a PEM file as DER."""
-    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+def _certificates(pem: bytes, path: str) -> list[Any]:
+    """Returns every certificate of a PEM file, as `cryptography` reads it."""
     try:
-        blocks = [block.partition(end)[0] for block in pem.decode("ascii").split(begin)[1:]]
-        ders = [ssl.PEM_cert_to_DER_cert(begin + block + end) for block in blocks]
-        for der in ders:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=der)
-    except (ValueError, ssl.SSLError) as error:
-        raise ConfigError(f"{path} holds no certificate in PEM: {error}") from error
-    if not ders:
-        raise ConfigError(f"{path} holds no certificate in PEM")
-    return ders
+        from cryptography import x509  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ConfigError("TLS needs an extra: pip install 'headrace[cluster]'") from error
+    try:
+        return list(x509.load_pem_x509_certificates(pem))
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path} holds no certificate in PEM: {reason}") from error
 
 
-def _time_fault(der: bytes, path: str) -> str:
+def _time_fault(certificate: Any, path: str) -> str:
     """Returns why a certificate is not valid now, by this machine's clock; empty if it is."""
-    try:
-        begins, ends = validity(der)
-    except (ValueError, IndexError) as error:
-        return f"{path} holds no certificate that can be read: {error}"
     now = datetime.now(UTC)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
         return f"the certificate in {path} expired on {ends:%Y-%m-%d %H:%M} UTC"
     if now < begins:
         return f"the certificate in {path} is valid only from {begins:%Y-%m-%d %H:%M} UTC on"
     return ""
-
-
-def validity(der: bytes) -> tuple[datetime, datetime]:
-    """Returns from when until when an X.509 certificate is valid (RFC 5280, section 4.1).
-
-    Raises:
-        ValueError: it is no certificate.
-        IndexError: it is cut short.
-    """
-    _, start, _ = _element(der, 0)  # Certificate
-    _, at, _ = _element(der, start)  # tbsCertificate
-    tag, _, end = _element(der, at)
-    if tag == 0xA0:  # version; it may be missing
-        at = end
-    for _ in range(3):  # serialNumber, signature, issuer
-        _, _, at = _element(der, at)
-    tag, at, _ = _element(der, at)
-    if tag != 0x30:
-        raise ValueError("no validity where one must be")
-    tag, start, end = _element(der, at)
-    next_tag, next_start, next_end = _element(der, end)
-    return _time(tag, der[start:end]), _time(next_tag, der[next_start:next_end])
-
-
-def _element(der: bytes, at: int) -> tuple[int, int, int]:
-    """Returns tag, start and end of the content of the DER element at `at`."""
-    tag, length, start = der[at], der[at + 1], at + 2
-    if length & 0x80:
-        count = length & 0x7F
-        length, start = int.from_bytes(der[start : start + count], "big"), start + count
-    if start + length > len(der):
-        raise ValueError("it is cut short")
-    return tag, start, start + length
-
-
-def _time(tag: int, text: bytes) -> datetime:
-    form = {0x17: "%y%m%d%H%M%SZ", 0x18: "%Y%m%d%H%M%SZ"}.get(tag)
-    if form is None:
-        raise ValueError("a time that is none")
-    moment = datetime.strptime(text.decode("ascii"), form).replace(tzinfo=UTC)
-    # Two digits of a year are 1950 to 2049 (RFC 5280); Python's are 1969 to 2068.
-    return moment.replace(year=moment.year - 100) if tag == 0x17 and moment.year > 2049 else moment

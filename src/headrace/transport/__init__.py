@@ -1,0 +1,1 @@
+"""What goes between machines: one gRPC stream of messages per worker host."""
