@@ -24,10 +24,10 @@ from typing import Any
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.credentials import is_loopback, parse_address
 from headrace.pools.processes import WorkerProcess
+from headrace.resources import usable_cores
 from headrace.run.cluster_keeper import Heard, Keeper
 from headrace.run.cluster_member import Order
 from headrace.run.cluster_plan import Node
-from headrace.run.system import usable_cores
 
 LOOK_S = 0.5
 """Longest that a keeper waits for news of its process before it says that there is none."""

@@ -30,8 +30,9 @@ from headrace.pools.messages import describe, spec_difference
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.settings import WorkerConfig
 from headrace.pools.wire import Compression, Kind, WireError, check_compression, encode
+from headrace.resources import usable_cores
 from headrace.run.host_blocks import POLL_S, BlockThread, Granted, LinkLost, Task
-from headrace.run.system import keep_memory, usable_cores
+from headrace.run.system import keep_memory
 from headrace.run.worker import as_tuples
 from headrace.specs import EnvSpec
 
