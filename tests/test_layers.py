@@ -30,7 +30,7 @@ LAYERS = (
     ("algorithms.base",),
     ("records", "specs"),
     ("steps",),
-    ("tree", "rows", "length", "schedules", "imports", "run_files"),
+    ("tree", "rows", "length", "schedules", "imports", "run_files", "resources"),
     ("errors",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

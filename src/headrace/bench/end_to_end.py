@@ -43,12 +43,13 @@ from headrace.bench.settings import (
 )
 from headrace.config import RunConfig, takes_turns
 from headrace.learner.loop import Learner
+from headrace.resources import usable_cores
 from headrace.run.beside import more_threads
 from headrace.run.build import Parts, build, network_name
 from headrace.run.local import train_in_turns, train_overlapped
 from headrace.run.pools import make_pool
 from headrace.run.report import Reporter, Row
-from headrace.run.system import keep_memory, usable_cores
+from headrace.run.system import keep_memory
 from headrace.run.warmup import warm_up
 from headrace.server.device_seat import DeviceSeat
 from headrace.telemetry.metrics import EpisodeStats, Waits

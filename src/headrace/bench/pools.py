@@ -25,8 +25,8 @@ from headrace.bench.settings import (
 from headrace.errors import ConfigError, DeadlineExceeded, PeerLost
 from headrace.pools.grpc import GrpcPool
 from headrace.pools.processes import WorkerProcess
+from headrace.resources import usable_cores
 from headrace.run.pools import make_pool, pool_name
-from headrace.run.system import usable_cores
 
 POOLS = ("native", "inline", "shm", "grpc", "gymnasium-async", "alone")
 FREE = "headrace.bench.free_env:FreeEnv"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
 import tempfile
-from pathlib import Path
 from typing import IO
 
+from headrace import resources
 from headrace.errors import ConfigError
 
 _CHUNK = 1 << 16
@@ -26,7 +25,7 @@ def anonymous_block(nbytes: int) -> tuple[int, mmap.mmap]:
     """
     free = _free_bytes()
     try:
-        if free is not None and nbytes > free:
+        if nbytes > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with anonymous_file() as file:
             fd = os.dup(file.fileno())
@@ -44,27 +43,22 @@ def anonymous_block(nbytes: int) -> tuple[int, mmap.mmap]:
         raise _too_little(nbytes, free, error) from error
 
 
-def _too_little(nbytes: int, free: int | None, error: OSError) -> ConfigError:
-    there_is = "" if free is None else f" and {free / 2**20:.1f} MiB are free"
+def _too_little(nbytes: int, free: int, error: OSError) -> ConfigError:
     return ConfigError(
-        f"workers need {nbytes / 2**20:.1f} MiB of shared memory{there_is} ({error.strerror}); "
+        f"workers need {nbytes / 2**20:.1f} MiB of shared memory and {free / 2**20:.1f} MiB are "
+        f"free ({error.strerror}); "
         "use fewer environments or smaller observations"
     )
 
 
-def _free_bytes() -> int | None:
+def _free_bytes() -> int:
     """Memory that can still be had: the kernel hands out more, and kills when it is used.
 
-    None where nobody tells. Of a container's limit its use is not subtracted: most of that may be
-    files in the cache, which give way.
+    Of a container's limit its use is not subtracted: most of that may be files in the cache, which
+    give way.
     """
-    known: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(known, default=None)
+    free, limit = resources.available_memory_nbytes(), resources.container_limit_nbytes()
+    return free if limit is None else min(free, limit)
 
 
 def anonymous_file() -> IO[bytes]:

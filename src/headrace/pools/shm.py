@@ -43,6 +43,7 @@ from headrace.pools.shm_layout import (
     read_step,
     with_ends,
 )
+from headrace.resources import usable_cores
 from headrace.specs import EnvSpec, check_action
 from headrace.steps import EnvStep
 from headrace.transport.messages import describe
@@ -124,7 +125,7 @@ class ShmPool:
         self.num_envs = num_envs
         self.max_batch = batch_size
         self._recipe = recipe
-        self._workers = min(workers.num_workers or _usable_cores(), num_envs)
+        self._workers = min(workers.num_workers or usable_cores(), num_envs)
         self._groups = blocks_of(
             num_envs,
             workers=self._workers,
@@ -298,9 +299,3 @@ class ShmPool:
         if self._table is None:
             raise PeerLost("the pool is closed")
         return self._table
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

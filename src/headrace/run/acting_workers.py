@@ -29,7 +29,7 @@ from headrace.experience.unrolls import Allocate, UnrollTable
 from headrace.pools.crew import Crew
 from headrace.pools.memory import anonymous_block
 from headrace.pools.processes import WorkerProcess
-from headrace.run.system import usable_cores
+from headrace.resources import usable_cores
 from headrace.server.server import OnEpisodes
 from headrace.specs import EnvSpec
 from headrace.telemetry.metrics import Waits

@@ -16,8 +16,8 @@ import torch
 
 from headrace.algorithms.base import in_turn
 from headrace.learner.feeds import ReplayFeed
+from headrace.resources import usable_cores
 from headrace.run.build import Parts
-from headrace.run.system import usable_cores
 
 
 @contextmanager

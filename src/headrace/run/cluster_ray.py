@@ -27,9 +27,9 @@ from typing import Any
 
 from headrace.errors import ConfigError, PeerLost
 from headrace.pools.processes import WorkerEnd, WorkerProcess
+from headrace.resources import usable_cores
 from headrace.run.cluster_actor import Site, one_line
 from headrace.run.cluster_plan import Node
-from headrace.run.system import usable_cores
 from headrace.transport.auth import is_loopback, parse_address
 
 _MODE = "RAY_AUTH_MODE"

@@ -17,8 +17,9 @@ from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.networks.modes import frozen
+from headrace.resources import usable_cores
 from headrace.run.draws import own_draws
-from headrace.run.system import choose_device, choose_precision, has_compiler, usable_cores
+from headrace.run.system import choose_device, choose_precision, has_compiler
 from headrace.server.acting import Actor, initial_state
 from headrace.server.graphs import cuda_capture
 from headrace.specs import EnvSpec

@@ -27,8 +27,9 @@ from headrace.config import RunConfig, completed
 from headrace.errors import ConfigError, DeadlineExceeded, HeadraceError, PeerLost
 from headrace.pools.processes import WorkerEnd
 from headrace.pools.settings import WorkerConfig
+from headrace.resources import usable_cores
 from headrace.run.host_blocks import POLL_S, BlockThread, Granted, LinkLost, Task
-from headrace.run.system import keep_memory, usable_cores
+from headrace.run.system import keep_memory
 from headrace.run.worker import as_tuples
 from headrace.specs import EnvSpec
 from headrace.transport.grpc_client import HostClient

@@ -13,8 +13,8 @@ from headrace.errors import ConfigError
 from headrace.pools.base import Pool
 from headrace.pools.inline import InlinePool
 from headrace.pools.shm import WorkerEnvs
+from headrace.resources import usable_cores
 from headrace.run.device_pool import make_device_pool
-from headrace.run.system import usable_cores
 
 
 def make_pool(

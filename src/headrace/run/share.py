@@ -16,9 +16,10 @@ from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.records import PolicyState, PolicyStep
+from headrace.resources import usable_cores
 from headrace.run.compute import choose_compute
 from headrace.run.seeds import Use, derived_seed
-from headrace.run.system import choose_device, usable_cores
+from headrace.run.system import choose_device
 from headrace.server.acting import Acting
 
 

@@ -10,17 +10,11 @@ from pathlib import Path
 
 import torch
 
+from headrace import resources
 from headrace.errors import ConfigError
 
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,28 +56,11 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (*named[:1], "g++", "clang++", "c++"))
 
 
-def free_memory_nbytes() -> int | None:
-    """Returns what this process may still take of main memory; None where that is not known."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return None
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in meminfo.splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    group = Path("/sys/fs/cgroup")  # of a container, which sees itself at the root
-    try:
-        bound = (group / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        stat = dict(
-            line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines()
-        )
-        used -= int(stat.get("inactive_file", 0))  # a cache of files, which gives way
-    except (OSError, ValueError):
-        return free
-    return free if bound == "max" else min(free, max(0, int(bound) - used))
+def free_memory_nbytes() -> int:
+    """Returns what this process may still take of main memory, in bytes."""
+    free = resources.available_memory_nbytes()
+    limit, used = resources.container_limit_nbytes(), resources.container_used_nbytes()
+    return free if limit is None or used is None else min(free, max(0, limit - used))
 
 
 def is_in_memory(folder: Path) -> bool:

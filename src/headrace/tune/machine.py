@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from headrace import __version__
-from headrace.run.system import choose_precision, usable_cores
+from headrace.resources import usable_cores
+from headrace.run.system import choose_precision
 
 
 class Machine(NamedTuple):
