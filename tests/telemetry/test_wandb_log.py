@@ -238,3 +238,18 @@ def test_offline_mode_asks_for_no_key(wandb: FakeWandb, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     ensure_wandb()
     assert wandb.logins == 0
+
+
+def test_rows_that_take_the_place_of_cut_ones_have_numbers_of_their_own(
+    wandb: FakeWandb, run: RunDirectory
+) -> None:
+    for start, resumed_at in enumerate((None, 100, 100)):
+        log = WandbLog(run.path, "p", {}, on_message=lambda _: None)
+        with MetricsWriter(
+            run, tensorboard=False, resumed_at=resumed_at, start=start, wandb=log
+        ) as metrics:
+            for env_frames in (100, 200, 300)[bool(start) :]:
+                metrics.write(env_frames, {})
+    numbers = [number for number, _ in wandb.logged]
+    assert len(numbers) == 7
+    assert sorted(set(numbers)) == numbers

@@ -25,6 +25,7 @@ from headrace.telemetry.wandb_log import ID_NAME, WandbLog
 _MOST_CONFIG_NBYTES = 1 << 16  # dotted keys of a megabyte take hours to parse
 _PID_BYTES = 32
 _BLOCK_NBYTES = 1 << 16
+_MOST_ROWS_A_START = 1_000_000
 
 
 class FolderInUse(ConfigError):
@@ -220,7 +221,8 @@ class MetricsWriter:
             _cut_rows(run.metrics_path, behind=resumed_at)
         self._first = {} if start is None else {"resume_count": start}
         self._wandb = wandb
-        self._rows = 0 if wandb is None else _count_lines(run.metrics_path)
+        # Numbers for W&B, which takes none twice, while rows that were sent may have been cut here.
+        self._rows = start * _MOST_ROWS_A_START if start else _count_lines(run.metrics_path)
         self._file = open(  # noqa: SIM115 - closed by `close`
             run.metrics_path, "a", encoding="utf-8", opener=run_files.opener
         )
