@@ -73,7 +73,7 @@ class Policy:
         def again(wanted: int | None) -> Pool:
             if wanted is None:
                 base = self.config.seed if seed is None else seed
-                wanted = derived_seed(base, Use.POLICY_ENVIRONMENTS, next(resets))
+                wanted = derived_seed(base, Use.POLICY_RESET, next(resets))
             return self.make_pool(num_envs=1, batch_size=1, seed=wanted, in_process=True)
 
         first = self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True)

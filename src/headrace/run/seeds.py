@@ -41,6 +41,8 @@ class Use(IntEnum):
     """torch, numpy and Python, for what a user brings (`run.draws`)."""
     UPDATES = 18
     """What an algorithm draws in updates: shuffles, noise."""
+    POLICY_RESET = 19
+    """Environments of a loaded policy that a reset makes anew."""
 
 
 def derived_seed(seed: int, use: Use, *parts: int) -> int:
