@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace import train
+from headrace import catalog, train
 from headrace.algorithms.r2d2 import R2d2
 from headrace.config import RunConfig, from_dict, merged
 from headrace.errors import ConfigError
@@ -18,11 +18,11 @@ from headrace.learner.feeds import ReplayFeed
 from headrace.presets import find
 from headrace.records import PolicyInput
 from headrace.run import experience
-from headrace.run.build import Parts, build
+from headrace.run.build import Parts, build, make_learning
 from headrace.run.validate import check
 from headrace.telemetry.metrics import Waits
 from headrace.telemetry.record import read_metrics
-from headrace.weights import acting_tensors
+from headrace.weights import SharedWeights, WeightsCopy, shared_nbytes
 from tests.run.test_local import assert_same_weights, newest, stop_after, timeless
 
 NOBODY: dict[str, Any] = {
@@ -107,10 +107,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
         assert last["eval_return_mean"] == other["eval_return_mean"]
 
 
-@pytest.mark.parametrize("inference", ["server", "worker"])
-def test_exploration_comes_down_in_both_cuts(
-    tmp_path: Path, inference: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exploration_comes_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the decay all environments act by the ladder, in front of it at random."""
     learning = {
         "epsilon_schedule": "linear",
@@ -124,28 +121,35 @@ def test_exploration_comes_down_in_both_cuts(
     def watched(self: R2d2, model: Any, epsilon: torch.Tensor) -> torch.Tensor:
         now = annealed(self, model, epsilon)
         seen.append((float(now.min()), float(now.max())))
-        assert any(part is model.exploration_left for part in acting_tensors(model))
         return now
 
     monkeypatch.setattr(R2d2, "annealed", watched)
-    server = inference == "server"
-    config = a_config(
-        tmp_path / "run",
-        lockstep=server,
-        inference=inference,
-        learning=learning,
-        workers={} if server else {"num_workers": 1},
-    )
-    assert train(config).finished
-    if server:  # the worker is another process, which acts by the weights that it is sent
-        assert seen[0] == (1.0, 1.0)
-        assert seen[-1][1] < 1e-5
-        lowest = [low for low, _ in seen]
-        assert lowest == sorted(lowest, reverse=True)
-        assert len(set(lowest)) > 10
+    assert train(a_config(tmp_path / "run", learning=learning)).finished
+    assert seen[0] == (1.0, 1.0)
+    assert seen[-1][1] < 1e-5
+    lowest = [low for low, _ in seen]
+    assert lowest == sorted(lowest, reverse=True)
+    assert len(set(lowest)) > 10
     training = newest(tmp_path / "run").tensors["training"]
-    left = [value for name, value in training.items() if "exploration_left" in name]
-    assert left == [0.0]
+    assert [value for name, value in training.items() if "exploration_left" in name] == [0.0]
+
+
+def test_exploration_comes_down_where_a_worker_acts(tmp_path: Path) -> None:
+    """By the weights that it is sent: through a block of shared memory, as from the learner."""
+    learning = {"epsilon_schedule": "linear", "epsilon_decay": 0.5, "epsilon_base": 0.2}
+    config = a_config(tmp_path / "run", learning=learning)
+    spec = catalog.environment_family(config.env).spec(config.env, config.environment)
+    (_, learned, learner), (_, acting, actor) = (make_learning(config, spec) for _ in range(2))
+    block = bytearray(shared_nbytes(learned))
+    end, copy = SharedWeights(learned, block), WeightsCopy(acting, block)
+    ladder = learner.exploration(4)  # type: ignore[attr-defined]
+    for version, progress in enumerate((0.0, 0.25, 0.5, 1.0)):
+        learner._anneal(progress)  # type: ignore[attr-defined]
+        end.publish(learned, version)
+        assert copy.pull() == version
+        left = max(0.0, 1.0 - 2.0 * progress)
+        found = actor.annealed(acting, ladder)  # type: ignore[attr-defined]
+        torch.testing.assert_close(found, left + (1 - left) * ladder)
 
 
 @pytest.mark.parametrize("saved", [False, True])

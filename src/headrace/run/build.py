@@ -207,11 +207,10 @@ def make_algorithm(
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
-    algorithm: Any = rule(model, config.learning, spec=spec, precision=precision)
-    if hasattr(algorithm, "draw_apart"):
-        algorithm.draw_apart(derived_seed(config.seed, Use.UPDATES))
-    made: Algorithm = algorithm
-    return made
+    algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
+    if draw_apart := getattr(algorithm, "draw_apart", None):
+        draw_apart(derived_seed(config.seed, Use.UPDATES))
+    return algorithm
 
 
 def make_learning(
