@@ -48,7 +48,7 @@ from headrace.algorithms.optimizers import (
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
-from headrace.networks.heads import popart_head, popart_metrics
+from headrace.networks.heads import in_units, popart_head, popart_metrics
 from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
@@ -122,7 +122,9 @@ class ImpalaConfig:
             nearest = min(4, max(1, self.passes))
             raise ConfigError(f"passes must be 1 to 4, not {self.passes}: say --passes {nearest}")
         if self.minibatches < 1:
-            raise ConfigError(f"minibatches must be at least 1, not {self.minibatches}: say 1")
+            raise ConfigError(
+                f"minibatches must be at least 1, not {self.minibatches}: say --minibatches 1"
+            )
         if not 0 <= self.clip_range < math.inf:
             raise ConfigError(
                 f"clip_range must be 0 (for none) or positive and finite, not {self.clip_range}: "
@@ -382,16 +384,9 @@ class Impala:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of one step; `first_TB` is the log-probability at the first pass."""
         config = self._config
-        advantage_TB, value_TB, target_TB = (
-            targets.advantage_TB,
-            output.value_UB[:-1],
-            targets.value_TB,
+        advantage_TB, value_TB, target_TB = in_units(
+            self._popart, targets.advantage_TB, output.value_UB[:-1], targets.value_TB
         )
-        if self._popart is not None:
-            unit = self._popart.deviation_N()
-            advantage_TB, value_TB, target_TB = (
-                x / unit for x in (advantage_TB, value_TB, target_TB)
-            )
         if config.normalize_advantage:
             advantage_TB = standardized(advantage_TB, self.learners)
         more: dict[str, Tensor] = {}

@@ -46,7 +46,7 @@ from headrace.algorithms.optimizers import (
 )
 from headrace.algorithms.rewards import RewardRule
 from headrace.errors import ConfigError
-from headrace.networks.heads import popart_head, popart_metrics
+from headrace.networks.heads import in_units, popart_head, popart_metrics
 from headrace.networks.modes import in_eval_mode
 from headrace.networks.normalizer import Observer
 from headrace.ops import losses
@@ -261,17 +261,9 @@ class Ppo:
         output, _ = self._forward(samples.inputs, samples.recurrent)
         parameters = self._distribution.masked(output.parameters, samples.inputs.action_mask)
         log_ratio = self._distribution.log_prob(parameters, samples.action) - samples.log_prob
-        advantage, value, target, old_value = (
-            samples.advantage,
-            output.value,
-            samples.target,
-            samples.value,
+        advantage, value, target, old_value = in_units(
+            self._popart, samples.advantage, output.value, samples.target, samples.value
         )
-        if self._popart is not None:
-            unit = self._popart.deviation_N()
-            advantage, value, target, old_value = (
-                x / unit for x in (advantage, value, target, old_value)
-            )
         if config.normalize_advantage:
             advantage = standardized(advantage, self.learners)
         policy_loss = losses.clipped_surrogate_loss(log_ratio, advantage, clip_range)

@@ -173,6 +173,14 @@ def popart_head(model: nn.Module) -> PopArtHead | None:
     return next((part for part in model.modules() if isinstance(part, PopArtHead)), None)
 
 
+def in_units(head: PopArtHead | None, *numbers: Tensor) -> tuple[Tensor, ...]:
+    """Returns values, or what is added to them, in the unit that a single task's are learned in."""
+    if head is None:
+        return numbers
+    unit = head.deviation_N()
+    return tuple(number / unit for number in numbers)
+
+
 def popart_metrics(head: PopArtHead | None) -> dict[str, Tensor]:
     """Returns mean and deviation of a single task's targets; nothing without a head."""
     if head is None:

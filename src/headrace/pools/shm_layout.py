@@ -134,15 +134,7 @@ def write_step(rows: Rows, step: EnvStep, *, run_offset: int) -> int:
     Returns:
         How many infos were too long and were left out.
     """
-    np.copyto(rows.observation, step.observation)
-    np.copyto(rows.reward, step.reward)
-    np.copyto(rows.reset, step.reset)
-    np.copyto(rows.terminated, step.terminated)
-    np.copyto(rows.truncated, step.truncated)
-    np.add(step.run_id, run_offset, out=rows.run_id)
-    if rows.action_mask is not None and step.action_mask is not None:
-        np.copyto(rows.action_mask, step.action_mask)
-    if not np.count_nonzero(step.reset):
+    if not _write_columns(rows, step, run_offset):
         return 0
     if step.final_observation is not None:
         np.copyto(rows.final_observation, step.final_observation)
@@ -157,6 +149,15 @@ def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
         step: Of a host.
         run_offset: Added to the run ids; of the block's generation.
     """
+    if not _write_columns(rows, step, run_offset):
+        return
+    if step.final_observation is not None:
+        rows.final_observation[step.ended] = step.final_observation
+    write_infos(rows, step.infos)
+
+
+def _write_columns(rows: Rows, step: EnvStep | HostStep, run_offset: int) -> bool:
+    """Writes what every row has of a step; returns whether any begins an episode."""
     np.copyto(rows.observation, step.observation)
     np.copyto(rows.reward, step.reward)
     np.copyto(rows.reset, step.reset)
@@ -165,11 +166,7 @@ def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
     np.add(step.run_id, run_offset, out=rows.run_id)
     if rows.action_mask is not None and step.action_mask is not None:
         np.copyto(rows.action_mask, step.action_mask)
-    if not np.count_nonzero(step.reset):
-        return
-    if step.final_observation is not None:
-        rows.final_observation[step.ended] = step.final_observation
-    write_infos(rows, step.infos)
+    return bool(np.count_nonzero(step.reset))
 
 
 def write_infos(rows: Rows, infos: EpisodeInfo) -> int:

@@ -103,7 +103,9 @@ def run_training(
         stop = stack.enter_context(stop_signals())
         checkpoint = saving.find(run, hooks.on_message) if resume else None
         before = saving.Before.read(checkpoint)
-        if checkpoint is not None and say_where_it_stands(config, checkpoint, hooks.on_message):
+        if checkpoint is not None and say_where_it_stands(
+            config, checkpoint, before, hooks.on_message
+        ):
             return TrainResult(run.path, last_row(run.metrics_path), finished=True)
         messages: SimpleQueue[str] = SimpleQueue()  # from other threads to this one
         stack.callback(tell, messages, hooks.on_message)

@@ -55,16 +55,17 @@ def _said(length: float | None, unit: str) -> str:
 
 
 def say_where_it_stands(
-    config: RunConfig, saved: Checkpoint, on_message: Callable[[str], None]
+    config: RunConfig, saved: Checkpoint, before: Before, on_message: Callable[[str], None]
 ) -> bool:
     """Says what a checkpoint means for the length and the schedules; returns whether all is done.
 
     Args:
         config: The run's settings now.
         saved: What it goes on from.
+        before: Its counters.
         on_message: Told.
     """
-    if complete := already_complete(config, Before.read(saved)):
+    if complete := already_complete(config, before):
         on_message(complete)
         return True
     for line in horizon_kept_or_moved(config, saved.meta.get("config")):

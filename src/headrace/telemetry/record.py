@@ -222,7 +222,9 @@ class MetricsWriter:
         self._first = {} if start is None else {"resume_count": start}
         self._wandb = wandb
         # Numbers for W&B, which takes none twice, while rows that were sent may have been cut here.
-        self._rows = start * _MOST_ROWS_A_START if start else _count_lines(run.metrics_path)
+        self._rows = (start or 0) * _MOST_ROWS_A_START
+        if wandb is not None and not start:
+            self._rows = _count_lines(run.metrics_path)
         self._file = open(  # noqa: SIM115 - closed by `close`
             run.metrics_path, "a", encoding="utf-8", opener=run_files.opener
         )
