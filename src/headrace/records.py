@@ -52,6 +52,7 @@ class Finals(NamedTuple):
     step: Tensor  # [F] int64 index by action, as in Batch: where `truncated` is set
     column: Tensor  # [F] int64 which unroll or sequence
     valid: Tensor  # [F] bool
+    action_mask: Tensor | None = None  # [F, A] bool: actions that are allowed there
 
 
 class Unrolls(NamedTuple):

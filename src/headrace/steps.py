@@ -38,4 +38,7 @@ class EnvStep(NamedTuple):
         NDArray[np.generic] | None
     )  # [N, ...] valid where terminated or truncated with reset
     action_mask: NDArray[np.bool_] | None = None  # [N, A] which actions are allowed here
+    final_action_mask: NDArray[np.bool_] | None = (
+        None  # [N, A] the same at the final observation; valid where truncated
+    )
     episode_info: EpisodeInfo | None = None  # of the episodes that ended with this step

@@ -68,8 +68,12 @@ def with_finals(batch: Batch, *, keep: float, seed: int = 0) -> Batch:
     observation[:count] = torch.randn(count, *shape, generator=generator)
     step, column = torch.zeros(2, count + 3, dtype=torch.int64)
     step[:count], column[:count] = at[:, 0], at[:, 1]
+    mask = None
+    if batch.inputs.action_mask is not None:
+        mask = torch.rand(count + 3, batch.inputs.action_mask.shape[-1], generator=generator) < 0.5
+        mask[:, 1] |= ~mask.any(dim=1)
     return batch._replace(
-        finals=Finals(observation, step, column, torch.arange(count + 3) < count),
+        finals=Finals(observation, step, column, torch.arange(count + 3) < count, mask),
         weight=torch.rand(B, generator=generator).to(batch.reward.dtype),
     )
 
@@ -114,7 +118,7 @@ class Column:
         allowed = range(len(chooser)) if mask is None or not mask.any() else mask.nonzero()[:, 0]
         return values[1][max((int(a) for a in allowed), key=lambda a: chooser[a])].item()
 
-    def final(self, step: int) -> list[Tensor] | None:
+    def final(self, step: int) -> tuple[list[Tensor], Tensor | None] | None:
         finals = self.batch.finals
         for i in range(0 if finals is None else len(finals.step)):
             assert finals is not None
@@ -126,7 +130,8 @@ class Column:
                     torch.zeros(1, 1, dtype=torch.bool),
                 )
                 pairs = zip(self.models, self.state, strict=True)
-                return [model(row, states[step])[0].value[0, 0] for model, states in pairs]
+                values = [model(row, states[step])[0].value[0, 0] for model, states in pairs]
+                return values, None if finals.action_mask is None else finals.action_mask[i]
         return None
 
 
@@ -166,7 +171,7 @@ def walk(models: tuple[nn.Module, nn.Module], batch: Batch, config: R2d2Config) 
                     final = column.final(t)
                     known = final is not None
                     if final is not None:
-                        y += weight * inverse(column.best(final, None, double_q=config.double_q))
+                        y += weight * inverse(column.best(*final, double_q=config.double_q))
                 t += 1
             if not ended:
                 values = [column.value[0][t], column.value[1][t]]
@@ -314,7 +319,7 @@ def test_new_sequences_have_the_priority_that_the_loss_would_give(
         for step in range(len(batch.action)):
             final = column.final(step)
             if final is not None:
-                bootstrap_TB[step, b] = column.best(final, None, double_q=True)
+                bootstrap_TB[step, b] = column.best(*final, double_q=True)
     inverse = scales(config)[1]
     for x in (value_UB, action_value_TB, bootstrap_TB):
         x.apply_(inverse)

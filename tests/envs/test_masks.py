@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import pytest
 
 from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.errors import EnvironmentFault
+from headrace.steps import EnvStep
 
 ACTIONS = 3
 
@@ -17,8 +19,8 @@ ACTIONS = 3
 class Masked(gym.Env[Any, Any]):
     """Allows another action after every step; an episode has four."""
 
-    def __init__(self, where: str, mask: Any = None) -> None:
-        self.where, self.given = where, mask
+    def __init__(self, where: str, mask: Any = None, *, silent_at_end: bool = False) -> None:
+        self.where, self.given, self.silent_at_end = where, mask, silent_at_end
         self.action_space = gym.spaces.Discrete(ACTIONS)
         box: gym.Space[Any] = gym.spaces.Box(0.0, 9.0, (1,), np.float32)
         if where == "observation":
@@ -41,6 +43,7 @@ class Masked(gym.Env[Any, Any]):
 
     def info(self, *, reset: bool) -> dict[str, Any]:
         puts = self.where == "info" or (self.where == "step" and not reset)
+        puts &= not (self.silent_at_end and self.steps == 2)
         return {"action_mask": self.mask()} if puts else {}
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -107,3 +110,44 @@ def test_zeros_and_ones_of_any_kind_are_one(dtype: Any) -> None:
     step = batch_of("info", np.array([1, 0, 1], dtype)).reset()
     assert step.action_mask is not None
     assert step.action_mask.tolist() == [[True, False, True]] * 3
+
+
+def played(batch: GymnasiumBatch, steps: int) -> Iterator[EnvStep]:
+    """Plays what is allowed."""
+    step = batch.reset()
+    yield step
+    for _ in range(steps):
+        assert step.action_mask is not None
+        step = batch.step(step.env_id, step.action_mask.argmax(axis=1))
+        yield step
+
+
+@pytest.mark.parametrize("where", ["info", "observation", "method"])
+def test_the_final_observation_of_a_cut_episode_has_its_own_mask(where: str) -> None:
+    envs = [Masked(where) for _ in range(4)]
+    cut = [gym.wrappers.TimeLimit(env, 2) for env in envs]
+    batch = GymnasiumBatch(cut, name="masked", seed=1)
+    others, begun = 0, np.zeros(4, np.int64)
+    for step in played(batch, 12):
+        before, begun = begun, np.array([env.start for env in envs])
+        if not step.truncated.any():
+            continue
+        assert step.truncated.all()
+        assert step.final_action_mask is not None
+        assert step.action_mask is not None
+        final = (before + 2) % ACTIONS
+        assert step.final_action_mask.sum(axis=1).tolist() == [1] * 4
+        assert step.final_action_mask.argmax(axis=1).tolist() == final.tolist()
+        assert step.action_mask.argmax(axis=1).tolist() == begun.tolist(), "of the next episode"
+        others += int((final != begun).sum())
+    assert others > 5
+
+
+def test_a_cut_episode_without_a_mask_at_its_end_allows_everything_and_says_so() -> None:
+    envs = [gym.wrappers.TimeLimit(Masked("info", silent_at_end=True), 2)]
+    batch = GymnasiumBatch(envs, name="masked", seed=1)
+    for step in played(batch, 6):
+        if step.truncated.any():
+            assert step.final_action_mask is not None
+            assert step.final_action_mask.all()
+    assert len([notice for notice in batch.notices if "every action counts" in notice]) == 1

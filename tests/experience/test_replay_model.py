@@ -153,7 +153,12 @@ class World:
             final_frames=torch.from_numpy(final_frames),
             final_at=np.array(at, np.int64).reshape(-1, 2),
             final_value=torch.tensor([float(r.value("final")) for r in finals]),
+            final_mask=self._final_masks(finals),
         )
+
+    def _final_masks(self, rows: list[Row]) -> Tensor | None:
+        size = self.layout.spec.action_mask_size
+        return torch.tensor([final_mask(r, size) for r in rows]).view(-1, size) if size else None
 
     def states(self, rows: list[Row]) -> tuple[Tensor, ...]:
         """The recurrent state that was fed to each row."""
@@ -210,18 +215,25 @@ def check_gathered(world: World, sample: Sample, got: Unrolls) -> None:
             assert stored["bootstrap"][t][column] == (row.value("final") if row.truncated else 0.0)
             if row.truncated and t > burn_in:
                 final = [*world.stack(stream[:-1])[1:], row.final_frame]
-                finals.append((t - 1, column, final))
+                finals.append((t - 1, column, final, final_mask(row, spec.action_mask_size)))
     check_finals(got.finals, finals, len(sample.slot))
 
 
-def check_finals(got: Finals | None, expected: list[tuple[int, int, Any]], batch: int) -> None:
+def final_mask(row: Row, size: int) -> list[bool]:
+    """What is allowed at the final observation: other than at the row, the first of an episode."""
+    return [not flag for flag in row.mask(size)]
+
+
+def check_finals(got: Finals | None, expected: list[tuple[Any, ...]], batch: int) -> None:
     if not expected:
         assert got is None
         return
     count = len(expected)
     assert len(got.step) == -(-count // batch) * batch
     assert got.valid.tolist() == [True] * count + [False] * (len(got.step) - count)
-    found = zip(got.step.tolist(), got.column.tolist(), got.observation.tolist(), strict=True)
+    masks = [[]] * len(got.step) if got.action_mask is None else got.action_mask.tolist()
+    shown = got.step.tolist(), got.column.tolist(), got.observation.tolist(), masks
+    found = zip(*shown, strict=True)
     assert sorted(list(found)[:count]) == sorted(expected)
     assert not got.step[count:].any()
     assert not got.column[count:].any()

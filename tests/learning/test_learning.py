@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from headrace import evaluate, load, preset, train
+from headrace import evaluate, load, make_config, preset, train
 from headrace.envs.pointmass import BEST_RETURN, RANDOM_RETURN
+from headrace.records import PolicyInput
 
 # Environment, two returns, and the share of the way from the first to the second that is wanted.
 GOALS = {
@@ -75,3 +77,41 @@ def test_sac_pushes_a_point_to_the_middle(sides: str, tmp_path: Path) -> None:
     devices = {"actor_device": "cpu", "critic_device": "cpu"} if sides == "two" else {}
     mean = play("sac-control", "pointmass", 1, tmp_path / "run", **devices)
     assert (mean - RANDOM_RETURN) / (BEST_RETURN - RANDOM_RETURN) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [{"lockstep": True}, {"num_workers": 2}, {"inference": "worker"}],
+    ids=["lockstep", "workers", "acting workers"],
+)
+def test_what_lies_behind_a_clock_is_worth_what_is_allowed_there(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reward -1 a step for ever: the value is -1 / (1 - discount), whatever is forbidden."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = make_config(
+        "clock_env:Clock",
+        preset="dqn-control",
+        total_frames=12_000,
+        discount=0.9,
+        target_update_interval=100,
+        rescale_values=False,
+        learning_rate=3e-3,
+        device="cpu",
+        tensorboard=False,
+        out=str(tmp_path / "run"),
+        **how,
+    )
+    assert train(config).finished
+    model = load(tmp_path / "run", device="cpu", trust_code=True)._algorithm.model
+    shown = PolicyInput(
+        observation=torch.ones(1, 1, 1, 1),
+        reward=torch.full((1, 1), -1.0),
+        previous_action=torch.zeros(1, 1, dtype=torch.int64),
+        reset=torch.zeros(1, 1, dtype=torch.bool),
+        action_mask=torch.tensor([[[True, False]]]),
+    )
+    with torch.no_grad():
+        value_11A = model(shown, model.initial_state(1))[0].value
+    assert value_11A[0, 0, 0].item() == pytest.approx(-10.0, abs=1.0)

@@ -44,6 +44,7 @@ ELSEWHERE = ("shm", "grpc")  # kinds whose environments are not in the test's ha
 WORKERS = WorkerConfig(num_workers=2, batch_wait_ms=5000.0)
 # Columns of what Echo shows; the module is not on the path when this one is collected.
 COUNT, ACTION = 1, 2
+CUT = 3  # steps of an episode of `worker_envs:Cut`
 
 
 def make_pool(kind: str, name: str, tap: Any, *, batch_size: int = BATCH, seed: int = 1) -> Pool:
@@ -210,7 +211,7 @@ def by_environment(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def receive(pool: Pool) -> EnvStep:
-    step = pool.receive(30.0)
+    step = pool.receive(120.0)  # hosts take long to start on a busy machine
     assert step is not None
     return step
 
@@ -287,6 +288,33 @@ def test_rows_fit_the_record(pool: Pool) -> None:
         for flag in (step.reset, step.terminated, step.truncated):
             assert (flag.dtype, flag.shape) == (np.bool_, (rows,))
         assert not (step.terminated & step.truncated).any()
+
+
+@pytest.mark.parametrize("kind", ["inline", "shm", pytest.param("grpc", marks=pytest.mark.net)])
+def test_the_mask_of_a_final_observation_comes_with_it(kind: str, tap: Tap) -> None:
+    pool = make_pool(kind, "worker_envs:Cut", tap)
+
+    ended = 0
+
+    def allowed(step: EnvStep) -> np.ndarray:
+        nonlocal ended
+        assert step.action_mask is not None
+        if step.truncated.any():
+            cut = step.truncated
+            assert step.final_observation is not None
+            assert step.final_action_mask is not None
+            assert (step.final_observation[cut] == CUT).all()
+            assert (step.final_action_mask[cut] == (np.arange(4) == CUT)).all()
+            ended += int(cut.sum())
+        else:
+            assert step.final_action_mask is None
+        return step.action_mask.argmax(axis=1)
+
+    try:
+        play(pool, 30, allowed)
+    finally:
+        pool.close()
+    assert ended > 10
 
 
 def test_receive_and_reply_alternate(pool: Pool) -> None:

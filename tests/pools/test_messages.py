@@ -44,6 +44,7 @@ def step_of(spec: EnvSpec, env_id: list[int], *, seed: int = 0) -> EnvStep:
     shape = (E, *spec.observation_space.shape)
     frames, finals = rng.integers(0, 256, (2, *shape)).astype(spec.observation_space.dtype)
     mask = rng.integers(0, 2, (E, spec.action_mask_size)) > 0 if spec.has_action_mask else None
+    final_mask = None if mask is None else ~mask
     order = np.array(env_id, np.int32)
     step = EnvStep(
         env_id=np.arange(E, dtype=np.int32),
@@ -55,6 +56,7 @@ def step_of(spec: EnvSpec, env_id: list[int], *, seed: int = 0) -> EnvStep:
         truncated=np.array([False, True, False, False, False]),
         final_observation=finals,
         action_mask=mask,
+        final_action_mask=final_mask,
     )
     rows = EnvStep(*(None if part is None else part[order] for part in step[:-1]))
     infos = {env_id.index(0): {"score": 1.5}, env_id.index(1): {"steps": 20, "x": -1.0}}
@@ -88,6 +90,10 @@ def test_a_step_arrives_in_the_order_of_environments(
     assert sent.final_observation is not None
     np.testing.assert_array_equal(got.final_observation[:2], sent.final_observation[:2])
     assert (got.final_observation[2:] == 77).all()  # those of the others did not travel
+    if mask:
+        assert got.final_action_mask is not None
+        assert sent.final_action_mask is not None
+        np.testing.assert_array_equal(got.final_action_mask[:2], sent.final_action_mask[:2])
     assert got.episode_info == sent.episode_info
 
 

@@ -20,6 +20,29 @@ from headrace.steps import EnvStep
 
 ENV_ID, COUNT, ACTION, SEED = range(4)
 EPISODE = 5
+CUT = 3  # steps of a `Cut`
+
+
+class Cut(gym.Env[Any, Any]):
+    """Met by the clock after `CUT` steps; what is allowed, and shown, is its steps modulo 4."""
+
+    observation_space = gym.spaces.Box(0.0, CUT, (1,), np.float32)
+    action_space = gym.spaces.Discrete(4)
+
+    def _shown(self) -> tuple[Any, dict[str, Any]]:
+        return np.float32([self._steps]), {"action_mask": np.arange(4) == self._steps}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self._steps = 0
+        return self._shown()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert action == self._steps, "forbidden"
+        self._steps += 1
+        observation, info = self._shown()
+        return observation, 0.0, False, self._steps == CUT, info
+
+
 SPACES = {
     "discrete": gym.spaces.Discrete(4),
     "multi": gym.spaces.MultiDiscrete([3, 5]),

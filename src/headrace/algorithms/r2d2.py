@@ -350,7 +350,7 @@ class R2d2:
                 self._run(model.forward, inputs, tuple(part[at] for part in output.states))[0].value
                 for model, output in ((self.model, online), (self.target_model, target))
             ]
-        value_F = self._best_value(value_1FA[0], value_1FA[1], None)[0]
+        value_F = self._best_value(value_1FA[0], value_1FA[1], inputs.action_mask)[0]
         return sequences.in_place(value_F, finals, shape=batch.truncated.shape)
 
     def _best_value(

@@ -64,6 +64,7 @@ def final_inputs(batch: Batch, finals: Finals) -> PolicyInput:
         reward=batch.reward[at].unsqueeze(0),
         previous_action=batch.action[at].unsqueeze(0),
         reset=torch.zeros_like(finals.valid).unsqueeze(0),
+        action_mask=None if finals.action_mask is None else finals.action_mask.unsqueeze(0),
     )
 
 

@@ -23,6 +23,11 @@ from headrace.steps import EnvStep, EpisodeInfo
 FindMask = Callable[[int, Any, Mapping[str, Any]], Any]
 """From the place of a copy, its observation and its info, to its action mask."""
 
+_NO_FINAL_MASK = (
+    "the info of a step that truncates an episode has no action_mask: every action counts as "
+    "allowed in the value of that last observation; put the mask there too"
+)
+
 
 class GymnasiumBatch:
     """N environments, reset by us in the step in which they end.
@@ -112,20 +117,21 @@ class GymnasiumBatch:
         if out.action_mask is not None:
             out.action_mask[...] = self._masks(envs, observations, infos)
         out.reset.fill(True)
-        return out._replace(final_observation=None)
+        return out._replace(final_observation=None, final_action_mask=None)
 
     def step(self, env_id: NDArray[np.int32], action: NDArray[Any]) -> EnvStep:
         """Steps the named copies, and resets those that end."""
         out = self._rows(env_id)
         ended, episode_info = self.step_into(out, action)
-        final_observation = out.final_observation if ended else None
-        return out._replace(final_observation=final_observation, episode_info=episode_info)
+        if not ended:
+            out = out._replace(final_observation=None, final_action_mask=None)
+        return out._replace(episode_info=episode_info)
 
     def step_into(self, out: EnvStep, action: NDArray[Any]) -> tuple[bool, EpisodeInfo | None]:
         """Steps the copies `out.env_id` and writes what they show into the arrays of `out`.
 
         That is what `step` returns, less its run ids, which never change. Rows of the final
-        observation are written where an episode ended.
+        observation and of its action mask are written where an episode ended.
 
         Returns:
             Whether an episode ended, and the numbers of the final infos.
@@ -160,6 +166,8 @@ class GymnasiumBatch:
         self._ensure_seen(infos[0], envs[0])
         if rows:
             episode_info = self._final_infos(infos, rows, envs)
+            if out.final_action_mask is not None:
+                self._write_final_masks(rows, envs, observations, infos, out)
             shown, infos = self._restart(rows, envs, observations, infos, out)
         if out.action_mask is not None:
             out.action_mask[...] = self._masks(envs, shown, infos)
@@ -221,6 +229,29 @@ class GymnasiumBatch:
         found = [find(*row) for row in zip(envs, observations, infos, strict=True)]
         return self._checks.masks(found, self.spec.action_choices, envs)
 
+    def _write_final_masks(
+        self,
+        rows: Sequence[int],
+        envs: Sequence[int],
+        observations: Sequence[Any],
+        infos: Sequence[Any],
+        out: EnvStep,
+    ) -> None:
+        """Writes what could still be done in episodes that only the clock has ended.
+
+        An environment that leaves the mask out there allows everything, which is said.
+        """
+        assert out.final_action_mask is not None
+        assert self._find_mask is not None
+        out.final_action_mask[rows] = True
+        for row in (row for row in rows if out.truncated[row]):
+            mask = self._find_mask(envs[row], observations[row], infos[row])
+            if mask is not None:
+                choices = self.spec.action_choices
+                out.final_action_mask[row] = self._checks.masks([mask], choices, [envs[row]])[0]
+            elif _NO_FINAL_MASK not in self.notices:
+                self.notices.append(_NO_FINAL_MASK)
+
     def _ensure_seen(self, info: Any, env: int) -> None:
         """Refuses a mask that comes too late for the first step of an episode.
 
@@ -269,8 +300,12 @@ class GymnasiumBatch:
             terminated=np.zeros(count, np.bool_),
             truncated=np.zeros(count, np.bool_),
             final_observation=np.zeros((count, *shown.shape), shown.dtype),
-            action_mask=np.zeros((count, sum(self._choices)), np.bool_) if self._choices else None,
+            action_mask=self._room_for_masks(count),
+            final_action_mask=self._room_for_masks(count),
         )
+
+    def _room_for_masks(self, count: int) -> NDArray[np.bool_] | None:
+        return np.ones((count, sum(self._choices)), np.bool_) if self._choices else None
 
     def _gather(
         self, observations: Sequence[Any], envs: Sequence[int], call: Call, out: NDArray[Any]

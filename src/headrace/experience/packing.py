@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from headrace.experience.unrolls import UnrollTable
 
+_OF_FINALS = ("finals", "final_masks")
+
 
 class UnrollFormat:
     """What an unroll of one table looks like on a wire."""
@@ -24,7 +26,8 @@ class UnrollFormat:
         """Reads the columns of `table`, which lies in main memory."""
         self._table = table
         columns = table.views(0)
-        self._finals = columns.pop("finals", None)  # an example
+        # Examples: final observations, and their action masks where there are any.
+        self._finals = {name: columns.pop(name) for name in _OF_FINALS if name in columns}
         self._groups: dict[np.dtype[Any], dict[str, int]] = {}  # size of each column, by dtype
         for name, column in columns.items():
             self._groups.setdefault(column.dtype, {})[name] = column.size
@@ -33,13 +36,13 @@ class UnrollFormat:
     def nbytes(self) -> int:
         """The most bytes that the arrays of one unroll have."""
         nbytes = sum(dtype.itemsize * sum(group.values()) for dtype, group in self._groups.items())
-        return nbytes + (0 if self._finals is None else self._finals[1:].nbytes)
+        return nbytes + sum(column[1:].nbytes for column in self._finals.values())
 
     def describe(self) -> list[list[Any]]:
         """Returns dtypes and sizes, for JSON: equal where two tables have the same columns."""
         groups = [[dtype.str, *group.items()] for dtype, group in self._groups.items()]
-        finals = () if self._finals is None else self._finals.shape
-        described: list[list[Any]] = json.loads(json.dumps([*groups, ["finals", *finals]]))
+        finals = [[name, *column.shape] for name, column in self._finals.items()]
+        described: list[list[Any]] = json.loads(json.dumps([*groups, *finals]))
         return described
 
     def pack(self, slot: int) -> list[NDArray[Any]]:
@@ -49,8 +52,7 @@ class UnrollFormat:
         for group in self._groups.values():
             flat = [columns[name].reshape(-1) for name in group]
             arrays.append(flat[0] if len(flat) == 1 else np.concatenate(flat))
-        if self._finals is not None:
-            arrays.append(columns["finals"][_finals_at(columns["truncated"])])
+        arrays += [columns[name][_finals_at(columns["truncated"])] for name in self._finals]
         return arrays
 
     def check(self, arrays: Sequence[NDArray[Any]], *, newest: int) -> None:
@@ -63,16 +65,16 @@ class UnrollFormat:
         Raises:
             ValueError: it is none of this table, or no learner could take it.
         """
-        if len(arrays) != len(self._groups) + (self._finals is not None):
+        if len(arrays) != len(self._groups) + len(self._finals):
             raise ValueError(f"{len(arrays)} arrays")
         for (dtype, group), array in zip(self._groups.items(), arrays, strict=False):
             wanted = (sum(group.values()),)
             if array.dtype != dtype or array.shape != wanted:
                 raise ValueError(f"{array.dtype} {array.shape} in place of {dtype} {wanted}")
         columns = self._cut(arrays)
-        if self._finals is not None:
-            dtype, final = self._finals.dtype, arrays[-1]
-            wanted = (len(_finals_at(columns["truncated"])), *self._finals.shape[1:])
+        count = len(_finals_at(columns["truncated"]))
+        for column, final in zip(self._finals.values(), arrays[len(self._groups) :], strict=True):
+            dtype, wanted = column.dtype, (count, *column.shape[1:])
             if final.dtype != dtype or final.shape != wanted:
                 raise ValueError(f"{final.dtype} {final.shape} in place of {dtype} {wanted}")
         if not all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
@@ -87,9 +89,10 @@ class UnrollFormat:
     ) -> None:
         """Writes arrays that `check` has let pass into a slot."""
         columns = self._cut(arrays)
+        finals = dict(zip(self._finals, arrays[len(self._groups) :], strict=True))
         for name, column in self._table.views(slot).items():
-            if name == "finals":
-                column[_finals_at(columns["truncated"])] = arrays[-1]
+            if name in finals:
+                column[_finals_at(columns["truncated"])] = finals[name]
             else:
                 np.copyto(column.reshape(-1), columns[name])
         of_slot = self._table.of_slot

@@ -232,15 +232,20 @@ class Replay:
         observation[: len(row), :-1] = stacks.table.index_select(0, older).view(
             len(row), depth - 1, *shape
         )
-        kept = self._rows.finals.frames
-        at = upload(learned[row, column].astype(np.int64), kept.device)
-        observation[: len(row), -1] = moved(kept.index_select(0, at), device)
+        kept = self._rows.finals
+        at = upload(learned[row, column].astype(np.int64), kept.frames.device)
+        observation[: len(row), -1] = moved(kept.frames.index_select(0, at), device)
         padding = (0, padded - len(row))
+        mask = None
+        if kept.mask is not None:
+            mask = torch.ones(padded, kept.mask.shape[1], dtype=torch.bool, device=device)
+            mask[: len(row)] = moved(kept.mask.index_select(0, at), device)
         return Finals(
             observation=observation,
             step=upload(np.pad(step, padding), device),
             column=upload(np.pad(column, padding), device),
             valid=upload(np.arange(padded) < len(row), device),
+            action_mask=mask,
         )
 
     def set_priority(
@@ -328,4 +333,5 @@ def _only(segment: Segment, which: NDArray[np.int64]) -> Segment:
         final_frames=segment.final_frames[of_final],
         final_at=np.stack([place[final_at[:, 0]], final_at[:, 1]], axis=1),
         final_value=segment.final_value[of_final],
+        final_mask=None if segment.final_mask is None else segment.final_mask[of_final],
     )

@@ -44,7 +44,8 @@ class ReplayRows:
             name: np.zeros(rows, dtype) for name, dtype in HOST_FIELDS.items()
         }
         self.host["final"][:] = NO_FINAL
-        self.finals = FinalTable(self.frames[-1])
+        mask = self.columns.get("action_mask")
+        self.finals = FinalTable(self.frames[-1], choices=0 if mask is None else mask.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -65,8 +66,11 @@ class ReplayRows:
             self._write_rows(at[fresh, 0], segment, np.flatnonzero(fresh), 0)
         if len(segment.final_at):
             which, row = segment.final_at.T
+            mask = segment.final_mask
             place = self.finals.add(
-                moved(segment.final_frames, self._device), moved(segment.final_value, self._device)
+                moved(segment.final_frames, self._device),
+                moved(segment.final_value, self._device),
+                None if mask is None else moved(mask, self._device),
             )
             self.host["final"][at[which, row]] = place
 

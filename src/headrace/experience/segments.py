@@ -21,3 +21,4 @@ class Segment(NamedTuple):
     final_frames: Tensor  # [f, ...] final observations of truncated rows
     final_at: NDArray[np.int64]  # [f, 2] which of the n, and which row of it, 1 to c
     final_value: Tensor  # [f] float32 what the policy that acted said of them
+    final_mask: Tensor | None = None  # [f, A] bool actions that are allowed there

@@ -119,6 +119,10 @@ class UnrollTable:
         self._finals: Tensor | None = None
         if for_replay:  # few rows are ever written: in main memory, few are ever there
             self._finals = self._tensor("finals", (rows, *space.shape), np.dtype(space.dtype))
+        self._final_masks: Tensor | None = None
+        if for_replay and spec.has_action_mask:
+            masks = (rows, spec.action_mask_size)
+            self._final_masks = self._tensor("final_masks", masks, np.dtype(np.bool_))
         self.of_slot = {
             name: self._array(name, (num_slots,), np.dtype(np.int64))
             for name in ("env_id", "run_id")
@@ -261,6 +265,7 @@ class UnrollTable:
             final_frames=_rows(self._finals, final_rows),
             final_at=final_at,
             final_value=_rows(self._fields["bootstrap"], final_rows),
+            final_mask=None if self._final_masks is None else _rows(self._final_masks, final_rows),
         )
         self._mark(self._read, slots)
         return segment
@@ -292,6 +297,7 @@ class UnrollTable:
             "reset": self._reset,
             "recurrent": list(self._recurrent),
             "finals": self._finals,
+            "final_masks": self._final_masks,
             "of_slot": self.of_slot,
             "slot": self._slot,
             "row": self._row,
@@ -310,6 +316,9 @@ class UnrollTable:
             part.copy_(stored)
         if self._finals is not None:
             self._finals.copy_(state["finals"])
+        if self._final_masks is not None:
+            masks = state.get("final_masks")  # a checkpoint from before there were any
+            self._final_masks.copy_(torch.ones_like(self._final_masks) if masks is None else masks)
         for name, values in self.of_slot.items():
             values[:] = state["of_slot"][name]
         self._reset[:] = state["reset"]
@@ -325,6 +334,8 @@ class UnrollTable:
         columns |= {f"recurrent/{i}": part[slot] for i, part in enumerate(self._recurrent)}
         if self._finals is not None:
             columns["finals"] = self._finals[at]
+        if self._final_masks is not None:
+            columns["final_masks"] = self._final_masks[at]
         host = {name: values[at] for name, values in self._host.items()}
         host["reset"] = self._reset[slot]
         return {name: column.numpy() for name, column in columns.items()} | host
@@ -353,7 +364,11 @@ class UnrollTable:
         if self._finals is not None and step.final_observation is not None:
             which = np.flatnonzero(step.truncated)
             final = np.ascontiguousarray(step.final_observation[which])
-            write_rows(self._finals, self._upload(at[which]), self._upload(final))
+            into = self._upload(at[which])
+            write_rows(self._finals, into, self._upload(final))
+            if self._final_masks is not None and step.final_action_mask is not None:
+                masks = np.ascontiguousarray(step.final_action_mask[which])
+                write_rows(self._final_masks, into, self._upload(masks))
 
     def _store_recurrent(
         self, slot: NDArray[np.int64], which: NDArray[np.intp], recurrent: tuple[Tensor, ...]

@@ -50,7 +50,8 @@ class InlinePool:
         }
         self._table["final_observation"] = np.zeros_like(first.observation)
         if env.spec.has_action_mask:
-            self._table["action_mask"] = np.zeros_like(first.action_mask, dtype=np.bool_)
+            for name in ("action_mask", "final_action_mask"):
+                self._table[name] = np.ones_like(first.action_mask, dtype=np.bool_)
         self._infos: dict[int, dict[str, float]] = {}  # of the rows, by environment
         self._waiting = self._line(first.env_id)
         self._store(first)
@@ -74,7 +75,9 @@ class InlinePool:
         }
         step = EnvStep(env_id=self._lent.copy(), **rows, episode_info=infos or None)
         ended = step.reset & (step.terminated | step.truncated)
-        return step if ended.any() else step._replace(final_observation=None)
+        if ended.any():
+            return step
+        return step._replace(final_observation=None, final_action_mask=None)
 
     def reply(self, action: NDArray[Any]) -> None:
         """Steps the environments received last.
@@ -135,6 +138,8 @@ class InlinePool:
             self._table["action_mask"][step.env_id] = step.action_mask
         if step.final_observation is not None:
             self._table["final_observation"][step.env_id] = step.final_observation
+            if step.final_action_mask is not None:
+                self._table["final_action_mask"][step.env_id] = step.final_action_mask
         if self._infos:
             for env_id in step.env_id.tolist():
                 self._infos.pop(env_id, None)

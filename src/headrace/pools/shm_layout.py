@@ -8,6 +8,7 @@
       truncated         bool                      worker       server
     run_id              int64                     worker       server
     action_mask         bool [A], if there is one worker       server
+    final_action_mask   the same                  worker       server, where an episode ended
     info_nbytes, info   JSON in uint8 [1024]      worker       server, where an episode ended
     action              the space's shape         server       worker
 
@@ -68,6 +69,7 @@ class Rows(NamedTuple):
     info: NDArray[np.uint8]
     action: NDArray[Any]
     action_mask: NDArray[np.bool_] | None = None
+    final_action_mask: NDArray[np.bool_] | None = None
 
 
 def layout(spec: EnvSpec, num_envs: int) -> Layout:
@@ -86,7 +88,8 @@ def layout(spec: EnvSpec, num_envs: int) -> Layout:
         "action": (spec.action_dtype, spec.action_shape),
     }
     if spec.action_mask_size:
-        kinds["action_mask"] = (np.bool_, (spec.action_mask_size,))
+        mask = (np.bool_, (spec.action_mask_size,))
+        kinds |= {"action_mask": mask, "final_action_mask": mask}
     columns, offset = [], 0
     for name, (kind, shape) in kinds.items():
         dtype = np.dtype(kind)
@@ -138,6 +141,8 @@ def write_step(rows: Rows, step: EnvStep, *, run_offset: int) -> int:
         return 0
     if step.final_observation is not None:
         np.copyto(rows.final_observation, step.final_observation)
+        if rows.final_action_mask is not None and step.final_action_mask is not None:
+            np.copyto(rows.final_action_mask, step.final_action_mask)
     return write_infos(rows, step.episode_info or {})
 
 
@@ -153,6 +158,8 @@ def write_host_step(rows: Rows, step: HostStep, *, run_offset: int) -> None:
         return
     if step.final_observation is not None:
         rows.final_observation[step.ended] = step.final_observation
+        if rows.final_action_mask is not None and step.final_action_mask is not None:
+            rows.final_action_mask[step.ended] = step.final_action_mask
     write_infos(rows, step.infos)
 
 
@@ -199,6 +206,7 @@ def as_step(rows: Rows, env_id: NDArray[np.int32]) -> EnvStep:
         truncated=rows.truncated,
         final_observation=rows.final_observation,
         action_mask=rows.action_mask,
+        final_action_mask=rows.final_action_mask,
     )
 
 
@@ -240,5 +248,9 @@ def with_ends(step: EnvStep, table: Rows, where: slice | NDArray[np.int32]) -> E
         nbytes = int(table.info_nbytes[step.env_id[row]])
         if nbytes:
             infos[int(row)] = json.loads(table.info[step.env_id[row], :nbytes].tobytes())
-    final_observation = table.final_observation[where]
-    return step._replace(final_observation=final_observation, episode_info=infos or None)
+    masks = table.final_action_mask
+    return step._replace(
+        final_observation=table.final_observation[where],
+        final_action_mask=None if masks is None else masks[where],
+        episode_info=infos or None,
+    )

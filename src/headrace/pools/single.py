@@ -24,8 +24,8 @@ class PoolEnv(gym.Env[Any, Any]):
 
     Observations are in `spec.structure` where there is one: dicts and tuples again, less texts,
     which do not travel. Where the spec says so, every info has "action_mask", bool [A]: what may
-    be done next, which at an end is what may be done after `reset`. At an end the info also has
-    the numbers of the environment's own last info.
+    be done next; where an episode ended by its clock, what could still have been done. At an end
+    the info also has the numbers of the environment's own last info.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class PoolEnv(gym.Env[Any, Any]):
             self._held = observation, _mask_of(row)
             if row.reset[0] and row.final_observation is not None:
                 observation = self._shown(row.final_observation[0])
+                if truncated and row.final_action_mask is not None:
+                    info = {"action_mask": row.final_action_mask[0].copy()}
             info = {**(row.episode_info or {}).get(0, {}), **info}
         return observation, float(row.reward[0]), terminated, truncated, info
 

@@ -35,7 +35,14 @@ from headrace.specs import EnvSpec
 from headrace.transport.grpc_client import HostClient
 from headrace.transport.messages import describe, spec_difference
 from headrace.transport.settings import LinkConfig
-from headrace.transport.wire import Compression, Kind, WireError, check_compression, encode
+from headrace.transport.wire import (
+    VERSION,
+    Compression,
+    Kind,
+    WireError,
+    check_compression,
+    encode,
+)
 
 SILENCE_S = 120.0
 """Longest that a native pool may take for one step of a block: its `receive` takes no deadline."""
@@ -87,7 +94,7 @@ def run_host(
     """
     cores = config.cores or usable_cores()
     hello = {
-        "protocol": 1,
+        "protocol": VERSION,
         "headrace": __version__,
         "name": platform.node(),
         "pid": os.getpid(),

@@ -119,8 +119,7 @@ class Seat:
         epsilon = None if self._exploration is None else self._exploration.index_select(0, ids)
         bootstrap = None
         if self.unrolls is not None and step.truncated.any():
-            all_allowed = None if mask is None else torch.ones_like(mask)  # it is of the next one
-            bootstrap = self._final_value(step, state, reward, all_allowed, epsilon)
+            bootstrap = self._final_value(step, state, reward, epsilon)
         if step.reset.any():
             state = cleared(state, reset)
         done, after = self.actor.act(state, frames, reward, reset, mask, epsilon)
@@ -151,13 +150,16 @@ class Seat:
         step: EnvStep,
         state: PolicyState,
         reward: Tensor,
-        mask: Tensor | None,
         epsilon: Tensor | None,
     ) -> Tensor:
-        """Values of final observations, with the old episode's stack, state and action."""
+        """Values of final observations, with the old episode's stack, state, action and mask."""
         if step.final_observation is None:
             raise RuntimeError("a truncated step came without its final observation")
         final = self._upload(_padded(step.final_observation, len(reward)))
+        mask = None
+        if step.final_action_mask is not None:
+            allowed = step.final_action_mask | ~step.truncated[:, None]
+            mask = self._upload(_padded(allowed, len(reward)))
         going_on = torch.zeros_like(reward, dtype=torch.bool)
         done, _ = self.actor.act(state, final, reward, going_on, mask, epsilon)
         # A copy: a captured actor writes its next outputs where these are.

@@ -1,6 +1,7 @@
 """What worker hosts and the server say about environments: specs, steps and actions.
 
-    STEP     block, sequence   observation, reward, flags, run ids, [masks], [final observations]
+    STEP     block, sequence   observation, reward, flags, run ids, [masks],
+                              [final observations, [their masks]]
                                text: {"infos": {row: {name: number}}}, where episodes ended
     ACTION   block, sequence   action
 
@@ -106,7 +107,11 @@ def encode_step(
     if ended.any():
         if step.final_observation is not None:
             rows = np.flatnonzero(ended)
-            arrays.append(step.final_observation[rows if isinstance(order, slice) else order[rows]])
+            rows = rows if isinstance(order, slice) else order[rows]
+            arrays.append(step.final_observation[rows])
+            if step.action_mask is not None:
+                masks = step.final_action_mask
+                arrays.append(np.ones_like(arrays[4][rows]) if masks is None else masks[rows])
         elif flags[2].any():
             raise ValueError("a step was truncated and has no final observation")
     kept = {str(row): dict(scalars) for row, scalars in infos.items() if _fits(scalars)}
@@ -133,6 +138,7 @@ class HostStep(NamedTuple):
     action_mask: NDArray[np.bool_] | None  # [E, A]
     final_observation: NDArray[Any] | None  # [K, ...] of the rows that ended, in their order
     infos: EpisodeInfo  # of the rows that ended
+    final_action_mask: NDArray[np.bool_] | None = None  # [K, A] of the same rows
 
     @property
     def ended(self) -> NDArray[np.bool_]:
@@ -172,17 +178,23 @@ def decode_step(message: Message, spec: EnvSpec, rows: int) -> HostStep:
     if (truncated & (terminated | ~reset)).any():
         raise WireError("a step that met the clock and did not end by it")
     ended = np.flatnonzero(reset & (terminated | truncated))
-    final = None
+    final = final_mask = None
     if len(arrays) > len(wanted) and len(ended):
         finals = arrays[len(wanted) :]
-        _check_arrays(finals, [(space.dtype, (len(ended), *space.shape))])
+        of_ended: list[tuple[Any, tuple[int, ...]]] = [(space.dtype, (len(ended), *space.shape))]
+        if spec.action_mask_size:
+            of_ended.append((_BOOL, (len(ended), spec.action_mask_size)))
+        _check_arrays(finals, of_ended)
         final = finals[0]
+        final_mask = finals[1] if spec.action_mask_size else None
     elif len(arrays) > len(wanted):
         raise WireError("final observations of episodes that did not end")
     elif truncated.any():
         raise WireError("a step was truncated and has no final observation")
     infos = _infos(message.text, ended.tolist())
-    return HostStep(shown, reward, reset, terminated, truncated, run_id, mask, final, infos)
+    return HostStep(
+        shown, reward, reset, terminated, truncated, run_id, mask, final, infos, final_mask
+    )
 
 
 def encode_action(action: NDArray[Any], *, block: int, sequence: int) -> bytes:
