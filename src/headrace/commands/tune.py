@@ -19,10 +19,10 @@ from headrace.commands.settings import Request, first_pass, read_request, values
 from headrace.config import RunConfig, foreign_code, to_dict
 from headrace.errors import ConfigError
 from headrace.tune import file, report
-from headrace.tune.knobs import Knobs
 from headrace.tune.machine import Machine
-from headrace.tune.space import Trial
+from headrace.tune.search_space import SearchSpace
 from headrace.tune.tuner import TuneConfig, Tuned, tune
+from headrace.tune.types import Trial
 
 HELP = """Finds the fastest settings for this machine, and writes them to a file.
 
@@ -143,9 +143,11 @@ def tune_command(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
 
-def say_beginning(config: RunConfig, options: TuneConfig, machine: Machine, knobs: Knobs) -> None:
+def say_beginning(
+    config: RunConfig, options: TuneConfig, machine: Machine, space: SearchSpace
+) -> None:
     """Tells what is about to happen."""
-    print(report.beginning(config, options, machine, knobs), file=sys.stderr, flush=True)
+    print(report.beginning(config, options, machine, space), file=sys.stderr, flush=True)
 
 
 def say_trial(trial: Trial, settings: Mapping[str, Any]) -> None:
