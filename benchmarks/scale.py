@@ -51,39 +51,43 @@ class Arguments:
     """Finds how many simulated hosts one server can serve."""
 
     hosts: tuple[int, ...] = (1, 4, 16, 64, 256)
-    """Simulated worker hosts: a row for each."""
+    """Simulates so many worker hosts: a row for each number."""
     envs_per_host: int = 128
-    """Environments of a host."""
+    """Gives a host so many environments."""
     envs_per_message: int = 64
-    """Environments that travel in one message."""
+    """Sends so many environments in one message."""
     batch: int = 1024
-    """Most environments that the server answers at once."""
+    """Answers at most so many environments at once."""
     batch_wait_ms: float = 2.0
-    """Longest that a row waits for others before a smaller batch is answered."""
+    """Lets a row wait for others at most so many milliseconds before a smaller batch is
+    answered."""
     policy: bool = False
-    """Act with a small network and build unrolls, as a run's server does; else answer at once."""
+    """Acts with a small network and builds unrolls, as a run's server does; else answers at
+    once."""
     step_ms: float = 0.0
-    """Median time that a message's environments take to step; 0 for none."""
+    """Lets a message's environments take so many milliseconds to step, in the median; 0 takes
+    none."""
     step_sigma: float = 0.5
-    """Sigma of the lognormal distribution around it."""
+    """Sets sigma of the lognormal distribution around step_ms."""
     delay_ms: float = 0.0
-    """Median delay of the network, one way, on top of loopback's."""
+    """Delays the network by so many milliseconds in the median, one way, on top of loopback's."""
     delay_sigma: float = 0.5
-    """Sigma of the lognormal distribution around it."""
+    """Sets sigma of the lognormal distribution around delay_ms."""
     stragglers: float = 0.02
-    """Share of hosts whose steps take longer."""
+    """Lets this share of hosts take longer for their steps."""
     straggler_factor: float = 10.0
-    """How much longer."""
+    """Says how many times longer they take."""
     lifetime_s: float = 0.0
-    """Mean seconds until a host is gone without a word, and comes back; 0 for never."""
+    """Lets a host go without a word, and come back, after so many seconds on average; 0 never
+    does."""
     simulators: int = 1
-    """Processes that simulate hosts."""
+    """Simulates hosts in so many processes."""
     seconds: float = 5.0
-    """Seconds that each row is measured, after a fifth to warm up."""
+    """Measures each row for so many seconds, after a fifth to warm up."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Prints one JSON object and nothing else."""
     smoke: bool = False
-    """Run everything for a moment; the numbers mean nothing."""
+    """Runs everything for a moment; the numbers mean nothing."""
 
     def __post_init__(self) -> None:
         for name in ("envs_per_host", "envs_per_message", "batch", "simulators", "seconds"):

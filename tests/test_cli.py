@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,8 @@ SMALL = [
     *("--device", "cpu", "--lockstep", "--no-tensorboard", "--total-frames", "6e2"),
     *("--num-envs", "8", "--unroll-steps", "5", "--batch-unrolls", "4"),
 ]
+
+RUN = "from headrace.cli import main; main()"
 
 BY_KL = ("--learning-rate-schedule", "kl")
 
@@ -426,3 +429,53 @@ def test_a_missing_extra_names_the_command_that_installs_it() -> None:
 
 def test_the_list_of_commands_fits_a_terminal() -> None:
     assert max(map(len, usage().splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["presets"], ["envs"], ["--help"], ["train", "catch", "--help-all"], ["eval", "--help"]],
+    ids=" ".join,
+)
+def test_output_that_nobody_reads_is_no_mistake(argv: list[str]) -> None:
+    """As in `headrace presets | head -1`, whose end of the pipe is closed here before it begins."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", RUN, *argv],
+            stdout=writes,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", RUN, "presets"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "headrace: [Errno 28] No space left on device\n"
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: list[str]) -> None:
+        raise BrokenPipeError(32, "a worker is gone")
+
+    monkeypatch.setattr("headrace.commands.envs.envs_command", failing)
+    with pytest.raises(SystemExit) as ended:
+        main(["envs"])
+    assert ended.value.code == 1
+    assert "a worker is gone" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -70,6 +71,10 @@ COMMANDS = {
 }
 
 
+_STDOUT = 1
+_UNREAD = 141  # as shells say of a program that SIGPIPE has ended
+
+
 def usage() -> str:
     """Returns the list of commands, at most 80 columns wide."""
     lines = [
@@ -89,7 +94,32 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; ends the process with 0, 1 (a run failed) or 2 (a mistake of the user)."""
+    """Runs one command; ends the process with 0, 1 (a run failed) or 2 (a mistake of the user).
+
+    Where nobody reads its output any more, as in `headrace presets | head -1`, it ends without a
+    word, and as a shell says of other programs: with 141.
+    """
+    try:
+        try:
+            _run(argv)
+        finally:
+            if sys.stdout is not None:  # which it is where it was closed before we began
+                sys.stdout.flush()
+    except OSError as error:  # nothing else gets here than what cannot be printed
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), _STDOUT
+        )  # else Python would try again, and say so
+        if isinstance(error, BrokenPipeError):
+            sys.exit(_UNREAD)
+        sys.exit(_fail_code(error))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    """Runs one command, and says what went wrong.
+
+    Raises:
+        BrokenPipeError: nobody reads what it prints.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -107,7 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # rich's own way out
+            sys.exit(_UNREAD)
+        raise
     except (HeadraceError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         code = _fail_code(error)
         if isinstance(error, DeadlineExceeded):
             # The thread that hangs in native code would keep the interpreter from ending.
@@ -122,6 +158,13 @@ def _command(name: str) -> Callable[..., None]:
     module, _, function = COMMANDS[name].target.partition(":")
     command: Callable[..., None] = getattr(importlib.import_module(module), function)
     return command
+
+
+def _is_unread() -> bool:
+    """Whether the other end of standard output is closed."""
+    watch = select.poll()
+    watch.register(_STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _fail_code(error: Exception) -> int:

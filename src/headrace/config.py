@@ -48,84 +48,88 @@ class RunConfig:
     """
 
     env: str
-    """Environment, such as ALE/Pong-v5, catch, or my_module:FAMILY."""
+    """Names the environment to train in, such as ALE/Pong-v5, catch, or my_module:FAMILY."""
     algorithm: str = setting("impala")
-    """Learning rule: a name in the catalog or my_module:MyAlgorithm."""
+    """Names the learning rule: impala, ppo, r2d2, sac, or my_module:MyAlgorithm."""
     preset: str = setting("")
-    """Named settings that all others are laid over (`headrace presets`). Empty takes those that are
-    made for the environment and the algorithm, or else those for observations and actions like
-    its."""
+    """Names the settings that all others are laid over; `headrace presets` lists them. Empty takes
+    those that are made for the environment and the algorithm, or else those for observations and
+    actions like its."""
     total_frames: int = setting(1_000_000)
-    """Length of the run in env_frames (emulator frames: agent steps times action repeat)."""
+    """Ends the run after so many env_frames (agent steps times the action repeat)."""
     total_minutes: float | None = setting(None)
-    """Minutes after which the run ends, and its schedules with it, if `total_frames` did not end it
-    before: counted from the command, start-up included, and on a resume with those of before. None
-    for no clock."""
+    """Ends the run, and its schedules with it, after so many minutes if total_frames did not end it
+    before. They count from the command, start-up included, and on a resume with those of before;
+    None sets no clock."""
     schedule_frames: int | None = setting(None)
-    """Frames at which schedules, such as that of the learning rate, come to their end; None for
-    total_frames, with which a run began: a resume that only changes total_frames keeps them."""
+    """Ends schedules, such as that of the learning rate, at so many env_frames. None takes the
+    total_frames with which the run began: a resume that only changes total_frames keeps them."""
     schedule_minutes: float | None = setting(None)
-    """Minutes at which they do, if schedule_frames did not end them before; None for total_minutes,
-    with which a run began; 0 for no clock."""
+    """Ends schedules after so many minutes if schedule_frames did not end them before. None takes
+    the total_minutes with which the run began; 0 sets no clock."""
     seed: int = setting(1)
-    """Of networks, environments and actions."""
+    """Seeds networks, environments and actions, from 0 to 2**64 - 1."""
     out: str = setting("")
-    """Run directory; empty for runs/ENV-ALGORITHM-DATE."""
+    """Names the run directory; empty takes runs/ENV-ALGORITHM-DATE."""
     device: str = setting("auto")
-    """auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."""
+    """Says where networks learn and act: cpu, cuda, cuda:N, or auto, which takes a GPU if there is
+    one."""
     actor_device: str = setting("")
-    """With critic_device: where the actor learns, apart from the critics at the same time (sac);
-    both may be cpu, which is a thread for each. Empty: both on `device`."""
+    """Says where the actor learns, apart from the critics and at the same time (sac). It goes with
+    critic_device; both may be cpu, which takes a thread for each. Empty keeps both on `device`."""
     critic_device: str = setting("")
-    """Where the critics learn; see actor_device."""
+    """Says where the critics learn (sac). It goes with actor_device."""
     learner_devices: str = setting("")
-    """Several learners, each a process with its own server and its share of the environments, which
-    share gradients: a device for each, as in cuda:0,cuda:1 or cpu,cpu; all for every GPU. Empty:
-    one learner on `device`. The batch is divided among them."""
+    """Starts a learner on each of several devices, as in cuda:0,cuda:1 or cpu,cpu; all takes every
+    GPU. Each is a process with its own server and its share of the environments and of the batch;
+    they share gradients. Empty starts one learner on `device`."""
     inference_devices: str = setting("")
-    """Where the servers act, one device or one for each learner; empty: where they learn."""
+    """Says where the servers act, one device or one for each learner; empty takes those where they
+    learn."""
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto")
-    """Of the torso's arithmetic. auto is bfloat16 where the hardware has it, else float32."""
+    """Sets the arithmetic of the networks' torsos; auto takes bfloat16 where the hardware has it,
+    else float32."""
     compile: Literal["auto", "on", "off"] = setting("auto")
-    """torch.compile for the networks, or for whole updates (sac). auto: on for a GPU; on a CPU for
-    whole updates of runs long enough, else off, since it gains nothing; where it fails, the
-    networks run as they are."""
+    """Compiles networks, or whole updates (sac), with torch.compile. auto is on for a GPU, on a CPU
+    only for whole updates of runs that are long enough, and goes on uncompiled where compiling
+    fails; on ends the run there."""
     pool: Literal["auto", "inline", "shm", "grpc", "device"] = setting("auto")
-    """Where environments step: shm, in worker processes; inline, in the server's own thread; grpc,
-    on worker hosts (see `listen`, which chooses it); device, beside the policy, for environments
-    written in torch. auto is what suits the environment, and inline with `lockstep`."""
+    """Says where environments step: in worker processes (shm), in the server's own thread (inline),
+    on worker hosts (grpc; `listen` chooses it), or beside the policy if they are written in torch
+    (device). auto takes what suits the environment, and inline with `lockstep`."""
     inference: Literal["server", "worker"] = setting("server")
-    """Where the policy acts: in one server for all, or in each worker on its own copy of the
-    weights (IMPALA)."""
+    """Says where the policy acts: in one server for all environments, or in each worker on its own
+    copy of the weights (IMPALA)."""
     max_policy_lag: int | None = setting(None)
-    """Updates that the weights behind an unroll may lag when it is learned from; older unrolls are
-    dropped and counted. None for no bound but that of the queue."""
+    """Drops and counts unrolls that are learned from more than so many updates after their weights
+    were made. None sets no bound but that of the queue."""
     turns: Literal["auto", "on", "off"] = setting("auto")
-    """on: server and learner take turns, and all environments are answered at once: on-policy, but
-    for the one row that two unrolls share. off: they overlap. auto: as the algorithm wants it."""
+    """Says whether server and learner take turns (on), with all environments answered at once,
+    which is on-policy but for the one row that two unrolls share; or overlap (off). auto does as
+    the algorithm wants it."""
     lockstep: bool = setting(False)
-    """One order of everything, bit-identical for one seed; for tests and debugging."""
+    """Keeps everything in one order, bit-identical for one seed; for tests and debugging."""
     compute_threads: int = setting(0)
-    """Threads of each compute stage (server, learner); 0 fits it to the cores."""
+    """Gives each compute stage (server, learner) so many threads; 0 fits them to the cores."""
     env_threads: int = setting(0)
-    """Threads of a native pool; 0 for one per core."""
+    """Gives a native pool so many threads; 0 takes one per core."""
     log_interval_s: float = setting(2.0)
-    """Seconds between rows of metrics.jsonl, TensorBoard and the terminal."""
+    """Writes to metrics.jsonl, TensorBoard and the terminal every so many seconds."""
     checkpoint_interval_s: float = setting(300.0)
-    """Seconds between checkpoints; one is always written at the end."""
+    """Saves a checkpoint every so many seconds; one is always saved at the end."""
     keep_checkpoints: int = setting(3)
-    """Newest checkpoints that are kept; 0 for all."""
+    """Keeps so many of the newest checkpoints; 0 keeps all."""
     tensorboard: bool = setting(True)
-    """Write curves for TensorBoard."""
+    """Writes curves for TensorBoard."""
     wandb: str = setting("")
-    """Project at Weights & Biases to send curves to; empty for none. WANDB_MODE=offline keeps them
-    here."""
+    """Sends curves to this project at Weights & Biases; empty sends none. WANDB_MODE=offline keeps
+    them here."""
     workers: WorkerConfig = setting(WorkerConfig())
     """Worker processes."""
     remote: RemoteConfig = setting(RemoteConfig())
     """Worker hosts on other machines."""
     cluster: ClusterConfig = setting(ClusterConfig())
-    """Ray."""
+    """What Ray places."""
     server: ServerConfig = setting(ServerConfig())
     """How many environments, and how they are batched."""
     network: NetworkConfig = setting(NetworkConfig())

@@ -22,10 +22,10 @@ from headrace.presets import PRESETS, find
 from headrace.run.complete import complete
 from headrace.tune import file, report
 from headrace.tune.estimates import Estimates
-from headrace.tune.knobs import Facts, Knobs, laid_over
 from headrace.tune.machine import Machine
-from headrace.tune.space import Choice, Outcome, Result, Trial
+from headrace.tune.search_space import Facts, SearchSpace, laid_over
 from headrace.tune.tuner import Tuned
+from headrace.tune.types import Choice, Outcome, Result, Trial
 
 CHOSEN: dict[str, Any] = {
     "compile": "on",
@@ -141,8 +141,8 @@ def figures(steps: float, bottleneck: str) -> dict[str, Any]:
 
 def tuned(*, beaten: bool = True, stopped: bool = False) -> Tuned:
     config = from_dict({"env": "catch", "device": "cpu"})
-    knobs = Knobs(config, FACTS, pinned=(), tune_batch=False)
-    default: Choice = {knob.name: knob.values[knob.default] for knob in knobs.space.knobs}
+    space = SearchSpace(config, FACTS, pinned=(), tune_batch=False)
+    default: Choice = {one.name: one.values[one.default] for one in space.parameters}
     best = {**default, "num_envs": 128}
     crash = Outcome(0.0, "killed by SIGSEGV", {})
     trials = (
@@ -164,7 +164,7 @@ def tuned(*, beaten: bool = True, stopped: bool = False) -> Tuned:
     )
     machine = Machine(cores=2, cpu="Some Processor", gpu=None, bfloat16=True)
     estimates = Estimates(bound=2000.0, one_more_core=1824.0, one_more_gpu_at_most=3040.0)
-    return Tuned(config, machine, result, knobs, estimates, 4.0, 61.0)
+    return Tuned(config, machine, result, space, estimates, 4.0, 61.0)
 
 
 def test_the_report_says_what_won_and_what_limits() -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from headrace.tune.search import search
-from headrace.tune.space import (
+from headrace.tune.types import (
     Budget,
     Choice,
-    Knob,
     NothingMeasured,
     Outcome,
+    Parameter,
     Result,
-    Space,
     Trial,
 )
 
@@ -61,16 +60,16 @@ class Machine:
         return Outcome(speed * factor, None, {})
 
 
-KNOBS = (
-    Knob("num_envs", (4, 8, 16, 32, 64), 2),
-    Knob("num_workers", (1, 2, 4, 8, 16), 2),
-    Knob("share", (1, 2, 4, 8), 1),
-    Knob("threads", (1, 2, 4), 0),
-    Knob("compile", ("off", "on"), 0),
-    Knob("inference", ("server", "worker"), 0),
-    Knob("groups", (1, 2, 3, 4), 1),
+PARAMETERS = (
+    Parameter("num_envs", (4, 8, 16, 32, 64), 2),
+    Parameter("num_workers", (1, 2, 4, 8, 16), 2),
+    Parameter("share", (1, 2, 4, 8), 1),
+    Parameter("threads", (1, 2, 4), 0),
+    Parameter("compile", ("off", "on"), 0),
+    Parameter("inference", ("server", "worker"), 0),
+    Parameter("groups", (1, 2, 3, 4), 1),
 )
-DEFAULT = {knob.name: knob.values[knob.default] for knob in KNOBS}
+DEFAULT = {parameter.name: parameter.values[parameter.default] for parameter in PARAMETERS}
 BUDGET = Budget(total_s=600.0, trial_s=4.0, final_s=8.0)
 
 
@@ -96,8 +95,8 @@ def pipeline(choice: Choice) -> float:
 
 
 def best_of(speed: Speed) -> float:
-    values = itertools.product(*(knob.values for knob in KNOBS))
-    names = [knob.name for knob in KNOBS]
+    values = itertools.product(*(parameter.values for parameter in PARAMETERS))
+    names = [parameter.name for parameter in PARAMETERS]
     speeds = (speed(dict(zip(names, value, strict=True))) for value in values)
     return max(found for found in speeds if found < math.inf)
 
@@ -111,8 +110,9 @@ def run(
     on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> Result:
     return search(
-        Space(KNOBS, key),
+        PARAMETERS,
         machine.measure,
+        key=key,
         budget=budget,
         clock=machine.clock,
         seed=seed,
@@ -235,15 +235,15 @@ def test_a_first_trial_that_takes_long_leaves_time_for_others() -> None:
         return machine.measure(choice, **arguments)
 
     budget = BUDGET._replace(total_s=300.0)
-    result = search(Space(KNOBS, by_value), measure, budget=budget, clock=machine.clock)
+    result = search(PARAMETERS, measure, key=by_value, budget=budget, clock=machine.clock)
     assert len(result.trials) > 10
     assert result.beaten
 
 
 def test_what_limits_is_looked_at_first() -> None:
-    knobs = tuple(
-        knob._replace(helps=frozenset({"learner"})) if knob.name == "compile" else knob
-        for knob in KNOBS
+    parameters = tuple(
+        one._replace(helps=frozenset({"learner"})) if one.name == "compile" else one
+        for one in PARAMETERS
     )
     machine = Machine(pipeline)
 
@@ -251,8 +251,7 @@ def test_what_limits_is_looked_at_first() -> None:
         limits = "learner" if choice["compile"] == "off" else "server"
         return machine.measure(choice, **arguments)._replace(limits=limits)
 
-    space = Space(knobs, by_value)
-    result = search(space, measure, budget=BUDGET, clock=machine.clock)
+    result = search(parameters, measure, key=by_value, budget=BUDGET, clock=machine.clock)
     assert result.trials[2].choice == {**DEFAULT, "compile": "on"}
     assert run(Machine(pipeline)).trials[2].choice == {**DEFAULT, "num_envs": 32}
 
@@ -268,7 +267,7 @@ def test_who_fails_in_the_end_wins_nothing(fails: str) -> None:
             return Outcome(0.0, "crashed", {})
         return outcome
 
-    result = search(Space(KNOBS, by_value), measure, budget=BUDGET, clock=machine.clock)
+    result = search(PARAMETERS, measure, key=by_value, budget=BUDGET, clock=machine.clock)
     assert result.best != DEFAULT
     assert not result.beaten
 
@@ -285,7 +284,7 @@ def test_a_failure_now_and_then_misleads_nobody(seed: int) -> None:
         unlucky = count == 2 or (count > 2 and rng.random() < 0.1)
         return Outcome(0.0, "crashed", {}) if unlucky else outcome
 
-    found = search(Space(KNOBS, by_value), measure, budget=BUDGET, clock=machine.clock, seed=seed)
+    found = search(PARAMETERS, measure, key=by_value, budget=BUDGET, clock=machine.clock, seed=seed)
     # Nothing worse was ever taken for better; a failure in the end may cost the whole gain.
     assert pipeline(found.best) > pipeline(DEFAULT)
     assert found.winner in (found.best, DEFAULT)
@@ -323,7 +322,7 @@ def test_what_was_found_by_ctrl_c_is_kept(after: int, beaten: bool) -> None:
             raise KeyboardInterrupt
         return machine.measure(choice, **arguments)
 
-    result = search(Space(KNOBS, by_value), measure, budget=BUDGET, clock=machine.clock)
+    result = search(PARAMETERS, measure, key=by_value, budget=BUDGET, clock=machine.clock)
     assert result.stopped
     assert len(result.trials) == after
     assert result.beaten is beaten

@@ -26,30 +26,31 @@ class ReplayConfig:
     """What is kept for later, and how often it is learned from."""
 
     replay_capacity: int = 10_000
-    """Sequences kept; the oldest of each environment give way."""
+    """Keeps so many sequences; the oldest of each environment give way."""
     replay_gib: float = 0.0
-    """Memory to fill with sequences, in GiB, in place of replay_capacity; 0 for that."""
+    """Fills so many GiB of memory with sequences, in place of replay_capacity; 0 takes that."""
     replay_min: int = 500
-    """Sequences there must be before the first update."""
+    """Makes the first update once there are so many sequences."""
     replay_place: Literal["auto", "cpu", "cuda", "disk"] = "auto"
-    """Where they lie: with the learner, in main memory, or in a mapped file. auto takes the first
-    of these that they fit into."""
+    """Says where sequences lie: with the learner (cuda), in main memory (cpu), or in a mapped file
+    (disk). auto takes the first of these that they fit into."""
     replay_folder: str = ""
-    """For the mapped file; empty for the system's folder for temporary files."""
+    """Names the folder of the mapped file; empty takes the system's for temporary files."""
     save_replay: bool = False
-    """Whether every checkpoint holds it, whole, in a file of its own; else a resumed run fills it
-    anew. In lockstep they always do."""
+    """Saves all sequences with every checkpoint, in a file of their own; else a resumed run
+    collects anew. In lockstep they always are."""
     samples_per_insert: float = 0.8
-    """Times that a sequence is sampled on average, held by making the faster side wait; 0: neither
-    waits."""
+    """Samples a sequence so many times on average, by making the faster side wait; 0 makes neither
+    wait."""
     priority_exponent: float = 0.9
-    """Sequences are sampled in proportion to their priority to this power; 0: all alike."""
+    """Samples sequences in proportion to their priority to this power; 0 samples all alike."""
     importance_exponent: float = 0.6
-    """How far weights in the loss undo that: 0 not at all, 1 wholly."""
+    """Says how far weights in the loss undo sampling by priority: 0 not at all, 1 wholly."""
     importance_exponent_schedule: Schedule = "constant"
-    """linear, cosine: to final_importance_exponent at the end of the run."""
+    """Moves importance_exponent to final_importance_exponent, which it reaches at the end of the
+    run (linear, cosine), or leaves it (constant)."""
     final_importance_exponent: float = 1.0
-    """Where importance_exponent_schedule ends."""
+    """Says where importance_exponent_schedule ends, from 0 to 1."""
 
     def __post_init__(self) -> None:
         numbers = (self.replay_gib, self.samples_per_insert, self.priority_exponent)

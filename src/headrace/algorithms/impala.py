@@ -65,53 +65,56 @@ class ImpalaConfig:
     """The learning rule's settings."""
 
     unroll_steps: int = 20
-    """T: agent steps per unroll."""
+    """Makes unrolls of so many agent steps (T)."""
     batch_unrolls: int = 32
-    """B: unrolls per update; an update learns from T x B samples."""
+    """Makes an update of so many unrolls (B), which learns from T x B samples."""
     passes: int = 1
-    """Times that each batch is learned from, 1 to 4, while the server goes on."""
+    """Learns from each batch so many times, 1 to 4, while the server goes on."""
     minibatches: int = 1
-    """Gradient steps per pass; each takes an equal share of the unrolls."""
+    """Takes so many gradient steps per pass, each on an equal share of the unrolls."""
     clip_range: float = 0.0
-    """How far the ratio to the policy at a batch's first pass may leave 1 before its gradient
-    stops, where that policy changes within a batch; 0 for any distance."""
+    """Stops the gradient where the ratio to the policy at a batch's first pass has left 1 by this
+    much, if that policy changes within a batch; 0 allows any distance."""
     clip_range_schedule: Schedule = "constant"
-    """linear, cosine: to zero at the end of the run."""
+    """Moves clip_range to zero at the end of the run (linear, cosine), or leaves it (constant)."""
     stop_kl: float = 0.0
-    """No further pass over a batch once the policy has moved by more than this many nats, as the
-    first minibatch of that pass says; 0 for never."""
+    """Makes no further pass over a batch once the policy has moved by more than so many nats, as
+    the first minibatch of that pass says; 0 never stops."""
     discount: float = 0.99
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     normalize_advantage: bool = False
-    """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
+    """Brings the advantages of a minibatch to mean 0 and deviation 1."""
     entropy_cost: float = 0.01
-    """Weight of the entropy bonus; with `target_entropy`, where the adaptive weight starts."""
+    """Weighs the entropy bonus in the loss; with target_entropy, the adaptive weight starts
+    here."""
     entropy_cost_schedule: Schedule = "constant"
-    """linear, cosine: to final_entropy_cost at the end of the run."""
+    """Moves entropy_cost to final_entropy_cost at the end of the run (linear, cosine), or leaves it
+    (constant)."""
     final_entropy_cost: float = 0.0
-    """Where entropy_cost_schedule ends."""
+    """Says where entropy_cost_schedule ends."""
     target_entropy: float | None = None
-    """Mean entropy in nats that the adaptive weight steers to; None for a fixed weight."""
+    """Moves the weight of the entropy bonus so that the policy's mean entropy comes to so many
+    nats; None leaves the weight fixed."""
     entropy_cost_adjustment_speed: float = 10.0
-    """How fast the adaptive weight moves: k in alpha = exp(k p)."""
+    """Says how fast target_entropy moves that weight: k in alpha = exp(k p)."""
     value_cost: float = 0.5
-    """Weight of the value loss, which is half the mean squared error."""
+    """Weighs the value loss, which is half the mean squared error."""
     reward_transform: RewardTransform = "none"
-    """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
-    normalize (by the running deviation of the discounted return)."""
+    """Changes rewards before learning: none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code
+    of the IMPALA authors), or normalize (by the running deviation of the discounted return)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     vtrace_lambda: float = 1.0
-    """Decay of the traces: 1 is the paper's, less trades variance for bias."""
+    """Sets the decay of the traces: 1 is the paper's, less trades variance for bias."""
     vtrace_lambda_form: LambdaForm = "traces"
-    """What vtrace_lambda below 1 weighs: only the traces (the paper), or the bootstrap of the
+    """Says what vtrace_lambda below 1 weighs: only the traces (the paper), or the bootstrap of the
     advantage too (rlax)."""
     vtrace_rho_max: float = 1.0
-    """Clip of the ratio in the temporal difference; sets the fixed point."""
+    """Clips the ratio in the temporal difference; this sets the fixed point."""
     vtrace_c_max: float = 1.0
-    """Clip of the ratio in the traces; sets the speed."""
+    """Clips the ratio in the traces; this sets the speed."""
     vtrace_pg_rho_max: float = 1.0
-    """Clip of the ratio in the policy gradient."""
+    """Clips the ratio in the policy gradient."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How gradients become steps."""
 

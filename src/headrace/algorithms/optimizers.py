@@ -34,37 +34,37 @@ class OptimizerConfig:
     """How gradients become steps."""
 
     optimizer: Literal["adam", "muon", "rmsprop", "rmsprop_tf"] = "adam"
-    """adam; muon for weights of hidden layers and adam for the rest; rmsprop, PyTorch's (eps
-    outside the root); rmsprop_tf, TensorFlow 1's (inside)."""
+    """Names the optimizer: adam; muon for weights of hidden layers and adam for the rest; rmsprop,
+    PyTorch's (eps outside the root); or rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
-    """The largest step size; warm-up and schedule multiply it."""
+    """Sets the largest step size; warm-up and schedule multiply it."""
     learning_rate_schedule: Literal["constant", "linear", "cosine", "kl"] = "linear"
-    """linear, cosine: to zero at the end of the run. kl: up or down, so that the policy moves by
-    about target_kl in an update."""
+    """Moves the step size to zero at the end of the run (linear, cosine), up or down so that the
+    policy moves by about target_kl in an update (kl), or leaves it (constant)."""
     target_kl: float | None = None
-    """Divergence, in nats, that the step size is steered to under the schedule `kl`; None for
-    0.01."""
+    """Steers the step size to a divergence of so many nats in an update, under the schedule `kl`;
+    None takes 0.01."""
     learning_rate_warmup: float = 0.0
-    """Share of the run, its first part, in which the step size rises from zero."""
+    """Raises the step size from zero in this share of the run, its first part."""
     learning_rate_decay: float = 1.0
-    """Share of the run, its last part, in which linear and cosine fall; before, the step size
+    """Lets linear and cosine fall in this share of the run, its last part; before, the step size
     stays."""
     optimizer_eps: float = 1e-5
-    """Added to the denominator; for losses that are means (see the module)."""
+    """Adds this to the optimizer's denominator; it is for losses that are means."""
     rmsprop_decay: float = 0.99
-    """Decay of RMSProp's mean square."""
+    """Sets the decay of RMSProp's mean square, per update."""
     momentum: float = 0.0
-    """RMSProp's momentum."""
+    """Sets the momentum of RMSProp, per update."""
     initial_mean_square: float = 0.0
-    """What rmsprop_tf's mean square starts from."""
+    """Says what rmsprop_tf's mean square starts from."""
     muon_momentum: float = 0.95
-    """Muon's decay of the mean."""
+    """Sets the decay of Muon's mean, per update."""
     adam_beta1: float = 0.9
-    """Adam's decay of the mean."""
+    """Sets the decay of Adam's mean, per update."""
     adam_beta2: float = 0.999
-    """Adam's decay of the mean square."""
+    """Sets the decay of Adam's mean square, per update."""
     max_gradient_norm: float = 0.5
-    """Clip of the global norm; 0 for none."""
+    """Clips the global norm of the gradient to this; 0 does not."""
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0 or self.optimizer_eps < 0 or self.max_gradient_norm < 0:

@@ -69,43 +69,45 @@ class PpoConfig:
     """The learning rule's settings."""
 
     unroll_steps: int = 128
-    """T: agent steps per unroll."""
+    """Makes unrolls of so many agent steps (T)."""
     batch_unrolls: int = 8
-    """B: unrolls per update; as many as there are environments, for the published algorithm."""
+    """Makes an update of so many unrolls (B); as many as there are environments, for the published
+    algorithm."""
     epochs: int = 4
-    """Passes over a batch."""
+    """Makes so many passes over a batch."""
     minibatches: int = 4
-    """Gradient steps per pass; each takes an equal share of the samples, or of the unrolls where
-    the network is recurrent."""
+    """Takes so many gradient steps per pass, each on an equal share of the samples, or of the
+    unrolls where the network is recurrent."""
     discount: float = 0.99
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     gae_lambda: float = 0.95
-    """Decay of the advantage over more steps: 0 trusts values, 1 rewards."""
+    """Sets the decay of the advantage over more steps: 0 trusts values, 1 rewards."""
     clip_range: float = 0.2
-    """How far the ratio of probabilities may leave 1 before its gradient stops."""
+    """Stops the gradient where the ratio of probabilities has left 1 by this much."""
     clip_range_schedule: Schedule = "constant"
-    """linear, cosine: to zero at the end of the run."""
+    """Moves clip_range to zero at the end of the run (linear, cosine), or leaves it (constant)."""
     stop_kl: float = 0.0
-    """No further pass over a batch once the policy has moved by more than this many nats, as the
-    first minibatch of that pass says; 0 for never."""
+    """Makes no further pass over a batch once the policy has moved by more than so many nats, as
+    the first minibatch of that pass says; 0 never stops."""
     value_clip_range: float = 0.0
-    """How far a value may move in an update before its gradient stops; 0 for any distance. Of
-    normalised values, in units of their spread."""
+    """Stops the gradient where a value has moved by this much in an update, in units of returns or,
+    where values are normalised, of their spread; 0 allows any distance."""
     normalize_advantage: bool = True
-    """Whether the advantages of a minibatch are brought to mean 0 and deviation 1."""
+    """Brings the advantages of a minibatch to mean 0 and deviation 1."""
     entropy_cost: float = 0.01
-    """Weight of the entropy bonus."""
+    """Weighs the entropy bonus in the loss."""
     entropy_cost_schedule: Schedule = "constant"
-    """linear, cosine: to final_entropy_cost at the end of the run."""
+    """Moves entropy_cost to final_entropy_cost at the end of the run (linear, cosine), or leaves it
+    (constant)."""
     final_entropy_cost: float = 0.0
-    """Where entropy_cost_schedule ends."""
+    """Says where entropy_cost_schedule ends."""
     value_cost: float = 0.5
-    """Weight of the value loss, which is half the mean squared error."""
+    """Weighs the value loss, which is half the mean squared error."""
     reward_transform: RewardTransform = "none"
-    """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
-    normalize (by the running deviation of the discounted return)."""
+    """Changes rewards before learning: none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code
+    of the IMPALA authors), or normalize (by the running deviation of the discounted return)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
     """How gradients become steps."""
 

@@ -28,49 +28,50 @@ class R2d2Config:
     """The learning rule's settings."""
 
     unroll_steps: int = 80
-    """T: agent steps of a sequence that are learned from."""
+    """Learns from so many agent steps of a sequence (T)."""
     burn_in_steps: int = 40
-    """Steps before them that only warm the recurrent state up."""
+    """Begins a sequence with so many agent steps more, which only warm the recurrent state up."""
     overlap_steps: int = 0
-    """Learned steps that a sequence shares with the next one of its environment: 40 of 80 as
-    published; 0 to learn from every step in one sequence."""
+    """Lets a sequence share so many learned agent steps with the next one of its environment: 40 of
+    80 as published; 0 learns from every step in one sequence."""
     batch_unrolls: int = 64
-    """B: sequences per update."""
+    """Makes an update of so many sequences (B)."""
     discount: float = 0.997
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     n_steps: int = 5
-    """n: rewards in a target, before the value behind them."""
+    """Sums the rewards of so many agent steps in a target (n), before the value behind them."""
     full_returns: bool = False
-    """True: sequences are n_steps - 1 steps longer, which are not learned from, so that the last
+    """Makes sequences n_steps - 1 agent steps longer, which are not learned from, so that the last
     targets need not make do with fewer rewards."""
     rescale_values: bool = True
-    """Whether values are learned as h(Q), which tames large returns without clipping rewards."""
+    """Learns values as h(Q), which tames large returns without clipping rewards."""
     value_scale_epsilon: float = 1e-3
-    """The linear part of h."""
+    """Sets the factor of the linear part of h (rescale_values)."""
     double_q: bool = True
-    """Whether the network that learns chooses the action whose value the target network gives (van
+    """Lets the network that learns choose the action whose value the target network gives (van
     Hasselt et al. 2016, arXiv:1509.06461); else the target network does both."""
     target_update_interval: int = 2500
-    """Updates between two copies of the weights into the target network."""
+    """Copies the weights into the target network every so many updates."""
     priority_eta: float = 0.9
-    """Share of the largest error in a sequence's priority; the rest is the mean's."""
+    """Gives a sequence's largest error this share in its priority, and the mean the rest."""
     epsilon_base: float = 0.4
-    """Share of random actions of the environment that explores most."""
+    """Sets the share of random actions of the environment that explores most."""
     epsilon_power: float = 7.0
-    """The last environment has epsilon_base to the power 1 + epsilon_power."""
+    """Lets the last environment explore with epsilon_base to the power 1 + epsilon_power."""
     epsilon_schedule: Schedule = "constant"
-    """linear, cosine: every environment begins with initial_epsilon, and comes to its own share
-    after epsilon_decay of the run."""
+    """Begins every environment with initial_epsilon and moves it to its own share after
+    epsilon_decay of the run (linear, cosine), or begins with that share (constant)."""
     initial_epsilon: float = 1.0
-    """Where epsilon_schedule begins."""
+    """Sets the share of random actions with which epsilon_schedule begins."""
     epsilon_decay: float = 0.1
-    """Share of the run, its first part, in which epsilon_schedule goes down."""
+    """Sets the share of the run, its first part, in which epsilon_schedule goes down."""
     eval_epsilon: float = 1e-3
-    """Share of random actions of the environments that play beside training."""
+    """Sets the share of random actions of the environments that play beside training."""
     reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
-    """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
+    """Changes rewards before learning: none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30
+    code of the IMPALA authors)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
     """How gradients become steps."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)

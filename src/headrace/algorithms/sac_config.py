@@ -36,32 +36,36 @@ class SacConfig:
     """The learning rule's settings."""
 
     batch_unrolls: int = 256
-    """B: transitions per update. Updates per agent step are replay.samples_per_insert / B."""
+    """Makes an update of so many transitions (B). An agent step has samples_per_insert / B
+    updates."""
     updates_per_call: int = 1
-    """Updates that are taken in one go, on transitions sampled at once: as many as before, with
-    less work between them; the acting policy is renewed after all of them."""
+    """Takes so many updates in one go, on transitions sampled at once: there are as many as before,
+    with less work between them; the acting policy is renewed after all of them."""
     update_order: Literal["auto", "sequential", "simultaneous"] = "auto"
-    """sequential: critics, then the actor by the new ones, as published. simultaneous: both by
-    those of before, as it must be on two devices. auto: sequential unless there are two."""
+    """Updates critics, then the actor by the new ones, as published (sequential), or both by those
+    of before, as it must be on two devices (simultaneous). auto is sequential unless there are
+    two."""
     discount: float = 0.99
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     n_steps: int = 1
-    """n: rewards in a target, before the value behind them; not corrected for the policy's age."""
+    """Sums the rewards of so many agent steps in a target (n), before the value behind them; they
+    are not corrected for the policy's age."""
     target_tau: float = 0.005
-    """Share of the weights that learn in what the target critics move to, at every update; 1: they
-    are the same."""
+    """Moves the target critics by this share towards the critics that learn, at every update; 1
+    makes them the same."""
     temperature: float | None = None
-    """alpha, the weight of entropy beside rewards, for the whole run; None to fit it to
+    """Fixes alpha, the weight of entropy beside rewards, for the whole run; None fits it to
     target_entropy."""
     initial_temperature: float = 1.0
-    """alpha at the start, where it is fitted."""
+    """Sets alpha at the start, where it is fitted."""
     target_entropy: float | None = None
-    """Mean entropy of the policy that alpha is fitted to, in nats, of actions in [-1, 1]; None for
+    """Fits alpha to this mean entropy of the policy, in nats, of actions in [-1, 1]; None takes
     minus the number of their components."""
     reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
-    """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
+    """Changes rewards before learning: none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30
+    code of the IMPALA authors)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
     """How gradients become steps: for critics, actor and temperature, each on its own."""
     replay: ReplayConfig = field(default_factory=_default_replay)

@@ -79,31 +79,33 @@ class Arguments:
 
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the arithmetic, as in a run."""
+    """Sets the arithmetic of the networks' torsos, as in a run."""
     num_envs: int | None = None
-    """Environments; None for the preset's."""
+    """Trains in so many environments; None takes the preset's number."""
     inference_batch: int = 0
-    """Environments answered at once; 0 for half of them."""
+    """Answers so many environments at once; 0 takes half of them."""
     unroll_steps: int | None = None
-    """Agent steps per unroll; None for the preset's."""
+    """Makes unrolls of so many agent steps; None takes the preset's number."""
     batch_unrolls: int | None = None
-    """Unrolls per update; None for the preset's."""
+    """Makes an update of so many unrolls; None takes the preset's number."""
     spread_unrolls: bool = True
-    """Whether environments end their unrolls at different steps, as in a run."""
+    """Lets environments end their unrolls at different steps, as in a run."""
     samples_per_insert: float | None = None
-    """With a replay, times that a sequence is sampled; None for the preset's."""
+    """Samples a sequence of a replay so many times on average; None takes the preset's number."""
     env_threads: int = 0
-    """Threads that step a native pool; 0 for one per core."""
+    """Steps a native pool by so many threads; 0 takes one per core."""
     inference: Literal["auto", "server", "worker"] = "auto"
-    """Where the policy acts; auto is where the preset has it."""
+    """Says where the policy acts; auto takes the preset's choice."""
     pool: Literal["auto", "inline", "shm", "device"] = "auto"
-    """Where environments step, as in a run; device is beside the policy, all of them at once."""
+    """Says where environments step, as in a run; device is beside the policy, all of them at
+    once."""
     warmup_s: float = 10.0
-    """Seconds from the first update until measuring begins; compiling comes before that."""
+    """Waits so many seconds from the first update until measuring begins; compiling comes before
+    that."""
     seconds: float = 30.0
-    """Seconds that are measured."""
+    """Measures the run for so many seconds."""
     ceiling_s: float = 4.0
-    """Seconds that each ceiling is measured."""
+    """Measures each ceiling for so many seconds."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

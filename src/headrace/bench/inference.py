@@ -28,11 +28,12 @@ class Arguments:
 
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["all", "auto", "float32", "bfloat16"] = "all"
-    """all is float32, and bfloat16 where the hardware multiplies it."""
+    """Sets the arithmetic of the networks' torsos; all measures float32, and bfloat16 where the
+    hardware multiplies it."""
     batch_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """Environments answered at once."""
+    """Answers so many environments at once: a row for each number."""
     seconds: float = 2.0
-    """Seconds that each row is measured."""
+    """Measures each row for so many seconds."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

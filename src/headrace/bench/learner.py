@@ -39,14 +39,14 @@ class Arguments:
 
     policy: PolicyArguments = field(default_factory=PolicyArguments)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the arithmetic, as in a run."""
+    """Sets the arithmetic of the networks' torsos, as in a run."""
     unroll_steps: int | None = None
-    """Agent steps per unroll; None for 20, or with a replay for the preset's."""
+    """Makes unrolls of so many agent steps; None takes 20, or with a replay the preset's number."""
     batch_size: tuple[int, ...] = ()
-    """Samples per update, multiples of the unroll; none for five from 160 to 2560, or with a replay
-    for the preset's."""
+    """Makes updates of so many samples, multiples of the unroll; none takes five from 160 to 2560,
+    or with a replay the preset's number."""
     seconds: float = 4.0
-    """Seconds that each row is measured."""
+    """Measures each row for so many seconds."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

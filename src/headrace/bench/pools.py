@@ -46,28 +46,29 @@ class Arguments:
     """
 
     env: tuple[str, ...] = ("",)
-    """Environments; "" is one in Python that costs `env_cost_us`."""
+    """Names the environments; "" is one in Python that costs `env_cost_us`."""
     envs: tuple[int, ...] = (64,)
-    """Environments of a pool: one row for each number."""
+    """Steps so many environments in a pool: one row for each number."""
     env_cost_us: tuple[float, ...] = (0.0, 100.0)
-    """Microseconds of a core that one step of "" takes: one row for each."""
+    """Takes so many microseconds of a core for one step of "": one row for each."""
     frame_shape: tuple[int, ...] = ()
-    """What "" shows: a frame of bytes of that shape, as 84 84; empty for four numbers."""
+    """Makes "" show a frame of bytes of this shape, as 84 84; empty shows four numbers."""
     pools: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--pool",))] = (
         *("native", "shm", "gymnasium-async", "alone"),
     )
-    """What to measure; what does not apply to an environment is left out."""
+    """Names what to measure; what does not apply to an environment is left out."""
     batch_size: int = 0
-    """Environments answered at once; 0 for half of them."""
+    """Answers so many environments at once; 0 takes half of them."""
     num_workers: int = 0
-    """Worker processes of shm and alone, threads of a native pool, and processors of the worker
-    host of grpc; 0 for one per core."""
+    """Takes so many worker processes of shm and alone, threads of a native pool, and processors of
+    the worker host of grpc; 0 takes one per core."""
     envs_per_message: int = 0
-    """Environments that travel in one message of grpc; 0 for those answered at once, at most 64."""
+    """Sends so many environments in one message of grpc; 0 takes those answered at once, at most
+    64."""
     message_compression: Literal["off", "lz4"] = "off"
-    """Of the messages of grpc."""
+    """Compresses the messages of grpc."""
     seconds: float = 5.0
-    """Seconds that each row is measured."""
+    """Measures each row for so many seconds."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

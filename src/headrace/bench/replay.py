@@ -59,17 +59,18 @@ class Arguments:
     """
 
     capacity: int = 1024
-    """Sequences kept; about 4 MB each, all implementations together."""
+    """Keeps so many sequences, of about 4 MB each, all implementations together."""
     batch_size: int = 64
-    """Sequences of a batch."""
+    """Draws so many sequences in a batch."""
     implementation: tuple[str, ...] = ()
-    """Which ones; empty for all that are installed."""
+    """Names what to measure; empty takes all that are installed."""
     curve: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Capacities of the curve."""
+    """Draws the curve over these numbers of sequences."""
     seconds: float = 5.0
-    """Seconds that each implementation is measured; half of them it inserts."""
+    """Measures each implementation for so many seconds; half of them it inserts."""
     compute_threads: int = 0
-    """Threads of PyTorch, the same for all; 0 fits it to the cores, as for the learner."""
+    """Gives PyTorch so many threads, the same for all; 0 fits them to the cores, as for the
+    learner."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

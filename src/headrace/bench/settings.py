@@ -21,23 +21,25 @@ class PolicyArguments:
     """What acts and learns, and where."""
 
     env: str = "ALE/Pong-v5"
-    """Environment; its preset gives all settings that are not flags here."""
+    """Names the environment; its preset gives all settings that are not flags here."""
     algorithm: str = "impala"
-    """Learning rule; the preset is that of both."""
+    """Names the learning rule; the preset is that of both."""
     preset: str | None = None
-    """Another preset of that learning rule to take all other settings from."""
+    """Names another preset of that learning rule to take all other settings from; None takes the
+    environment's."""
     network: str | None = None
-    """Name in the catalog, or auto; None for the preset's."""
+    """Names the network: one of the catalog, or auto; None takes the preset's."""
     lstm_size: int | None = None
-    """Width of the LSTM after the torso, 0 for none; None for the preset's."""
+    """Sets the width of the LSTM after the torso, in units; 0 takes no LSTM, None the preset's."""
     normalize_observations: bool | None = None
-    """Whether observations are normalised; None for the preset's choice."""
+    """Normalises observations; None takes the preset's choice."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Says where networks learn and act: cpu, cuda, cuda:N, or auto, which takes a GPU if there is
+    one."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto is what a run takes here. Compiling happens before the measuring."""
+    """Compiles with torch.compile, before the measuring; auto does what a run does here."""
     compute_threads: int = 0
-    """Threads of each compute stage; 0 fits it to the cores, as training does."""
+    """Gives each compute stage so many threads; 0 fits them to the cores, as training does."""
 
 
 SMOKE_POLICY = PolicyArguments(env="catch")
@@ -48,9 +50,9 @@ class OutputArguments:
     """How much, and in which form."""
 
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Prints one JSON object and nothing else."""
     smoke: bool = False
-    """Run everything for a moment, on catch unless --env is given; the numbers mean nothing."""
+    """Runs everything for a moment, on catch unless --env is given; the numbers mean nothing."""
 
 
 def run_config(

@@ -51,17 +51,17 @@ class Arguments:
     """
 
     implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
-    """What to measure, in turns."""
+    """Names what to measure, in turns."""
     envs: int = 64
-    """Environments whose frames travel in one message."""
+    """Sends the frames of so many environments in one message."""
     frame_shape: tuple[int, ...] = (84, 84)
-    """Of one environment's uint8 frame."""
+    """Sets the shape of one environment's uint8 frame, in pixels."""
     in_flight: tuple[int, ...] = (1, 2)
-    """Messages under way at a time: a row for each."""
+    """Keeps so many messages under way at a time: a row for each."""
     seconds: float = 4.0
-    """Seconds that each turn measures."""
+    """Measures each turn for so many seconds."""
     rounds: int = 3
-    """Turns of each; rates are their medians."""
+    """Gives each so many turns; rates are their medians."""
     output: OutputArguments = field(default_factory=OutputArguments)
 
     def __post_init__(self) -> None:

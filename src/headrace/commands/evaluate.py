@@ -22,23 +22,26 @@ class EvalArguments:
     """Plays full episodes with a trained agent, on the same code that trained it."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory."""
+    """Names the run directory."""
     episodes: int = 20
-    """Full episodes to play."""
+    """Plays so many full episodes."""
     mode: Literal["greedy", "sample", "epsilon"] = "greedy"
-    """The likeliest action, a draw from the policy, or greedy but for a share of random actions."""
+    """Takes the likeliest action (greedy), a draw from the policy (sample), or the likeliest but
+    for a share of random actions (epsilon)."""
     epsilon: float = 0.001
-    """That share, for --mode epsilon; where Q-values act, sample is the same."""
+    """Sets the share of random actions of --mode epsilon; where Q-values act, sample is the
+    same."""
     seed: int | None = None
-    """Of the environments; None for one derived from the run's."""
+    """Seeds the environments; None derives it from the run's seed."""
     video: str | None = None
-    """Film one more episode into this .mp4 file."""
+    """Films one more episode into this .mp4 file."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Prints one JSON object and nothing else."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Says where the network acts: cpu, cuda, cuda:N, or auto, which takes a GPU if there is
+    one."""
     trust_code: bool = False
-    """Import code that the run names from outside headrace. Read it first."""
+    """Imports code that the run names from outside headrace; read it first."""
 
 
 def eval_command(argv: list[str]) -> None:

@@ -49,17 +49,18 @@ class MachineArguments:
     """What is paid for."""
 
     price_per_core_hour: float | None = None
-    """What one core costs for an hour; must be given."""
+    """Says what one core costs for an hour; it must be given."""
     price_per_accelerator_hour: float | None = None
-    """What one accelerator costs for an hour; must be given where there is one."""
+    """Says what one accelerator costs for an hour; it must be given where there is one."""
     price_per_gigabyte: float = 0.0
-    """What 1e9 bytes between machines cost."""
+    """Says what 1e9 bytes between machines cost."""
     cores: float | None = None
-    """Cores that you have now, all together; None for those of the machine that was measured."""
+    """Says how many cores you have now, all together; None takes those of the machine that was
+    measured."""
     accelerators: int | None = None
-    """Accelerators that you have now or want; None for as many as one server needs."""
+    """Says how many accelerators you have now or want; None takes as many as one server needs."""
     apart: bool = False
-    """Central inference has an accelerator of its own beside each learner's."""
+    """Gives central inference an accelerator of its own beside each learner's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,16 +68,16 @@ class TransportArguments:
     """What travels between machines; nothing does unless it is said here."""
 
     transport: str = ""
-    """File that `headrace bench wire --json` printed, or `headrace bench pools --pool grpc --json`,
-    which does not know the cores: bytes, agent steps/s, cores."""
+    """Names a file that `headrace bench wire --json` printed, or `headrace bench pools --pool grpc
+    --json`, which does not know the cores: bytes, agent steps/s, cores."""
     transport_nbytes: float | None = None
-    """Bytes that travel for one agent step, there and back."""
+    """Says how many bytes travel for one agent step, there and back."""
     transport_per_s: float | None = None
-    """Agent steps/s that one server can take from worker hosts."""
+    """Says how many agent steps/s one server can take from worker hosts."""
     transport_cores: float | None = None
-    """Cores that both ends together keep busy with that."""
+    """Says how many cores both ends together keep busy with that."""
     network_gbit_per_s: float | None = None
-    """Gigabits/s of one server's network; None for more than enough."""
+    """Says how many gigabits/s one server's network carries; None means more than enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,17 +85,18 @@ class MeasureArguments:
     """How `headrace plan ENV` measures; other settings are those of the preset."""
 
     algorithm: str = "impala"
-    """Learning rule."""
+    """Names the learning rule."""
     preset: str | None = None
-    """Another preset of that rule."""
+    """Names another preset of that rule; None takes the environment's."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; a GPU is measured, and then the cores without it."""
+    """Says where networks are measured: cpu, cuda, cuda:N, or auto. A GPU is measured, and then the
+    cores without it."""
     num_envs: int | None = None
-    """Environments; None for what `headrace bench end-to-end` takes."""
+    """Steps so many environments; None takes what `headrace bench end-to-end` takes."""
     seconds: float = 20.0
-    """Seconds that the run is measured; the stages alone take half as long together."""
+    """Measures the run for so many seconds; the stages alone take half as long together."""
     smoke: bool = False
-    """Measure everything for a moment, on catch unless ENV is given; the numbers mean nothing."""
+    """Measures everything for a moment, on catch unless ENV is given; the numbers mean nothing."""
 
     def on_gpu(self) -> bool:
         """Whether a GPU will be measured."""
@@ -108,17 +110,17 @@ class Arguments:
     """What is known, and what machines cost."""
 
     env: Annotated[str, tyro.conf.Positional] = ""
-    """Environment to measure now; leave it out where --rates or flags say the rates."""
+    """Names the environment to measure now; leave it out where --rates or flags say the rates."""
     frames: float = 1e9
-    """Environment frames that are wanted, such as 1e9."""
+    """Says how many environment frames are wanted, such as 1e9."""
     rates: tuple[str, ...] = ()
-    """Files of `headrace bench end-to-end --json`; what the first one has counts."""
+    """Names files of `headrace bench end-to-end --json`; what the first one has counts."""
     machine: MachineArguments = field(default_factory=MachineArguments)
     given: GivenRates = field(default_factory=GivenRates)
     transport: TransportArguments = field(default_factory=TransportArguments)
     measure: MeasureArguments = field(default_factory=MeasureArguments)
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Prints one JSON object and nothing else."""
 
     def __post_init__(self) -> None:
         check_rates(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from headrace import catalog, presets
+from headrace.commands.help import HELP_WORDS, show_help
 from headrace.config import (
     DEFAULT_ALGORITHM,
     RunConfig,
@@ -64,7 +65,12 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def read_request(
-    chosen: argparse.Namespace, rest: list[str], *, prog: str, description: str
+    chosen: argparse.Namespace,
+    rest: list[str],
+    *,
+    prog: str,
+    description: str,
+    more: type[Any] | None = None,
 ) -> Request:
     """Puts the layers together, and the remaining flags on top.
 
@@ -73,6 +79,7 @@ def read_request(
         rest: Its flags.
         prog: The command, for its help.
         description: The rest of its help.
+        more: What else the command takes, for its help.
 
     Raises:
         ConfigError: names what is wrong.
@@ -80,15 +87,14 @@ def read_request(
     file = read_toml(Path(chosen.config)) if chosen.config else {}
     _ensure_trusted(file, chosen, rest)
     named = {key: getattr(chosen, key) for key in ("env", "algorithm", "preset")}
-    wants_help = "-h" in rest or "--help" in rest
-    if wants_help:
+    if HELP_WORDS.intersection(rest):
         named["env"] = chosen.env or file.get("env") or "ALE/Pong-v5"
     given = merged(file, {key: value for key, value in named.items() if value})
     layer = None
-    if isinstance(given.get("env"), str) and not wants_help:
+    if isinstance(given.get("env"), str):
         layer = layer_below(merged(given, _peeked(given, rest)))
     base = complete(given, layer)
-    config = parse_flags(base, rest, prog=prog, description=description)
+    config = parse_flags(base, rest, prog=prog, description=description, more=more)
     flags = difference(to_dict(base), to_dict(config))
     own = presets.find(chosen.preset).values if chosen.preset else {}
     asked = merged(merged(own, file), flags)
@@ -146,7 +152,7 @@ def _peeked(given: Mapping[str, Any], rest: list[str]) -> dict[str, Any]:
     for name, kind in kinds.items():
         found[name], _ = tyro.cli(
             kind,
-            args=_whole_numbers(rest),
+            args=[word for word in _whole_numbers(rest) if word not in HELP_WORDS],
             default=section(kind, given.get(name, {}), name),
             return_unknown_args=True,
             config=(tyro.conf.OmitArgPrefixes,),
@@ -181,12 +187,23 @@ def values_for_file(request: Request, chosen: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def parse_flags(base: RunConfig, argv: list[str], *, prog: str, description: str) -> RunConfig:
+def parse_flags(
+    base: RunConfig,
+    argv: list[str],
+    *,
+    prog: str,
+    description: str,
+    more: type[Any] | None = None,
+) -> RunConfig:
     """Lays flags over `base`; every setting is a flag, named as its field.
+
+    Where help is asked for, it is shown, and the process ends.
 
     Raises:
         ConfigError: names what is wrong.
     """
+    if HELP_WORDS.intersection(argv):
+        show_help(base, argv, prog=prog, description=description, more=more)
     config: RunConfig = tyro.cli(
         tyro.conf.OmitArgPrefixes[RunConfig],
         args=_whole_numbers(argv),

@@ -84,7 +84,7 @@ def train_command(argv: list[str], *, started_s: float | None = None) -> None:
         print("\n".join(said), file=sys.stderr)
         raise KeyboardInterrupt
     trials = [
-        trial_line(trial, tuned.knobs.settings(trial.choice)) for trial in tuned.result.trials
+        trial_line(trial, tuned.space.settings(trial.choice)) for trial in tuned.result.trials
     ]
     # Tuning has minutes of its own.
     _train(time.monotonic(), config=tuned.winner, messages=said, logged=trials)

@@ -19,10 +19,10 @@ from headrace.commands.settings import Request, first_pass, read_request, values
 from headrace.config import RunConfig, foreign_code, to_dict
 from headrace.errors import ConfigError
 from headrace.tune import file, report
-from headrace.tune.knobs import Knobs
 from headrace.tune.machine import Machine
-from headrace.tune.space import Trial
+from headrace.tune.search_space import SearchSpace
 from headrace.tune.tuner import TuneConfig, Tuned, tune
+from headrace.tune.types import Trial
 
 HELP = """Finds the fastest settings for this machine, and writes them to a file.
 
@@ -41,9 +41,8 @@ HELP = """Finds the fastest settings for this machine, and writes them to a file
   beaten. At the end it says which stage limits, and what one more core or GPU
   may bring.
 
-  Settings that you give, as flags or in FILE, stay as they are;
-  `headrace train ENV --help` lists them. Ctrl-C ends the search; what had
-  clearly won is written."""
+  Settings that you give, as flags or in FILE, stay as they are; --help-all
+  lists them. Ctrl-C ends the search; what had clearly won is written."""
 
 _SMOKE = TuneConfig(budget_s=100.0, seconds_per_trial=0.3, pairs=1, max_trials=3)
 
@@ -53,23 +52,24 @@ class TuneArguments:
     """How long to look, and what to write."""
 
     budget_s: float | None = None
-    """Seconds that all of it may take; None for 300."""
+    """Spends at most so many seconds on all of it; None takes 300."""
     budget_minutes: float | None = None
-    """The same in minutes."""
+    """Spends at most so many minutes, in place of budget_s."""
     seconds_per_trial: float | None = None
-    """Seconds that a trial measures, after it has started and warmed up; None for 4, or less where
-    the budget is short."""
+    """Measures so many seconds in a trial, after it has started and warmed up; None takes 4, or
+    less where the budget is short."""
     tune_batch: bool = False
-    """Tune the learner's batch too, which changes what is learned: with a replay there are as many
+    """Tunes the learner's batch too, which changes what is learned: with a replay there are as many
     updates per step as before, each of more samples; without one there are fewer updates."""
     out: str = ""
-    """File to write; empty for tuned-ENV-ALGORITHM.toml in this folder."""
+    """Names the file to write; empty takes tuned-ENV-ALGORITHM.toml in this folder."""
     force: bool = False
-    """Replace that file if it is there."""
+    """Replaces the file of --out if it is there."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Prints one JSON object and nothing else."""
     smoke: bool = False
-    """A few trials of a moment each, on catch unless ENV is given; the numbers mean nothing."""
+    """Makes a few trials of a moment each, on catch unless ENV is given; the numbers mean
+    nothing."""
 
     def options(self) -> TuneConfig:
         """Returns what the tuner wants to know.
@@ -106,7 +106,9 @@ def tune_command(argv: list[str]) -> None:
         raise ConfigError("--resume is for train: a run that exists keeps its settings")
     if arguments.smoke and not chosen.env and not chosen.config:
         chosen.env = "catch"
-    request = read_request(chosen, rest, prog="headrace tune ENV", description=HELP)
+    request = read_request(
+        chosen, rest, prog="headrace tune ENV", description=HELP, more=TuneArguments
+    )
     config = request.config
     values_for_file(request, {})  # refuses now what could not be written then
     path = Path(arguments.out or file.default_name(config.env, config.algorithm))
@@ -141,9 +143,11 @@ def tune_command(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
 
-def say_beginning(config: RunConfig, options: TuneConfig, machine: Machine, knobs: Knobs) -> None:
+def say_beginning(
+    config: RunConfig, options: TuneConfig, machine: Machine, space: SearchSpace
+) -> None:
     """Tells what is about to happen."""
-    print(report.beginning(config, options, machine, knobs), file=sys.stderr, flush=True)
+    print(report.beginning(config, options, machine, space), file=sys.stderr, flush=True)
 
 
 def say_trial(trial: Trial, settings: Mapping[str, Any]) -> None:

@@ -26,26 +26,29 @@ class AtariConfig:
     """Settings of every Atari game; the defaults are those of the IMPALA paper."""
 
     frame_skip: int = 4
-    """env_frames per agent step, the action repeated (Mnih et al. 2015; IMPALA Table G.1: 4)."""
+    """Repeats each action for so many env_frames, one agent step (Mnih et al. 2015; IMPALA Table
+    G.1: 4)."""
     max_pool: bool = True
-    """Show the maximum of the last two frames of a skip: sprites flicker (Mnih et al. 2015)."""
+    """Shows the maximum of the last two frames of a skip: sprites flicker (Mnih et al. 2015)."""
     frame_size: int = 84
-    """Height and width in pixels after area interpolation, grey (IMPALA Table G.1: 84 x 84)."""
+    """Shows grey frames of so many pixels in height and width, after area interpolation (IMPALA
+    Table G.1: 84 x 84)."""
     frame_stack: int = 4
-    """Newest frames that the policy sees at once (IMPALA Table G.1: 4)."""
+    """Shows the policy so many of the newest frames at once (IMPALA Table G.1: 4)."""
     noop_max: int = 30
-    """Random no-op env_frames at a start: ale-py draws 0 to noop_max - 1 (Mnih et al. 2015: 30).
-
-    The paper's own draw is 1 to 30; 0 and 1 both mean none.
-    """
+    """Begins an episode with 0 to noop_max - 1 random no-op env_frames, as ale-py draws them (Mnih
+    et al. 2015: 30, drawn from 1 to 30); 0 and 1 both mean none."""
     sticky_probability: float = 0.0
-    """Chance per env_frame to repeat the action before (Machado et al. 2018: 0.25; IMPALA: 0)."""
+    """Repeats the action before with this chance per env_frame (Machado et al. 2018: 0.25; IMPALA:
+    0)."""
     life_loss_ends_episode: bool = True
-    """A lost life is terminated; the emulator goes on (IMPALA Table G.1: yes)."""
+    """Terminates at a lost life, while the emulator goes on (IMPALA Table G.1: yes)."""
     full_action_space: bool = False
-    """All 18 actions, not the game's own (IMPALA experts: its own; Machado et al. 2018: all)."""
+    """Offers all 18 actions, not the game's own (IMPALA experts: its own; Machado et al. 2018:
+    all)."""
     max_episode_frames: int = 108_000
-    """env_frames, no-ops apart, until truncation: 30 minutes (Mnih et al. 2015: 5 minutes)."""
+    """Truncates an episode after so many env_frames, no-ops apart: 108 000 are 30 minutes (Mnih et
+    al. 2015: 5 minutes)."""
 
     def __post_init__(self) -> None:
         for name in ("frame_skip", "frame_size", "frame_stack", "max_episode_frames"):

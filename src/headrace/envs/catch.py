@@ -30,7 +30,7 @@ class CatchConfig:
     """Settings of Catch."""
 
     truncate_after: int = 0
-    """Agent steps after which an episode is truncated; 0 is never. A whole episode takes 9."""
+    """Truncates an episode after so many agent steps; 0 never does. A whole episode takes 9."""
 
     def __post_init__(self) -> None:
         if self.truncate_after < 0:

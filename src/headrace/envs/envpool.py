@@ -52,12 +52,12 @@ class EnvpoolConfig:
     """Settings of every environment of EnvPool."""
 
     frame_stack: int = 0
-    """Newest observations that the policy sees at once; 0 for what is usual: 4 for Atari, ViZDoom
-    and Google Research Football, else 1."""
+    """Shows the policy so many of the newest observations at once; 0 takes what is usual: 4 for
+    Atari, ViZDoom and Google Research Football, else 1."""
     max_episode_steps: int = 0
-    """Agent steps until truncation; 0 for the environment's own limit."""
+    """Truncates an episode after so many agent steps; 0 leaves the environment's own limit."""
     env_kwargs: str = ""
-    """Other settings of `envpool.make`, a JSON object, as '{"frame_skip": 2}'."""
+    """Passes other settings to `envpool.make`, a JSON object, as '{"frame_skip": 2}'."""
 
     def __post_init__(self) -> None:
         for name in ("frame_stack", "max_episode_steps"):

@@ -50,7 +50,7 @@ class PointMassConfig:
     """Settings of PointMass."""
 
     episode_steps: int = 50
-    """Agent steps after which every episode is truncated."""
+    """Truncates every episode after so many agent steps."""
 
     def __post_init__(self) -> None:
         if self.episode_steps < 1:

@@ -28,9 +28,9 @@ class RecallConfig:
     """Settings of Recall."""
 
     delay_steps: int = 10
-    """Blank agent steps between cue and question; an episode takes delay_steps + 2."""
+    """Puts so many blank agent steps between cue and question; an episode takes two more."""
     num_cues: int = 2
-    """Different cues, and as many actions."""
+    """Draws from so many different cues, and takes as many actions."""
 
     def __post_init__(self) -> None:
         if self.delay_steps < 0:

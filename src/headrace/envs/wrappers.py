@@ -28,19 +28,19 @@ class GymnasiumConfig:
     """Settings of every Gymnasium environment; the defaults change nothing."""
 
     frame_stack: int = 1
-    """Newest observations that the policy sees at once."""
+    """Shows the policy so many of the newest observations at once."""
     frame_skip: int = 1
-    """env_frames per agent step: the action is repeated, rewards are summed."""
+    """Repeats each action for so many env_frames, one agent step, and sums their rewards."""
     resize: int = 0
-    """Height and width in pixels to which images are averaged; 0 leaves them as they are."""
+    """Averages images to so many pixels in height and width; 0 leaves them as they are."""
     grey: bool = False
-    """Show images in grey (the luma of ITU-R BT.601)."""
+    """Shows images in grey (the luma of ITU-R BT.601)."""
     time_limit: int = 0
-    """env_frames after which an episode is truncated; 0 is the environment's own limit."""
+    """Truncates an episode after so many env_frames; 0 leaves the environment's own limit."""
     env_kwargs: str = "{}"
-    """Keyword arguments for gymnasium.make or the factory, in JSON."""
+    """Passes keyword arguments to gymnasium.make or the factory, in JSON."""
     strictness: Strictness = "normal"
-    """What is an error: all that is not as declared (strict), what cannot be used (normal: the
+    """Says what is an error: all that is not as declared (strict), what cannot be used (normal: the
     rest is said once), or only wrong shapes (off)."""
 
     def __post_init__(self) -> None:

@@ -26,41 +26,42 @@ class NetworkConfig:
     """Which network to build."""
 
     network: str = "auto"
-    """Name in the catalog, or "my_module:function"; auto: the algorithm's own (r2d2), or else
-    nature for images, structured for observations of several parts, mlp for the rest."""
+    """Names the network: one of the catalog, or "my_module:function". auto takes the algorithm's
+    own (r2d2), or else nature for images, structured for observations of several parts, mlp for the
+    rest."""
     heads: Heads = "auto"
-    """What the network says of a row: a policy and a value; Q of every action, from duelling
-    streams (action_value: from one layer); a policy, and Q of a row and an action
-    (actor_critics). auto: what the algorithm needs."""
+    """Says what the network tells of a row: a policy and a value (policy_value); Q of every action,
+    from duelling streams (duelling) or one layer (action_value); or a policy, and Q of a row and an
+    action (actor_critics). auto takes what the algorithm needs."""
     lstm_size: int | None = None
-    """Width of the LSTM after the torso; 0 for none; None for the network's own, which is 512 for
-    r2d2 and none for the others."""
+    """Sets the width of the LSTM after the torso, in units; 0 takes no LSTM. None takes the
+    network's own, which is 512 for r2d2 and none for the others."""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of mlp, structured and critics."""
+    """Sets the widths of the hidden layers of mlp, structured and critics, in units."""
     activation: Activation = "relu"
-    """Of those layers."""
+    """Sets the activation of the hidden layers of mlp, structured and critics."""
     separate_value: bool = False
-    """Whether the value has a torso of its own."""
+    """Gives the value a torso of its own."""
     normalize_observations: bool = False
-    """Whether observations are normalised by what was seen so far: every number by its own mean and
-    deviation, images by those of every pixel of a single frame."""
+    """Normalises observations by what was seen so far: every number by its own mean and deviation,
+    images by those of every pixel of a single frame."""
     normalize_values: bool = False
-    """Whether values are learned in units of their own spread (PopArt), whatever the scale of
-    rewards."""
+    """Learns values in units of their own spread (PopArt), whatever the scale of rewards."""
     popart_step: float = _POPART_STEP
-    """How far the moments of normalize_values move towards those of one batch, in (0, 1]. The first
-    batches move them further: as a mean of all so far, in which the start counts as one."""
+    """Moves the moments of normalize_values by this share of the way to those of one batch, in (0,
+    1]. The first batches move them further: as a mean of all so far, in which the start counts as
+    one."""
     initial_log_std: float = 0.0
-    """Continuous actions: log standard deviation at the start, before the squash."""
+    """Sets the log standard deviation of continuous actions at the start, before the squash."""
     state_dependent_std: bool = False
-    """Continuous actions: whether the deviation depends on the observation; with actor_critics it
+    """Lets the deviation of continuous actions depend on the observation; with actor_critics it
     always does."""
     num_critics: int = 2
-    """actor_critics: networks of Q, the least of which counts."""
+    """Learns so many networks of Q, the least of which counts (actor_critics)."""
     critic_dropout: float = 0.0
-    """actor_critics: share of the critics' hidden units that an update drops (DroQ)."""
+    """Drops this share of the critics' hidden units in an update (actor_critics; DroQ)."""
     critic_layer_norm: bool = False
-    """actor_critics: whether the critics' hidden layers are normalised (DroQ)."""
+    """Normalises the critics' hidden layers (actor_critics; DroQ)."""
 
     def __post_init__(self) -> None:
         if self.lstm_size is not None and self.lstm_size < 0:

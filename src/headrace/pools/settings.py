@@ -12,17 +12,21 @@ class WorkerConfig:
     """How environments are spread over worker processes, and when a worker is given up."""
 
     num_workers: int = 0
-    """Worker processes; 0 for one per core. Never more than there are environments."""
+    """Starts so many worker processes; 0 starts one per core. There are never more than
+    environments."""
     groups_per_worker: int = 2
-    """Groups of environments in a worker: it steps one while the others wait for actions."""
+    """Divides the environments of a worker into so many groups: it steps one while the others wait
+    for actions."""
     batch_wait_ms: float = 2.0
-    """Longest that a row waits for others before a batch smaller than wanted is answered."""
+    """Lets a row wait for others at most so many milliseconds before a batch smaller than wanted is
+    answered."""
     step_timeout_s: float = 60.0
-    """Seconds that one step of a group may take before its worker is killed as hanging."""
+    """Kills a worker as hanging when one step of a group takes more than so many seconds."""
     start_timeout_s: float = 120.0
-    """Seconds that a worker may take to start and to reset its environments."""
+    """Gives a worker so many seconds to start and to reset its environments."""
     max_worker_deaths: int = 5
-    """Deaths in a row, none of them after a long healthy life, at which the run ends."""
+    """Ends the run at so many deaths of workers in a row, none of them after a long healthy
+    life."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
@@ -42,19 +46,20 @@ class ClusterConfig:
     """What Ray places and watches, if it does."""
 
     cluster: str = ""
-    """Ray cluster to train on: auto for the one that this machine belongs to, HOST:PORT for another
-    one, local for one that is started here for the run. Empty: no Ray."""
+    """Trains on a Ray cluster: auto takes the one that this machine belongs to, HOST:PORT another
+    one, local starts one here for the run. Empty uses no Ray."""
     cluster_hosts: int = 0
-    """Worker hosts; 0 for one on every node, also those that join later."""
+    """Places so many worker hosts; 0 places one on every node, also on those that join later."""
     host_cpus: int = 0
-    """Processors of each worker host; 0 for all that its node has free."""
+    """Gives each worker host so many processors; 0 gives all that its node has free."""
     host_tls_ca: str = ""
-    """File on every node with certificates (PEM), one of which has signed tls_cert; empty: tls_cert
-    itself, which then has signed itself."""
+    """Names the file on every node with certificates (PEM), one of which has signed tls_cert; empty
+    takes tls_cert itself, which then has signed itself."""
     host_tls_cert: str = ""
-    """File on every node with the worker hosts' own certificate chain (PEM), for tls_client_ca."""
+    """Names the file on every node with the worker hosts' own certificate chain (PEM), for
+    tls_client_ca."""
     host_tls_key: str = ""
-    """File on every node with the private key of host_tls_cert (PEM)."""
+    """Names the file on every node with the private key of host_tls_cert (PEM)."""
 
     def __post_init__(self) -> None:
         if self.cluster_hosts < 0 or self.host_cpus < 0:

@@ -58,12 +58,12 @@ class HostConfig:
     """What a worker host has to give."""
 
     envs: int = 0
-    """Most environments that this host takes; 0 for as many as suit its cores: 32 each, and at
-    least two messages of them."""
+    """Takes at most so many environments; 0 takes as many as suit its cores: 32 each, and at least
+    two messages of them."""
     cores: int = 0
-    """Processors that its environments share; 0 for all that it may use."""
+    """Shares so many processors among its environments; 0 takes all that it may use."""
     trust_code: bool = False
-    """Import code that the run names from outside headrace, such as my_module:factory."""
+    """Imports code that the run names from outside headrace, such as my_module:factory."""
 
     def __post_init__(self) -> None:
         if self.envs < 0 or self.cores < 0:

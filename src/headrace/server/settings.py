@@ -12,19 +12,22 @@ class ServerConfig:
     """How many environments, and how their steps become batches."""
 
     num_envs: int = 64
-    """Environments that train."""
+    """Trains in so many environments, those of all workers and learners together."""
     inference_batch: int = 0
-    """Environments answered at once; 0 for half of num_envs, so that the other half steps."""
+    """The server answers so many environments at once; 0 takes half of num_envs, so that the other
+    half steps."""
     queue_unrolls: int = 0
-    """Full unrolls that may wait before the server waits; 0 for one learner batch, or, with a
-    replay, for two of each environment."""
+    """Lets so many full unrolls wait before the server waits; 0 takes one learner batch or, with a
+    replay, two for each environment."""
     spread_unrolls: bool = True
-    """Whether environments end their unrolls at different steps, where a batch takes fewer unrolls
+    """Lets environments end their unrolls at different steps, where a batch takes fewer unrolls
     than there are environments: then server and learner need not wait for each other in turn. The
-    first unroll of each starts up to unroll_steps later for it. Not where they take turns anyway,
-    nor with a replay, nor for environments in torch, which keep a whole round in the queue."""
+    first unroll of each starts up to unroll_steps later for it. It does nothing where they take
+    turns anyway, with a replay, or for environments in torch, which keep a whole round in the
+    queue."""
     eval_envs: int = 0
-    """Environments that play greedily beside training, in a pool of their own, and never train."""
+    """Plays greedily in so many more environments beside training, in a pool of their own; they
+    never train."""
 
     def __post_init__(self) -> None:
         if self.num_envs < 1:

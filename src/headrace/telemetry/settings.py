@@ -13,12 +13,13 @@ class EvaluatorConfig:
     """The evaluator: how good the newest weights are, judged beside training."""
 
     evaluator: bool = False
-    """A process beside training that plays full episodes greedily, with the newest weights that it
-    can keep up with."""
+    """Starts a process beside training that plays full episodes greedily, with the newest weights
+    that it can keep up with."""
     eval_episodes: int = 5
-    """Episodes of one evaluation."""
+    """Plays so many episodes in one evaluation."""
     eval_interval_s: float = 0.0
-    """Least seconds between the starts of two evaluations; 0 for one after the other."""
+    """Leaves at least so many seconds between the starts of two evaluations; 0 starts one after the
+    other."""
 
     def __post_init__(self) -> None:
         if self.eval_episodes < 1:
@@ -31,13 +32,13 @@ class ViewerConfig:
     """The viewer: what the agent does, to be seen while it trains."""
 
     video_interval_s: float = 0.0
-    """Seconds between clips in the run's videos/; 0 for none."""
+    """Films a clip into the run's videos/ every so many seconds; 0 films none."""
     watch: bool = False
-    """Show the newest frames on a page at 127.0.0.1, at the address that is printed."""
+    """Shows the newest frames on a page at 127.0.0.1, at the address that is printed."""
     watch_port: int = 0
-    """Port of that page; 0 for any that is free."""
+    """Serves the page of `watch` at this port, up to 65535; 0 takes any that is free."""
     watch_fps: float = 30.0
-    """Most frames per second on that page."""
+    """Shows at most so many frames per second on the page of `watch`."""
 
     def __post_init__(self) -> None:
         _check_interval("video_interval_s", self.video_interval_s)

@@ -13,35 +13,36 @@ class RemoteConfig:
     """Where worker hosts of other machines connect, who may, and how much they may take."""
 
     listen: str = ""
-    """HOST:PORT at which worker hosts connect (headrace worker --connect), port 0 for any free one.
-    Beyond loopback it needs a token and TLS. Empty: environments step on this machine."""
+    """Listens at HOST:PORT for worker hosts (headrace worker --connect); port 0 takes any that is
+    free. Beyond loopback it needs a token and TLS. Empty steps environments on this machine."""
     token_file: str = ""
-    """File with the secret that every worker host must know, at least 16 characters; empty for the
-    variable HEADRACE_TOKEN."""
+    """Names the file with the secret that every worker host must know, at least 16 characters;
+    empty takes the variable HEADRACE_TOKEN."""
     tls_cert: str = ""
-    """File with this server's certificate chain (PEM)."""
+    """Names the file with this server's certificate chain (PEM)."""
     tls_key: str = ""
-    """File with the private key of tls_cert (PEM)."""
+    """Names the file with the private key of tls_cert (PEM)."""
     tls_client_ca: str = ""
-    """File with certificates (PEM), one of which must have signed that of each worker host; empty:
-    worker hosts need none."""
+    """Names the file with certificates (PEM), one of which must have signed that of each worker
+    host; empty asks worker hosts for none."""
     insecure: bool = False
-    """Listen beyond loopback without TLS: whoever sees the network reads token and data."""
+    """Listens beyond loopback without TLS: whoever sees the network reads token and data."""
     envs_per_message: int = 0
-    """Environments that travel in one message, and step together; 0 for inference_batch, at most
-    64. A worker host takes several such blocks, so that some step while others travel."""
+    """Lets so many environments step together and travel in one message; 0 takes inference_batch,
+    at most 64. A worker host takes several such blocks, so that some step while others travel."""
     max_hosts: int = 1024
-    """Worker hosts at a time."""
+    """Takes at most so many worker hosts at a time."""
     max_envs_per_host: int = 4096
-    """Environments that one worker host may take."""
+    """Grants one worker host at most so many environments."""
     hello_timeout_s: float = 10.0
-    """Seconds that a connection may take to say who it is."""
+    """Closes a connection that has not said who it is after so many seconds."""
     host_timeout_s: float = 60.0
-    """Seconds of silence after which a worker host that owes steps is given up."""
+    """Gives up a worker host that owes steps after so many seconds of silence."""
     no_host_timeout_s: float = 600.0
-    """Seconds without any worker host after which the run ends."""
+    """Ends the run after so many seconds without any worker host."""
     message_compression: Literal["off", "lz4"] = "off"
-    """Of observations between machines; lz4 where the network is slower than a core compresses."""
+    """Compresses observations between machines; lz4 pays where the network is slower than a core
+    compresses."""
 
     def __post_init__(self) -> None:
         for name in ("hello_timeout_s", "host_timeout_s", "no_host_timeout_s"):
@@ -58,21 +59,23 @@ class LinkConfig:
     """The server to which a worker host connects, and how it proves who it is."""
 
     connect: str
-    """HOST:PORT of the server (its listen)."""
+    """Connects to the server at HOST:PORT (its --listen)."""
     token_file: str = ""
-    """File with the secret that the server asks for; empty for the variable HEADRACE_TOKEN."""
+    """Names the file with the secret that the server asks for; empty takes the variable
+    HEADRACE_TOKEN."""
     tls_ca: str = ""
-    """File with certificates (PEM), one of which signed the server's. Needed beyond loopback."""
+    """Names the file with certificates (PEM), one of which signed the server's; it is needed beyond
+    loopback."""
     tls_cert: str = ""
-    """File with this host's own certificate chain (PEM), for servers that ask for one."""
+    """Names the file with this host's own certificate chain (PEM), for servers that ask for one."""
     tls_key: str = ""
-    """File with the private key of tls_cert (PEM)."""
+    """Names the file with the private key of tls_cert (PEM)."""
     insecure: bool = False
-    """Connect beyond loopback without TLS: whoever sees the network reads token and data."""
+    """Connects beyond loopback without TLS: whoever sees the network reads token and data."""
     connect_timeout_s: float = 60.0
-    """Seconds that one attempt to connect may take, welcome included."""
+    """Gives one attempt to connect so many seconds, welcome included."""
     give_up_s: float = 600.0
-    """Seconds for which nothing answers there after which the worker host ends."""
+    """Ends the worker host after so many seconds in which no server answers."""
 
     def __post_init__(self) -> None:
         for name in ("connect_timeout_s", "give_up_s"):

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from headrace.bench.settings import cell
 from headrace.config import RunConfig
-from headrace.tune.knobs import Knobs
 from headrace.tune.machine import Machine
-from headrace.tune.space import Choice, Trial
+from headrace.tune.search_space import SearchSpace
 from headrace.tune.tuner import TuneConfig, Tuned
+from headrace.tune.types import Choice, Trial
 
 _DEFAULTS = "the defaults"
 
@@ -34,9 +34,9 @@ def trial_line(trial: Trial, settings: Mapping[str, Any]) -> str:
     )
 
 
-def beginning(config: RunConfig, options: TuneConfig, machine: Machine, knobs: Knobs) -> str:
+def beginning(config: RunConfig, options: TuneConfig, machine: Machine, space: SearchSpace) -> str:
     """Returns what is about to happen."""
-    names = ", ".join(knob.name for knob in knobs.space.knobs)
+    names = ", ".join(parameter.name for parameter in space.parameters)
     return (
         f"tuning {config.env} with {config.algorithm} on {machine}: for up to "
         f"{options.budget_s:.0f} s, in trials that measure {options.trial_s:.2g} s each; first the "
@@ -52,7 +52,7 @@ def table(tuned: Tuned) -> Table:
     for name in ("agent steps/s", "updates/s"):
         shown.add_column(name, justify="right")
     shown.add_column("what limits", overflow="fold")
-    winner = tuned.knobs.key(tuned.result.winner)
+    winner = tuned.space.key(tuned.result.winner)
     for trial in tuned.result.trials:
         figures = trial.outcome.figures
         rates = [
@@ -60,11 +60,11 @@ def table(tuned: Tuned) -> Table:
             for name in ("agent_steps_per_s", "updates_per_s")
         ]
         shown.add_row(
-            named(tuned.knobs.settings(trial.choice)),
+            named(tuned.space.settings(trial.choice)),
             trial.stage,
             *rates,
             trial.outcome.failure or str(figures["bottleneck"]),
-            style="bold" if tuned.knobs.key(trial.choice) == winner else None,
+            style="bold" if tuned.space.key(trial.choice) == winner else None,
         )
     return shown
 
@@ -85,7 +85,7 @@ def sentences(tuned: Tuned) -> list[str]:
         said.append(f"what limits now: {_stage(str(figures['bottleneck']))}")
     said += _outlook(tuned)
     if result.beaten:
-        said += [f"mind: {effect}" for effect in tuned.knobs.effects(result.winner)]
+        said += [f"mind: {effect}" for effect in tuned.space.effects(result.winner)]
     return said
 
 
@@ -100,17 +100,17 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "stopped": result.stopped,
         "settings": tuned.settings,
         "beaten": result.beaten,
-        "best_found": tuned.knobs.settings(result.best),
+        "best_found": tuned.space.settings(result.best),
         "gain": result.gain,
         "gains": list(result.gains),
         "noise": result.noise,
         "default": tuned.figures(result.default),
         "winner": tuned.figures(result.winner),
         "estimates": None if estimates is None else estimates._asdict(),
-        "effects": tuned.knobs.effects(result.winner),
+        "effects": tuned.space.effects(result.winner),
         "trials": [
             {
-                "settings": tuned.knobs.settings(trial.choice),
+                "settings": tuned.space.settings(trial.choice),
                 "stage": trial.stage,
                 "cost_s": trial.cost_s,
                 "failure": trial.outcome.failure,
@@ -123,9 +123,9 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
 
 def _verdict(tuned: Tuned) -> str:
     result = tuned.result
-    best = named(tuned.knobs.settings(result.best))
-    if tuned.knobs.key(result.best) == tuned.knobs.key(result.default):
-        if len({tuned.knobs.key(trial.choice) for trial in result.trials}) <= 1:
+    best = named(tuned.space.settings(result.best))
+    if tuned.space.key(result.best) == tuned.space.key(result.default):
+        if len({tuned.space.key(trial.choice) for trial in result.trials}) <= 1:
             return f"the defaults stay: there was no time to try anything else{_advice(tuned)}"
         return "the defaults stay: nothing that was tried beat them"
     if result.gains:

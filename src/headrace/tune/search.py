@@ -1,8 +1,8 @@
-"""A hill climb over a few discrete knobs, for a measure that is noisy and costs seconds.
+"""A hill climb over a few discrete parameters, for a measure that is noisy and costs seconds.
 
-From the defaults, one knob at a time and one step at a time, on as long as it gets better; a knob
-turned helps or it does not, and whoever reads the list of trials sees why. Where no single step
-helps any more, ties get a second look, and then pairs of steps are tried.
+From the defaults, one parameter at a time and one step at a time, on as long as it gets better; a
+step helps or it does not, and whoever reads the list of trials sees why. Where no single step helps
+any more, ties get a second look, and then pairs of steps are tried.
 
 A busy machine is fast now and slow in a minute, so that only scores from about the same time can be
 compared: the incumbent is measured again every few trials, and what looks better than it must win
@@ -10,7 +10,7 @@ a duel, one right after the other. At the end the winner meets the defaults in t
 longer. Gains of a few percent are ties, and so is what repeated trials differ by anyway; a tie
 leaves things as they are.
 
-Nothing here knows what a knob is; time and measure are arguments.
+Nothing here knows what a parameter means; time and measure are arguments.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from headrace.tune.space import (
+from headrace.tune.types import (
     Budget,
     Choice,
     Measure,
     NothingMeasured,
     Outcome,
+    Parameter,
     Result,
-    Space,
     Trial,
 )
 
@@ -39,9 +39,10 @@ _NOTHING = 1e-9  # a score that stands for none, so that ratios exist
 
 
 def search(
-    space: Space,
+    parameters: Sequence[Parameter],
     measure: Measure,
     *,
+    key: Callable[[Choice], Hashable],
     budget: Budget,
     clock: Callable[[], float],
     seed: int = 0,
@@ -51,8 +52,9 @@ def search(
     """Climbs from the defaults until nothing helps, time is up, or KeyboardInterrupt.
 
     Args:
-        space: The knobs.
+        parameters: All of them, those that promise most first.
         measure: Gives a choice's score.
+        key: Choices with the same key are the same to the machine: one of them is measured.
         budget: In seconds of `clock`.
         clock: A monotonic clock.
         seed: Of the order in which pairs of steps are tried.
@@ -62,7 +64,9 @@ def search(
     Raises:
         NothingMeasured: the defaults failed.
     """
-    climb = _Climb(space, measure, budget=budget, clock=clock, tie=tie, on_trial=on_trial)
+    climb = _Climb(
+        parameters, measure, key=key, budget=budget, clock=clock, tie=tie, on_trial=on_trial
+    )
     try:
         climb.run(random.Random(seed))
     except KeyboardInterrupt:
@@ -71,7 +75,7 @@ def search(
 
 
 Point = tuple[int, ...]
-"""An index for every knob."""
+"""An index for every parameter."""
 
 
 class _OutOfTime(Exception):
@@ -81,18 +85,20 @@ class _OutOfTime(Exception):
 class _Climb:
     def __init__(
         self,
-        space: Space,
+        parameters: Sequence[Parameter],
         measure: Measure,
         *,
+        key: Callable[[Choice], Hashable],
         budget: Budget,
         clock: Callable[[], float],
         tie: float,
         on_trial: Callable[[Trial], None],
     ) -> None:
-        self._space, self._measure, self._budget = space, measure, budget
+        self._parameters, self._measure, self._budget = tuple(parameters), measure, budget
+        self._key_of = key
         self._clock, self._tie, self._on_trial = clock, tie, on_trial
         self._end_s = clock() + budget.total_s
-        self._default: Point = tuple(knob.default for knob in space.knobs)
+        self._default: Point = tuple(one.default for one in parameters)
         self._incumbent = self._default
         self._estimates: list[float] = []  # newest scores of the incumbent
         self._since = 0  # trials since the last of them
@@ -166,46 +172,46 @@ class _Climb:
         changes: list[float] = []
         for trial in self._trials[1:]:  # the first had a cold start
             if trial.outcome.failure is None:
-                key = self._space.key(trial.choice), kind(trial)
+                key = self._key_of(trial.choice), kind(trial)
                 if key in before:
                     changes.append(math.log(_ratio(trial.outcome.score, before[key])))
                 before[key] = trial.outcome.score
         return changes
 
     def _step(self, *, again: bool = False) -> bool:
-        """Turns every knob, first those that may help the stage that limits.
+        """Climbs along every parameter, first those that may help the stage that limits.
 
         Returns whether one helped. `again`: looks at ties a second time.
         """
-        knobs = self._space.knobs
-        order = sorted(range(len(knobs)), key=lambda knob: self._limits not in knobs[knob].helps)
-        # No generator: a gain at one knob is no reason to leave the others.
-        return any([self._climb(knob, again=again) for knob in order])
+        helps = [one.helps for one in self._parameters]
+        order = sorted(range(len(helps)), key=lambda index: self._limits not in helps[index])
+        # No generator: a gain at one parameter is no reason to leave the others.
+        return any([self._climb(index, again=again) for index in order])
 
-    def _climb(self, knob: int, *, again: bool) -> bool:
-        """Turns one knob as long as it helps; returns whether it did."""
+    def _climb(self, parameter: int, *, again: bool) -> bool:
+        """Steps along one parameter as long as it helps; returns whether it did."""
         for step in (1, -1):
             best: Point | None = None
             best_score = self._estimate() * (1.0 + self._tie)
-            point = self._turned(self._incumbent, knob, step)
+            point = self._moved(self._incumbent, parameter, step)
             while point is not None and self._is_open(point, again=again):
                 score = self._challenge(point)
                 if score <= best_score:
                     break
                 best, best_score = point, score
-                point = self._turned(point, knob, step)
+                point = self._moved(point, parameter, step)
             if best is not None and self._wins(best, best_score):
                 return True
         return False
 
     def _step_in_pairs(self, rng: random.Random) -> bool:
-        """Turns two knobs at once, until a pair helps or all were tried."""
+        """Moves two parameters at once, until a pair helps or all were tried."""
         pairs = list(itertools.combinations(range(len(self._default)), 2))
         moves = [(*pair, *steps) for pair in pairs for steps in itertools.product((1, -1), (1, -1))]
         rng.shuffle(moves)
         for first, second, step, other in moves:
-            point = self._turned(self._incumbent, first, step)
-            point = None if point is None else self._turned(point, second, other)
+            point = self._moved(self._incumbent, first, step)
+            point = None if point is None else self._moved(point, second, other)
             if point is None or not self._is_open(point, again=False):
                 continue
             score = self._challenge(point)
@@ -328,20 +334,21 @@ class _Climb:
         its, mine = (sum(scores[-_REPLACED:]) / len(scores[-_REPLACED:]) for scores in newest)
         return _ratio(its, mine)
 
-    def _turned(self, point: Point, knob: int, step: int) -> Point | None:
-        """Turns a knob to the next value that makes a difference; None behind the last one."""
-        for index in _indices(point[knob], step, len(self._space.knobs[knob].values)):
-            turned = (*point[:knob], index, *point[knob + 1 :])
-            if self._key(turned) != self._key(point):
-                return turned
+    def _moved(self, point: Point, parameter: int, step: int) -> Point | None:
+        """Takes the next value that makes a difference; None behind the last one."""
+        values = self._parameters[parameter].values
+        for index in _indices(point[parameter], step, len(values)):
+            moved = (*point[:parameter], index, *point[parameter + 1 :])
+            if self._key(moved) != self._key(point):
+                return moved
         return None
 
     def _choice(self, point: Point) -> Choice:
-        knobs = self._space.knobs
-        return {knob.name: knob.values[index] for knob, index in zip(knobs, point, strict=True)}
+        pairs = zip(self._parameters, point, strict=True)
+        return {one.name: one.values[index] for one, index in pairs}
 
     def _key(self, point: Point) -> Hashable:
-        return self._space.key(self._choice(point))
+        return self._key_of(self._choice(point))
 
 
 def _ratio(score: float, other: float) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 from headrace.config import RunConfig, to_dict
 from headrace.errors import ConfigError
 from headrace.pools.processes import WorkerProcess
-from headrace.tune.knobs import is_free_running, laid_over
-from headrace.tune.space import Choice, Outcome
+from headrace.tune.search_space import is_free_running, laid_over
+from headrace.tune.types import Choice, Outcome
 
 CHILD_MODULE = "headrace.tune.child"
 _LOOK_S = 0.1  # at the clock

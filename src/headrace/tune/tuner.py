@@ -1,4 +1,4 @@
-"""Tunes one run on this machine: knobs, trials, search, and what the stages alone say."""
+"""Tunes one run on this machine: search space, trials, search, and what the stages alone say."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from headrace.run.system import choose_device
 from headrace.run.trial import try_environment
 from headrace.run.validate import check
 from headrace.tune.estimates import Estimates, Stages, estimate
-from headrace.tune.knobs import Facts, Knobs, laid_over
 from headrace.tune.machine import Machine
 from headrace.tune.search import search
-from headrace.tune.space import Budget, Choice, Result, Trial
+from headrace.tune.search_space import Facts, SearchSpace, laid_over
 from headrace.tune.trials import Trials, run_child, trial_config
+from headrace.tune.types import Budget, Choice, Result, Trial
 
 _LEAST_S = 30.0  # of a budget: each of its trials takes some to start
 _LEAST_TRIALS = 10  # that a budget must have room for
@@ -76,7 +76,7 @@ class Tuned(NamedTuple):
     config: RunConfig  # what was started from
     machine: Machine
     result: Result
-    knobs: Knobs
+    space: SearchSpace
     estimates: Estimates | None  # None: the stages could not be measured
     trial_s: float
     elapsed_s: float
@@ -84,7 +84,7 @@ class Tuned(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """What the winner sets otherwise, nested as in config.toml; nothing if defaults stay."""
-        return self.knobs.settings(self.result.winner)
+        return self.space.settings(self.result.winner)
 
     @property
     def winner(self) -> RunConfig:
@@ -94,10 +94,10 @@ class Tuned(NamedTuple):
 
     def figures(self, choice: Choice) -> dict[str, Any]:
         """Returns the figures of the newest trial of a choice: of the final comparison, if any."""
-        key = self.knobs.key(choice)
+        key = self.space.key(choice)
         found: Mapping[str, Any] = {}
         for trial in self.result.trials:
-            if trial.outcome.failure is None and self.knobs.key(trial.choice) == key:
+            if trial.outcome.failure is None and self.space.key(trial.choice) == key:
                 found = trial.outcome.figures
         return dict(found)
 
@@ -107,7 +107,7 @@ def tune(
     options: TuneConfig,
     *,
     pinned: Collection[str] = (),
-    on_begin: Callable[[Machine, Knobs], None] = lambda *_: None,
+    on_begin: Callable[[Machine, SearchSpace], None] = lambda *_: None,
     on_trial: Callable[[Trial, Mapping[str, Any]], None] = lambda *_: None,
 ) -> Tuned:
     """Searches the fastest settings for `config`; Ctrl-C ends the search, and what is known stands.
@@ -143,15 +143,15 @@ def tune(
         )
     if options.tune_batch and "batch_unrolls" in pinned:
         raise ConfigError("batch_unrolls is given, and --tune-batch tunes it: leave one out")
-    knobs = Knobs(config, facts, pinned=pinned, tune_batch=options.tune_batch)
-    if not knobs.space.knobs:
+    space = SearchSpace(config, facts, pinned=pinned, tune_batch=options.tune_batch)
+    if not space.parameters:
         raise ConfigError("every setting that could be tuned is given: leave some of them out")
-    on_begin(machine, knobs)
+    on_begin(machine, space)
     seconds, whole_s = options.trial_s, options.budget_s
     stages_s = max(_STAGES_SHARE * whole_s, min(_STAGES_LEAST_S, _STAGES_MOST_SHARE * whole_s))
     result = search(
-        knobs.space,
-        Trials(config, knobs.settings, combined=options.tune_batch),
+        space.parameters,
+        Trials(config, space.settings, combined=options.tune_batch),
         budget=Budget(
             total_s=options.budget_s - stages_s,
             trial_s=seconds,
@@ -159,11 +159,12 @@ def tune(
             pairs=options.pairs,
             trials=options.max_trials,
         ),
+        key=space.key,
         clock=time.monotonic,
         seed=config.seed,
-        on_trial=lambda trial: on_trial(trial, knobs.settings(trial.choice)),
+        on_trial=lambda trial: on_trial(trial, space.settings(trial.choice)),
     )
-    tuned = Tuned(config, machine, result, knobs, None, seconds, 0.0)
+    tuned = Tuned(config, machine, result, space, None, seconds, 0.0)
     if not result.stopped:
         left_s = started_s + options.budget_s - time.monotonic()
         try:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from headrace.errors import HeadraceError
 
 Choice = Mapping[str, Any]
-"""A value for every knob, by its name."""
+"""A value for every parameter, by its name."""
 
 
 class NothingMeasured(HeadraceError):
     """Not even the defaults could be measured; says why."""
 
 
-class Knob(NamedTuple):
+class Parameter(NamedTuple):
     """A setting, and what it may be; neighbours in the list are one step apart."""
 
     name: str
     values: tuple[Any, ...]
     default: int  # index of the value that stands if nothing is tuned
     helps: frozenset[str] = frozenset()  # stages that it may relieve, as in `Outcome.limits`
-
-
-class Space(NamedTuple):
-    """All knobs, those that promise most first."""
-
-    knobs: tuple[Knob, ...]
-    # Choices with the same key are the same to the machine: one of them is measured.
-    key: Callable[[Choice], Hashable]
 
 
 class Budget(NamedTuple):

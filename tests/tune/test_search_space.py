@@ -1,4 +1,4 @@
-"""Which knobs there are for which run, and what their choices mean as settings."""
+"""Which space there are for which run, and what their choices mean as settings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from headrace.config import RunConfig, from_dict, to_dict
 from headrace.errors import ConfigError
 from headrace.presets import PRESETS, find
-from headrace.tune.knobs import Facts, Knobs, is_free_running, laid_over
-from headrace.tune.space import Knob
+from headrace.tune.search_space import Facts, SearchSpace, is_free_running, laid_over
+from headrace.tune.types import Parameter
 
 FACTS = Facts(
     cores=8,
@@ -29,28 +29,28 @@ def config_of(algorithm: str = "impala", **values: Any) -> RunConfig:
     return from_dict({"env": env, "algorithm": algorithm, "device": "cpu", **values})
 
 
-def knobs_of(
+def space_of(
     config: RunConfig | None = None,
     facts: Facts = FACTS,
     *,
     pinned: tuple[str, ...] = (),
     tune_batch: bool = False,
-) -> Knobs:
-    return Knobs(config or config_of(), facts, pinned=pinned, tune_batch=tune_batch)
+) -> SearchSpace:
+    return SearchSpace(config or config_of(), facts, pinned=pinned, tune_batch=tune_batch)
 
 
-def names(knobs: Knobs) -> set[str]:
-    return {knob.name for knob in knobs.space.knobs}
+def names(space: SearchSpace) -> set[str]:
+    return {parameter.name for parameter in space.parameters}
 
 
-def knob(knobs: Knobs, name: str) -> Knob:
-    found = next(knob for knob in knobs.space.knobs if knob.name == name)
+def parameter(space: SearchSpace, name: str) -> Parameter:
+    found = next(parameter for parameter in space.parameters if parameter.name == name)
     assert found.helps
     return found._replace(helps=frozenset())
 
 
-def choice_of(knobs: Knobs, **values: Any) -> dict[str, Any]:
-    default = {knob.name: knob.values[knob.default] for knob in knobs.space.knobs}
+def choice_of(space: SearchSpace, **values: Any) -> dict[str, Any]:
+    default = {one.name: one.values[one.default] for one in space.parameters}
     assert values.keys() <= default.keys()
     return {**default, **values}
 
@@ -75,66 +75,66 @@ ALWAYS = {"num_envs", "compute_threads", "compile", "precision"}
         (FACTS._replace(turns=True, pool="inline"), set()),
     ],
 )
-def test_every_kind_of_pool_has_its_knobs(facts: Facts, more: set[str]) -> None:
-    assert names(knobs_of(facts=facts)) == ALWAYS | more
+def test_every_kind_of_pool_has_its_parameters(facts: Facts, more: set[str]) -> None:
+    assert names(space_of(facts=facts)) == ALWAYS | more
 
 
 def test_bfloat16_is_tried_where_the_hardware_has_it() -> None:
-    assert knob(knobs_of(), "precision").values == ("auto", "float32")
+    assert parameter(space_of(), "precision").values == ("auto", "float32")
     in_float32 = config_of(precision="float32")
-    knobs = knobs_of(in_float32, FACTS._replace(half_precision=False))
-    assert knob(knobs, "precision").values == ("float32", "bfloat16")
-    assert "precision" not in names(knobs_of(facts=FACTS._replace(bfloat16=False)))
+    space = space_of(in_float32, FACTS._replace(half_precision=False))
+    assert parameter(space, "precision").values == ("float32", "bfloat16")
+    assert "precision" not in names(space_of(facts=FACTS._replace(bfloat16=False)))
 
 
 def test_what_the_user_has_set_stays() -> None:
     pinned = ("num_envs", "compile", "learning_rate")
-    assert names(knobs_of(pinned=pinned)).isdisjoint(pinned)
+    assert names(space_of(pinned=pinned)).isdisjoint(pinned)
     # The server's batch was asked for, and with acting workers there is no such.
-    given = knobs_of(config_of(server={"inference_batch": 16}))
+    given = space_of(config_of(server={"inference_batch": 16}))
     assert names(given).isdisjoint({"inference_batch", "inference"})
 
 
 def test_counts_are_sorted_around_the_default() -> None:
-    knobs = knobs_of()
-    assert knob(knobs, "num_envs") == Knob("num_envs", (16, 32, 64, 128, 256), 2)
+    space = space_of()
+    assert parameter(space, "num_envs") == Parameter("num_envs", (16, 32, 64, 128, 256), 2)
     # 0 stands where what it amounts to would be.
-    assert knob(knobs, "num_workers") == Knob("num_workers", (1, 4, 7, 0, 12, 16), 3)
-    assert knob(knobs, "compute_threads") == Knob("compute_threads", (1, 0, 4, 8), 1)
-    given = knobs_of(config_of(compute_threads=3), FACTS._replace(compute_threads=3))
-    assert knob(given, "compute_threads") == Knob("compute_threads", (1, 2, 3, 4, 8), 2)
+    assert parameter(space, "num_workers") == Parameter("num_workers", (1, 4, 7, 0, 12, 16), 3)
+    assert parameter(space, "compute_threads") == Parameter("compute_threads", (1, 0, 4, 8), 1)
+    given = space_of(config_of(compute_threads=3), FACTS._replace(compute_threads=3))
+    assert parameter(given, "compute_threads") == Parameter("compute_threads", (1, 2, 3, 4, 8), 2)
 
 
 def test_few_environments_may_become_two_per_core() -> None:
-    knobs = knobs_of(config_of("sac", server={"num_envs": 1}))
-    assert knob(knobs, "num_envs").values == (1, 2, 4, 8, 16)
+    space = space_of(config_of("sac", server={"num_envs": 1}))
+    assert parameter(space, "num_envs").values == (1, 2, 4, 8, 16)
 
 
 def test_in_turns_environments_fill_whole_batches() -> None:
     config = config_of("ppo", server={"num_envs": 8}, learning={"batch_unrolls": 8})
-    knobs = knobs_of(config, FACTS._replace(turns=True))
-    assert knob(knobs, "num_envs").values == (2, 4, 8)
+    space = space_of(config, FACTS._replace(turns=True))
+    assert parameter(space, "num_envs").values == (2, 4, 8)
 
 
 def test_one_core_has_few_choices() -> None:
-    knobs = knobs_of(facts=FACTS._replace(cores=1, compute_threads=1))
-    assert knob(knobs, "num_workers").values == (0, 2)
-    assert "compute_threads" not in names(knobs)
+    space = space_of(facts=FACTS._replace(cores=1, compute_threads=1))
+    assert parameter(space, "num_workers").values == (0, 2)
+    assert "compute_threads" not in names(space)
 
 
 def test_the_batch_is_tuned_only_if_asked_for() -> None:
-    assert "batch_unrolls" not in names(knobs_of())
-    assert knob(knobs_of(tune_batch=True), "batch_unrolls").values == (16, 32, 64, 128)
+    assert "batch_unrolls" not in names(space_of())
+    assert parameter(space_of(tune_batch=True), "batch_unrolls").values == (16, 32, 64, 128)
     # On-policy, another batch is another algorithm.
     assert "batch_unrolls" not in names(
-        knobs_of(config_of("ppo"), FACTS._replace(turns=True), tune_batch=True)
+        space_of(config_of("ppo"), FACTS._replace(turns=True), tune_batch=True)
     )
 
 
 def test_a_larger_batch_leaves_updates_per_step_as_they_were() -> None:
     config = config_of("sac", learning={"batch_unrolls": 256})
-    knobs = knobs_of(config, tune_batch=True)
-    settings = knobs.settings(choice_of(knobs, batch_unrolls=1024))
+    space = space_of(config, tune_batch=True)
+    settings = space.settings(choice_of(space, batch_unrolls=1024))
     larger = laid_over(config, settings).learning
     assert larger.batch_unrolls == 1024
     before = config.learning.replay.samples_per_insert / config.learning.batch_unrolls
@@ -143,31 +143,31 @@ def test_a_larger_batch_leaves_updates_per_step_as_they_were() -> None:
 
 def test_a_larger_batch_still_fits_the_queue() -> None:
     config = config_of(server={"queue_unrolls": 40}, learning={"batch_unrolls": 32})
-    knobs = knobs_of(config, tune_batch=True)
-    settings = knobs.settings(choice_of(knobs, batch_unrolls=128, num_envs=128))
+    space = space_of(config, tune_batch=True)
+    settings = space.settings(choice_of(space, batch_unrolls=128, num_envs=128))
     assert settings["server"] == {"num_envs": 128, "queue_unrolls": 160}
 
 
 def test_the_defaults_set_nothing() -> None:
     for facts in (FACTS, FACTS._replace(pool="native"), FACTS._replace(turns=True)):
-        knobs = knobs_of(facts=facts, tune_batch=True)
-        assert knobs.settings(choice_of(knobs)) == {}
+        space = space_of(facts=facts, tune_batch=True)
+        assert space.settings(choice_of(space)) == {}
 
 
 def test_several_updates_at_once() -> None:
-    assert "updates_per_call" not in names(knobs_of())
-    knobs = knobs_of(config_of("sac"), tune_batch=True)
-    assert knob(knobs, "updates_per_call").values == (1, 2, 4, 8)
-    choice = choice_of(knobs, updates_per_call=4, batch_unrolls=512)
-    assert knobs.settings(choice)["learning"]["updates_per_call"] == 4
-    assert knobs.settings(choice)["learning"]["batch_unrolls"] == 512
+    assert "updates_per_call" not in names(space_of())
+    space = space_of(config_of("sac"), tune_batch=True)
+    assert parameter(space, "updates_per_call").values == (1, 2, 4, 8)
+    choice = choice_of(space, updates_per_call=4, batch_unrolls=512)
+    assert space.settings(choice)["learning"]["updates_per_call"] == 4
+    assert space.settings(choice)["learning"]["batch_unrolls"] == 512
 
 
 def test_settings_are_those_of_the_config_file() -> None:
     config = config_of()
-    knobs = knobs_of(config)
+    space = space_of(config)
     choice = choice_of(
-        knobs,
+        space,
         num_envs=128,
         inference_batch=4,
         num_workers=4,
@@ -176,7 +176,7 @@ def test_settings_are_those_of_the_config_file() -> None:
         precision="float32",
         compute_threads=1,
     )
-    settings = knobs.settings(choice)
+    settings = space.settings(choice)
     assert settings == {
         "compile": "on",
         "precision": "float32",
@@ -187,23 +187,23 @@ def test_settings_are_those_of_the_config_file() -> None:
     changed = laid_over(config, settings)
     assert (changed.compile, changed.server.inference_batch) == ("on", 32)
     assert changed.learning == config.learning
-    effects = knobs.effects(choice)
+    effects = space.effects(choice)
     assert [effect.split()[0] for effect in effects] == ["num_envs", "precision", "compile"]
 
 
 def test_what_makes_no_difference_is_the_same_choice() -> None:
-    knobs = knobs_of()
+    space = space_of()
     acting = {"inference": "worker"}
     # Workers that act have neither a server's batch nor groups.
-    assert knobs.key(choice_of(knobs, **acting)) == knobs.key(
-        choice_of(knobs, **acting, inference_batch=1, groups_per_worker=4)
+    assert space.key(choice_of(space, **acting)) == space.key(
+        choice_of(space, **acting, inference_batch=1, groups_per_worker=4)
     )
     # Not more workers than environments.
-    few = knobs_of(config_of(server={"num_envs": 2}), pinned=("num_envs",))
+    few = space_of(config_of(server={"num_envs": 2}), pinned=("num_envs",))
     assert few.key(choice_of(few, num_workers=4)) == few.key(choice_of(few))
     assert few.settings(choice_of(few, num_workers=1)) == {"workers": {"num_workers": 1}}
     # A pool in this process has no workers until they act.
-    inline = knobs_of(facts=FACTS._replace(pool="inline"))
+    inline = space_of(facts=FACTS._replace(pool="inline"))
     assert inline.settings(choice_of(inline, num_workers=4)) == {}
     assert inline.settings(choice_of(inline, num_workers=4, **acting)) == {
         "inference": "worker",
@@ -215,14 +215,14 @@ def test_what_makes_no_difference_is_the_same_choice() -> None:
 @pytest.mark.parametrize("algorithm", ["impala", "sac"])
 def test_no_choice_is_refused(algorithm: str, pool: str) -> None:
     config = config_of(algorithm, server={"num_envs": 4})
-    knobs = knobs_of(config, FACTS._replace(pool=pool), tune_batch=True)
+    space = space_of(config, FACTS._replace(pool=pool), tune_batch=True)
     ends = [
-        (knob.name, value)
-        for knob in knobs.space.knobs
-        for value in (knob.values[0], knob.values[-1])
+        (parameter.name, value)
+        for parameter in space.parameters
+        for value in (parameter.values[0], parameter.values[-1])
     ]
     for pair in itertools.combinations(ends, 2):
-        settings = knobs.settings(choice_of(knobs, **dict(pair)))
+        settings = space.settings(choice_of(space, **dict(pair)))
         changed = laid_over(config, settings)
         # It goes to the trial and into the file as plain values.
         assert from_dict(to_dict(changed)) == changed
@@ -261,30 +261,30 @@ def test_every_preset_can_be_tuned(name: str) -> None:
     env = "pointmass" if values.get("algorithm") == "sac" else "catch"
     # What belongs to other environments is left out.
     kept = {key: value for key, value in values.items() if key not in ("environment", "network")}
-    knobs = knobs_of(from_dict({**kept, "env": env}), tune_batch=True)
-    for one in knobs.space.knobs:
+    space = space_of(from_dict({**kept, "env": env}), tune_batch=True)
+    for one in space.parameters:
         assert len(set(one.values)) == len(one.values) > 1
 
 
 def test_what_the_user_has_set_stays_with_another_batch() -> None:
     sac = config_of("sac", learning={"batch_unrolls": 64, "replay": {"samples_per_insert": 64.0}})
-    knobs = knobs_of(sac, pinned=("samples_per_insert",), tune_batch=True)
-    assert knobs.settings(choice_of(knobs, batch_unrolls=256)) == {
+    space = space_of(sac, pinned=("samples_per_insert",), tune_batch=True)
+    assert space.settings(choice_of(space, batch_unrolls=256)) == {
         "learning": {"batch_unrolls": 256}
     }
     impala = config_of(server={"queue_unrolls": 64}, learning={"batch_unrolls": 32})
-    knobs = knobs_of(impala, pinned=("queue_unrolls",), tune_batch=True)
-    assert knobs.settings(choice_of(knobs, batch_unrolls=64)) == {"learning": {"batch_unrolls": 64}}
+    space = space_of(impala, pinned=("queue_unrolls",), tune_batch=True)
+    assert space.settings(choice_of(space, batch_unrolls=64)) == {"learning": {"batch_unrolls": 64}}
 
 
 def test_one_environment_is_answered_in_one_way() -> None:
-    knobs = knobs_of(config_of("sac", server={"num_envs": 1}))
-    for part in knob(knobs, "inference_batch").values:
-        assert knobs.settings(choice_of(knobs, inference_batch=part)) == {}
+    space = space_of(config_of("sac", server={"num_envs": 1}))
+    for part in parameter(space, "inference_batch").values:
+        assert space.settings(choice_of(space, inference_batch=part)) == {}
 
 
 def test_the_time_of_compiling_is_told() -> None:
-    knobs = knobs_of()
-    (said,) = knobs.effects(choice_of(knobs, compile="on"))
+    space = space_of()
+    (said,) = space.effects(choice_of(space, compile="on"))
     assert said.startswith("compile on: a run begins by compiling")
-    assert knobs.effects(choice_of(knobs)) == []
+    assert space.effects(choice_of(space)) == []

@@ -1,6 +1,6 @@
 """Which settings of a run are tuned, between which bounds, and what a choice of them means.
 
-| knob | when | what it may be |
+| parameter | when | what it may be |
 |---|---|---|
 | num_envs | always | a quarter to four times, or to two per core; in turns, what divides a batch |
 | num_workers | worker processes step or may act | one to two per core |
@@ -14,8 +14,8 @@
 | updates_per_call | the algorithm can take several at once | 1 to 8 |
 | batch_unrolls | only if asked for | a half to four times, or, with a replay, to 16 times |
 
-What the user has set stays as it is. Most knobs change how fast a run is and not what it learns;
-those in `EFFECTS` change a little of that, and the report says so.
+What the user has set stays as it is. Most parameters change how fast a run is and not what it
+learns; those in `EFFECTS` change a little of that, and the report says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from headrace import catalog
 from headrace.config import RunConfig, merged, takes_turns
 from headrace.run.build import make_learning
 from headrace.run.pools import pool_name
-from headrace.tune.space import Choice, Knob, Space
+from headrace.tune.types import Choice, Parameter
 
 EFFECTS = {
     "num_envs": "more environments give experience that is more alike and, without a replay, older "
@@ -40,7 +40,7 @@ EFFECTS = {
     "updates_per_call": "the policy that acts is renewed after so many updates, not after each",
     "batch_unrolls": "another batch is another gradient, and may want another learning rate",
 }
-"""What a knob does to learning, where it does anything."""
+"""What a parameter does to learning, where it does anything."""
 
 _HELPS = {
     "num_envs": ("environments", "server"),
@@ -55,14 +55,14 @@ _HELPS = {
     "updates_per_call": ("learner",),
     "batch_unrolls": ("learner",),
 }
-"""Stages, as `run.report.bottleneck` names them, that may gain by a knob."""
+"""Stages, as `run.report.bottleneck` names them, that may gain by a parameter."""
 
 _ENVS_PER_CORE = 2
 _PARTS = (1, 2, 4, 8)  # the part of num_envs that is answered at once, as its divisor
 
 
 class Facts(NamedTuple):
-    """What knobs depend on besides the settings."""
+    """What a search space depends on besides the settings."""
 
     cores: int
     pool: str  # native, shm or inline: that of the environment's family, or as asked
@@ -88,13 +88,13 @@ class Facts(NamedTuple):
         )
 
 
-class Knobs:
-    """The knobs of one run: a `Space` to search, and what its choices mean as settings."""
+class SearchSpace:
+    """The search space of one run: its parameters, and what a choice of them means as settings."""
 
     def __init__(
         self, config: RunConfig, facts: Facts, *, pinned: Collection[str], tune_batch: bool
     ) -> None:
-        """Finds the knobs.
+        """Finds the parameters.
 
         Args:
             config: The defaults: a complete config.
@@ -103,14 +103,13 @@ class Knobs:
             tune_batch: Whether the learner's batch may change too.
         """
         self._config, self._facts, self._pinned = config, facts, frozenset(pinned)
-        every = _knobs(config, facts, tune_batch=tune_batch)
-        kept = [
-            knob._replace(helps=frozenset(_HELPS[knob.name]))
-            for knob in every
-            if knob.name not in pinned and len(knob.values) > 1
-        ]
-        self._default = {knob.name: knob.values[knob.default] for knob in kept}
-        self.space = Space(tuple(kept), key=self.key)
+        every = _parameters(config, facts, tune_batch=tune_batch)
+        self.parameters = tuple(
+            parameter._replace(helps=frozenset(_HELPS[parameter.name]))
+            for parameter in every
+            if parameter.name not in pinned and len(parameter.values) > 1
+        )
+        self._default = {one.name: one.values[one.default] for one in self.parameters}
 
     def key(self, choice: Choice) -> str:
         """Returns the same text for choices that are the same to the machine."""
@@ -149,7 +148,7 @@ class Knobs:
         return result
 
     def effects(self, choice: Choice) -> list[str]:
-        """Says what a choice changes besides speed, a sentence for each knob."""
+        """Says what a choice changes besides speed, a sentence for each parameter."""
         changed = [
             f"{name} {choice[name]}: {effect}"
             for name, effect in EFFECTS.items()
@@ -176,48 +175,48 @@ def laid_over(config: Any, settings: Mapping[str, Any]) -> Any:
     return dataclasses.replace(config, **values)
 
 
-def _knobs(config: RunConfig, facts: Facts, *, tune_batch: bool) -> list[Knob]:
-    """Returns all knobs that apply, those that promise most first."""
+def _parameters(config: RunConfig, facts: Facts, *, tune_batch: bool) -> list[Parameter]:
+    """Returns all parameters that apply, those that promise most first."""
     # Environments in torch are answered all at once, by the server that they live beside.
     cores, overlap = facts.cores, not facts.turns and facts.pool != "device"
     serves = config.inference == "server"
-    knobs = [_num_envs(config, facts)]
+    found = [_num_envs(config, facts)]
     if facts.pool == "shm" or overlap:
         workers = config.workers.num_workers
         counts = (1, cores // 2, cores - 1, cores, cores + cores // 2, 2 * cores)
-        knobs.append(_knob("num_workers", counts, workers, instead_of=workers or cores))
+        found.append(_count("num_workers", counts, workers, instead_of=workers or cores))
     if overlap and serves and not config.server.inference_batch:
-        knobs.append(Knob("inference_batch", _PARTS, _PARTS.index(2)))
+        found.append(Parameter("inference_batch", _PARTS, _PARTS.index(2)))
     threads = config.compute_threads
     counts = tuple(2**power for power in range(cores.bit_length()))
-    knobs.append(_knob("compute_threads", (*counts, cores), threads, facts.compute_threads))
+    found.append(_count("compute_threads", (*counts, cores), threads, facts.compute_threads))
     other = "off" if facts.compiled else "on"
-    knobs.append(_switch("compile", config.compile, other))
+    found.append(_switch("compile", config.compile, other))
     if facts.pool == "native":
         threads = config.env_threads
         counts = (cores // 2, cores - 1, cores, cores + 1, cores + cores // 2, 2 * cores)
-        knobs.append(_knob("env_threads", counts, threads, threads or cores))
+        found.append(_count("env_threads", counts, threads, threads or cores))
     # What the user wants of the server cannot be had from workers.
     if overlap and not config.server.inference_batch:
-        knobs.append(_switch("inference", config.inference, "worker" if serves else "server"))
+        found.append(_switch("inference", config.inference, "worker" if serves else "server"))
     if facts.pool == "shm" and overlap:
         groups = config.workers.groups_per_worker
-        knobs.append(_knob("groups_per_worker", (1, 2, 3, 4), groups, groups))
+        found.append(_count("groups_per_worker", (1, 2, 3, 4), groups, groups))
     if facts.bfloat16:
         other = "float32" if facts.half_precision else "bfloat16"
-        knobs.append(_switch("precision", config.precision, other))
+        found.append(_switch("precision", config.precision, other))
     at_once = getattr(config.learning, "updates_per_call", None)
     if at_once is not None:
-        knobs.append(_knob("updates_per_call", (1, 2, 4, 8), at_once, at_once))
+        found.append(_count("updates_per_call", (1, 2, 4, 8), at_once, at_once))
     if tune_batch and not facts.turns and hasattr(config.learning, "batch_unrolls"):
         batch = config.learning.batch_unrolls
         most = 16 if _replay_of(config) else 4
         sizes = tuple(batch * 2**power // 2 for power in range(most.bit_length() + 1))
-        knobs.append(_knob("batch_unrolls", sizes, batch, batch))
-    return knobs
+        found.append(_count("batch_unrolls", sizes, batch, batch))
+    return found
 
 
-def _num_envs(config: RunConfig, facts: Facts) -> Knob:
+def _num_envs(config: RunConfig, facts: Facts) -> Parameter:
     now = config.server.num_envs
     most = max(4 * now, _ENVS_PER_CORE * facts.cores)
     counts = [now // 4, now // 2, *(now * 2**power for power in range((most // now).bit_length()))]
@@ -225,19 +224,19 @@ def _num_envs(config: RunConfig, facts: Facts) -> Knob:
         # Whole rounds of unrolls make a batch: what is learned from is of the newest weights.
         batch = getattr(config.learning, "batch_unrolls", now)
         counts = [count for count in counts if count > 0 and batch % count == 0]
-    return _knob("num_envs", tuple(counts), now, now)
+    return _count("num_envs", tuple(counts), now, now)
 
 
-def _knob(name: str, values: tuple[int, ...], default: int, instead_of: int) -> Knob:
-    """Returns a knob of counts in their order, `default` in the place of what it amounts to."""
+def _count(name: str, values: tuple[int, ...], default: int, instead_of: int) -> Parameter:
+    """Returns a parameter of ordered counts, `default` in the place of what it amounts to."""
     counts = sorted({count for count in values if count > 0} | {instead_of})
     index = counts.index(instead_of)
     counts[index] = default
-    return Knob(name, tuple(counts), index)
+    return Parameter(name, tuple(counts), index)
 
 
-def _switch(name: str, default: str, other: str) -> Knob:
-    return Knob(name, (default, other), 0)
+def _switch(name: str, default: str, other: str) -> Parameter:
+    return Parameter(name, (default, other), 0)
 
 
 def _replay_of(config: RunConfig) -> Any:
