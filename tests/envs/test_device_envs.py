@@ -20,6 +20,8 @@ CASES = [
     ("catch", {"truncate_after": 9}),  # the ball is down then
     ("pointmass", {"episode_steps": 6}),
     ("pointmass", {"episode_steps": 1}),
+    ("recall", {}),
+    ("recall", {"delay_steps": 0, "num_cues": 5}),
 ]
 
 

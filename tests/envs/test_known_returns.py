@@ -1,23 +1,27 @@
 """Catch and Recall: what they do at each step, and that the best return can be reached."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from headrace.envs import catch, recall
-from headrace.envs.catch import CATCH, Catch, CatchConfig
+from headrace.envs.catch import CATCH, CatchConfig
 from headrace.envs.draws import draw, stream_keys
-from headrace.envs.recall import RECALL, Recall, RecallConfig
+from headrace.envs.recall import RECALL, RecallConfig
+from headrace.envs.toys import ToyEnv
 from headrace.errors import ConfigError
 
 ALL = np.arange(3, dtype=np.int32)
 
 
-def make_catch(*, truncate_after: int = 0, seed: int = 0) -> Catch:
+def make_catch(*, truncate_after: int = 0, seed: int = 0) -> ToyEnv:
     config = CatchConfig(truncate_after=truncate_after)
     return CATCH.make("catch", config, num_envs=3, batch_size=3, threads=1, seed=seed)
 
 
-def make_recall(*, delay_steps: int, num_cues: int = 2) -> Recall:
+def make_recall(*, delay_steps: int, num_cues: int = 2) -> ToyEnv:
     config = RecallConfig(delay_steps=delay_steps, num_cues=num_cues)
     return RECALL.make("recall", config, num_envs=3, batch_size=3, threads=1, seed=0)
 
@@ -157,3 +161,18 @@ def test_draws_are_those_of_splitmix64() -> None:
 def test_settings_out_of_range_are_refused(config_type: type, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         config_type(**wrong)
+
+
+def test_workers_step_them_without_torch() -> None:
+    code = """
+import sys
+from headrace import catalog
+for name in ("catch", "pointmass", "recall"):
+    family = catalog.environment_family(name)
+    config = family.config_type()
+    env = family.make(name, config, num_envs=3, batch_size=3, threads=1, seed=0)
+    rows = env.reset()
+    env.step(rows.env_id, rows.reward[:, None] if env.spec.action_shape else rows.run_id)
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

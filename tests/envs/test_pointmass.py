@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from headrace.envs import pointmass
-from headrace.envs.pointmass import POINTMASS, PointMass, PointMassConfig, best_return
+from headrace.envs.pointmass import POINTMASS, PointMassConfig, best_return
+from headrace.envs.toys import ToyEnv
 from headrace.errors import ConfigError
 from headrace.pools.inline import InlinePool
 
 
-def make(num_envs: int = 3, *, steps: int = 50, seed: int = 0, first_env: int = 0) -> PointMass:
+def make(num_envs: int = 3, *, steps: int = 50, seed: int = 0, first_env: int = 0) -> ToyEnv:
     return POINTMASS.make(
         "pointmass",
         PointMassConfig(episode_steps=steps),
@@ -95,7 +96,7 @@ def test_a_subset_steps_alone() -> None:
 
 
 def test_starts_cover_the_square_and_hang_on_seed_number_and_episode() -> None:
-    def starts(env: PointMass) -> np.ndarray:
+    def starts(env: ToyEnv) -> np.ndarray:
         ids = np.arange(env.num_envs, dtype=np.int32)
         still = np.zeros((len(ids), 2), np.float32)
         shown = [env.reset().observation]

@@ -101,12 +101,13 @@ def test_a_learner_that_hangs_ends_the_run(tmp_path: Path) -> None:
 
 
 FRAGILE = """
-    from headrace.envs.catch import Catch, CatchFamily
+    from headrace.envs.catch import CatchFamily
+    from headrace.envs.toys import NUMPY, ToyEnv
     from headrace.errors import ConfigError
 
-    class Fragile(Catch):
+    class Fragile(ToyEnv):
         def step(self, env_id, action):
-            if self._episode.max() > 20:
+            if self.snapshot()["episode"].max() > 20:
                 raise RuntimeError("the bridge broke")
             return super().step(env_id, action)
 
@@ -118,13 +119,11 @@ FRAGILE = """
             return super().spec("catch", config)
 
         def make(self, name, config, *, num_envs, first_env=0, seed, **_):
-            kind = Fragile if first_env else Catch
+            kind = Fragile if first_env else ToyEnv
             if first_env and self.at_start:
                 raise ConfigError("the bridge was never built")
-            spec = self.spec(name, config)
-            return kind(
-                spec, num_envs=num_envs, truncate_after=0, seed=seed, first_env=first_env
-            )
+            spec, rules = self.spec(name, config), self.rules(config, NUMPY)
+            return kind(spec, rules, num_envs=num_envs, seed=seed, first_env=first_env)
 
     LATER, AT_START = Family(at_start=False), Family(at_start=True)
 """

@@ -35,6 +35,7 @@ CASES = [
     ("inline", "recall"),
     ("inline", "worker_envs:ECHO"),
     ("device", "catch"),
+    ("device", "recall"),
     ("shm", "catch"),
     ("shm", "worker_envs:ECHO"),
     ("grpc", "catch"),

@@ -11,7 +11,7 @@ import torch
 
 from headrace.envs.catch import CATCH, CatchConfig
 from headrace.envs.device import DeviceEnv, Moved, State
-from headrace.envs.device_catch import DeviceCatch
+from headrace.envs.device_toys import DeviceToy, torch_arrays
 from headrace.envs.gymnasium import GYMNASIUM
 from headrace.errors import ConfigError
 from headrace.pools.device import DevicePool, named
@@ -111,7 +111,7 @@ def test_compiled_it_does_the_same_and_is_compiled_once(monkeypatch: pytest.Monk
             assert torch.equal(ours, theirs)
 
 
-class Careless(DeviceCatch):
+class Careless(DeviceToy):
     """Shows one tensor under two names, and others that are views of little memory."""
 
     def begin(self) -> dict[str, torch.Tensor]:
@@ -120,9 +120,9 @@ class Careless(DeviceCatch):
 
 
 def test_tensors_that_stay_in_place_are_nobody_elses() -> None:
-    spec = CATCH.spec("catch", CONFIG)
+    spec, rules = CATCH.spec("catch", CONFIG), CATCH.rules(CONFIG, torch_arrays("cpu"))
     pool, other = (
-        DevicePool(Careless(spec, num_envs=NUM_ENVS, truncate_after=5, seed=1), batch_size=BATCH)
+        DevicePool(Careless(spec, rules, num_envs=NUM_ENVS, seed=1), batch_size=BATCH)
         for _ in range(2)
     )
     pool.stay_in_place(finals=True)
@@ -133,7 +133,7 @@ def test_tensors_that_stay_in_place_are_nobody_elses() -> None:
     assert {name: value.data_ptr() for name, value in named(pool.state, pool.rows)} == places
 
 
-class Remembering(DeviceCatch):
+class Remembering(DeviceToy):
     """Keeps where the paddle was, in the tensor that had it then."""
 
     def begin(self) -> State:
@@ -151,10 +151,9 @@ class Remembering(DeviceCatch):
 
 
 def test_in_place_a_tensor_may_move_from_name_to_name() -> None:
-    spec = CATCH.spec("catch", CONFIG)
+    spec, rules = CATCH.spec("catch", CONFIG), CATCH.rules(CONFIG, torch_arrays("cpu"))
     pool, other = (
-        DevicePool(Remembering(spec, num_envs=2, truncate_after=5, seed=1), batch_size=1)
-        for _ in range(2)
+        DevicePool(Remembering(spec, rules, num_envs=2, seed=1), batch_size=1) for _ in range(2)
     )
     pool.stay_in_place(finals=True)
     rng = np.random.default_rng(0)

@@ -22,13 +22,14 @@ from headrace.run.policy import Policy
 
 ENDLESS = """
 from headrace.envs.catch import Catch, CatchFamily
+from headrace.envs.toys import NUMPY, ToyEnv
 
-class Endless(Catch):
+class InTheAir(Catch):
+    def step(self, state, action):
+        return super().step({**state, "ball_row": 0 * state["ball_row"]}, action)
+
+class Endless(ToyEnv):
     closed = 0
-
-    def step(self, env_id, action):
-        self._ball_row[env_id] = 0
-        return super().step(env_id, action)
 
     def close(self):
         Endless.closed += 1
@@ -38,7 +39,8 @@ class Family(CatchFamily):
         return super().spec("catch", config)
 
     def make(self, name, config, *, num_envs, batch_size, threads, seed, first_env=0):
-        return Endless(self.spec(name, config), num_envs=num_envs, truncate_after=0, seed=seed)
+        rules = InTheAir(NUMPY, truncate_after=0)
+        return Endless(self.spec(name, config), rules, num_envs=num_envs, seed=seed)
 
 FAMILY = Family()
 """

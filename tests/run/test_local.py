@@ -340,12 +340,12 @@ def test_what_ends_the_server_ends_the_run(
 
 
 FRAGILE = """
-    import numpy as np
-    from headrace.envs.catch import Catch, CatchFamily
+    from headrace.envs.catch import CatchFamily
+    from headrace.envs.toys import NUMPY, ToyEnv
 
-    class Fragile(Catch):
+    class Fragile(ToyEnv):
         def step(self, env_id, action):
-            if self._episode.max() > 20:
+            if self.snapshot()["episode"].max() > 20:
                 raise RuntimeError("the bridge broke")
             return super().step(env_id, action)
 
@@ -354,7 +354,8 @@ FRAGILE = """
             return super().spec("catch", config)
 
         def make(self, name, config, *, num_envs, batch_size, threads, seed):
-            return Fragile(self.spec(name, config), num_envs=num_envs, truncate_after=0, seed=seed)
+            spec, rules = self.spec(name, config), self.rules(config, NUMPY)
+            return Fragile(spec, rules, num_envs=num_envs, seed=seed)
 
     FAMILY = Family()
 """

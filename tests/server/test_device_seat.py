@@ -312,7 +312,6 @@ def test_slots_that_come_back_in_disorder_are_refused() -> None:
     ("settings", "words"),
     [
         ({"env": "CartPole-v1"}, "not written in torch"),
-        ({"env": "recall"}, "not written in torch"),
         ({"env": "catch", "lockstep": False, "inference": "worker"}, "--inference worker"),
         ({"env": "catch", "server": {"inference_batch": 2}}, "--inference-batch"),
     ],

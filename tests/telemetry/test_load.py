@@ -1,166 +1,175 @@
-"""What kernel and GPU driver count, read from files and from a driver that are made up."""
+"""What kernel and GPU driver count, from processes, cores and a driver that are made up."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections import namedtuple
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from headrace.telemetry.load import Driver, LoadMeter, core_ticks, process_ticks, tree_ticks
+from headrace.telemetry import load
+from headrace.telemetry.load import GpuLoad, LoadMeter, cores_s, tree_s
 
-STAT = """\
-cpu  1000 0 0 3000 0 0 0 0 0 0
-cpu0 100 20 30 400 50 6 7 8 9 10
-cpu1 1 2 3 4 5 6 7 8 0 0
-cpu10 1000 0 0 1000 0 0 0 0 0 0
-intr 5 6 7
-ctxt 99
-"""
+LinuxCore = namedtuple(
+    "LinuxCore", "user nice system idle iowait irq softirq steal guest guest_nice"
+)
+MacCore = namedtuple("MacCore", "user nice system idle")
 
 
-def stat_line(name: str, times: tuple[int, int, int, int]) -> str:
-    return f"12 ({name}) R 1 1 1 0 -1 4194304 99 0 0 0 {' '.join(map(str, times))} 20 0 1 0 77 88\n"
+class FakeProcess:
+    """Stands for psutil.Process; one without times has ended already."""
+
+    def __init__(self, *times: float, children: tuple[FakeProcess, ...] = ()) -> None:
+        self._times, self._children = times, children
+
+    def cpu_times(self) -> tuple[float, ...]:
+        if not self._times:
+            raise psutil.NoSuchProcess(1)
+        return self._times
+
+    def children(self, recursive: bool) -> tuple[FakeProcess, ...]:
+        assert recursive
+        return self._children
 
 
-def write_process(
-    proc: Path, pid: int, times: tuple[int, int, int, int], children: dict[int, list[int]]
+def test_a_tree_has_itself_its_descendants_and_those_that_ended(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Makes the files of one process; `children` by the thread that started them."""
-    for thread, started in children.items():
-        folder = proc / str(pid) / "task" / str(thread)
-        folder.mkdir(parents=True)
-        (folder / "children").write_text("".join(f"{child} " for child in started), "ascii")
-    (proc / str(pid) / "stat").write_text(stat_line("some process", times), "utf-8")
+    # The fifth number, where there is one, is time spent waiting for a disk.
+    children = (FakeProcess(10, 20, 0, 0, 99), FakeProcess(), FakeProcess(0, 0, 100, 200, 99))
+    monkeypatch.setattr(psutil, "Process", lambda: FakeProcess(children=children))
+    monkeypatch.setattr(os, "times", lambda: (1.0, 2.0, 3.0, 4.0, 1e9))
+    assert tree_s() == 340
 
 
-@pytest.mark.parametrize("name", ["python", "two words", "a) R 1 (b", "é"])
-def test_time_of_a_process_whatever_its_name(name: str) -> None:
-    assert process_ticks(stat_line(name, (1000, 200, 30, 4))) == 1234
-
-
-def test_a_tree_has_all_its_descendants_once(tmp_path: Path) -> None:
-    write_process(tmp_path, 1, (1, 0, 0, 0), {1: [2], 11: [3]})
-    write_process(tmp_path, 2, (10, 0, 0, 0), {2: []})
-    write_process(tmp_path, 3, (100, 0, 0, 0), {3: [4]})
-    write_process(tmp_path, 4, (0, 1000, 20000, 300000), {4: [99]})  # 99 is gone already
-    write_process(tmp_path, 5, (7, 7, 7, 7), {5: []})  # somebody else's
-    assert tree_ticks(tmp_path, 1) == 321_111
-    assert tree_ticks(tmp_path, 99) == 0
-
-
-def test_a_kernel_that_does_not_list_children_still_counts_the_process(tmp_path: Path) -> None:
-    write_process(tmp_path, 1, (5, 0, 0, 0), {1: [2]})
-    (tmp_path / "1" / "task" / "1" / "children").unlink()
-    assert tree_ticks(tmp_path, 1) == 5
-
-
-def test_cores_that_are_busy() -> None:
+def test_cores_that_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [
+        LinuxCore(100, 20, 30, 400, 50, 6, 7, 8, 9, 10),
+        LinuxCore(1, 2, 3, 4, 5, 6, 7, 8, 0, 0),
+    ]
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: times)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     # All but idle and waiting for a disk, and guests are within user time.
-    assert core_ticks(STAT, {0}) == (171, 621)
-    assert core_ticks(STAT, {0, 1}) == (171 + 27, 621 + 36)
-    assert core_ticks(STAT, {10}) == (1000, 2000)
-    assert core_ticks("", {0}) == core_ticks(STAT, {7}) == (0, 0)
+    assert cores_s() == (171, 621)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert cores_s() == (171 + 27, 621 + 36)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7})  # the others are switched off
+    assert cores_s() == (0, 0)
 
 
-def set_clocks(proc: Path, process_s: float, busy: int, idle: int) -> None:
-    own = proc / str(os.getpid())
-    (own / "task").mkdir(parents=True, exist_ok=True)
-    ticks = round(process_s * os.sysconf("SC_CLK_TCK"))
-    (own / "stat").write_text(stat_line("x", (ticks, 0, 0, 0)), "ascii")
-    lines = [f"cpu{core} {busy} 0 0 {idle} 0 0 0 0" for core in os.sched_getaffinity(0)]
-    (proc / "stat").write_text("\n".join(lines), "ascii")
+def test_where_no_process_is_bound_to_cores_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [MacCore(1, 2, 3, 4)] * 2)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores_s() == (12, 20)
 
 
-def test_loads_are_those_of_the_interval(tmp_path: Path) -> None:
-    set_clocks(tmp_path, 100.0, 1000, 1000)
-    meter = LoadMeter([torch.device("cpu")], 50.0, proc=tmp_path)
-    set_clocks(tmp_path, 107.0, 1300, 1100)
+def test_loads_are_those_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_clocks(process_s: float, busy_s: float, idle_s: float) -> None:
+        monkeypatch.setattr(load, "tree_s", lambda: process_s)
+        monkeypatch.setattr(load, "cores_s", lambda: (busy_s, busy_s + idle_s))
+
+    set_clocks(100.0, 1000, 1000)
+    meter = LoadMeter([torch.device("cpu")], 50.0)
+    set_clocks(107.0, 1300, 1100)
     assert meter.read(50.1) == {}  # too short to say anything
     assert meter.read(54.0) == {"cpu_load": 1.75, "cpu_load_machine": 0.75}
-    set_clocks(tmp_path, 109.0, 1300, 1200)
+    set_clocks(109.0, 1300, 1200)
     assert meter.read(54.1) == {"cpu_load": 1.75, "cpu_load_machine": 0.75}
     assert meter.read(55.0) == {"cpu_load": 2.0, "cpu_load_machine": 0.0}
-    set_clocks(tmp_path, 108.0, 1300, 1200)  # a child has gone, and is not yet counted
+    set_clocks(108.0, 1300, 1200)  # a child has gone, and is not yet counted
     assert meter.read(56.0) == {"cpu_load": 0.0}
 
 
-def test_without_proc_the_process_itself_is_measured(tmp_path: Path) -> None:
-    meter = LoadMeter([], 0.0, proc=tmp_path / "none")
-    until_s = time.process_time() + 0.05
+def test_this_machine_says_what_it_does() -> None:
+    meter = LoadMeter([], 0.0)
+    until_s = time.process_time() + 0.1
     while time.process_time() < until_s:
         pass
     loads = meter.read(1.0)
-    assert loads.keys() == {"cpu_load"}
+    assert loads.keys() == {"cpu_load", "cpu_load_machine"}
     assert 0.05 <= loads["cpu_load"] < 5.0
+    assert 0.0 < loads["cpu_load_machine"] <= 1.0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_work_of_a_child_counts_while_it_lives_and_after() -> None:
     burn = "import time, sys\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
-    before = tree_ticks(Path("/proc"), os.getpid())
-    own_s = time.process_time()
+    before_s, own_s = tree_s(), time.process_time()
     with subprocess.Popen(
         [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        alive = tree_ticks(Path("/proc"), os.getpid())
+        alive_s = tree_s()
         child.communicate(b"\n", timeout=30)
-    ended = tree_ticks(Path("/proc"), os.getpid())
-    ticks_per_s = os.sysconf("SC_CLK_TCK")
-    of_child = 0.25 * ticks_per_s
-    own = (time.process_time() - own_s) * ticks_per_s
-    assert alive - before >= of_child
-    assert ended >= alive
-    assert ended - before - own >= of_child
+    ended_s = tree_s()
+    own_s = time.process_time() - own_s
+    assert alive_s - before_s >= 0.25
+    assert ended_s >= alive_s
+    assert ended_s - before_s - own_s >= 0.25
 
 
 class FakeNvml:
-    """Stands for the driver's library; every call returns 0 or an error."""
+    """Stands for the module of the driver's counters; fails where it is told to."""
 
-    def __init__(self, percent: dict[bytes, int], **errors: int) -> None:
-        self._percent, self._errors = percent, errors
+    class NVMLError(Exception):
+        pass
 
-    def nvmlInit_v2(self) -> int:  # noqa: N802
-        return self._errors.get("start", 0)
+    def __init__(self, percent: dict[str, int], fails: str = "") -> None:
+        self._percent, self._fails = percent, fails
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:  # noqa: N802
+    def _maybe_fail(self, what: str) -> None:
+        if what == self._fails:
+            raise self.NVMLError(what)
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self._maybe_fail("init")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
         if uuid not in self._percent:
-            return 6
-        handle._obj.value = 1 + list(self._percent).index(uuid)
-        return 0
+            raise self.NVMLError("not found")
+        return self._percent[uuid]
 
-    def nvmlDeviceGetUtilizationRates(self, handle: ctypes.c_void_p, used: Any) -> int:  # noqa: N802
-        assert handle.value is not None
-        used._obj.gpu = list(self._percent.values())[handle.value - 1]
-        return self._errors.get("rates", 0)
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:  # noqa: N802
+        self._maybe_fail("rates")
+        return SimpleNamespace(gpu=handle, memory=0)
 
 
-def test_load_of_gpus_is_asked_of_the_driver() -> None:
-    nvml = FakeNvml({b"GPU-a": 40, b"GPU-b": 90})
-    assert Driver(nvml, ["b"]).load() == 0.9
-    assert Driver(nvml, ["GPU-a", "b"]).load() == pytest.approx(0.65)
+def test_load_of_gpus_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml({"GPU-a": 40, "GPU-b": 90}))
+    assert GpuLoad(["b"]).read() == 0.9
+    assert GpuLoad(["GPU-a", "b"]).read() == pytest.approx(0.65)
+    assert GpuLoad(["a slice", "a"]).read() == 0.4
 
 
 @pytest.mark.parametrize(
-    "driver",
+    ("module", "uuids"),
     [
-        Driver(None, ["a"]),
-        Driver(FakeNvml({b"GPU-a": 40}, start=9), ["a"]),
-        Driver(FakeNvml({b"GPU-a": 40}, rates=3), ["a"]),  # a slice of a GPU
-        Driver(FakeNvml({b"GPU-a": 40}), ["c"]),
-        Driver.open([]),
+        (None, ["a"]),  # what `import` takes for not installed
+        (FakeNvml({"GPU-a": 40}, fails="init"), ["a"]),  # no driver
+        (FakeNvml({"GPU-a": 40}, fails="rates"), ["a"]),  # a slice of a GPU
+        (FakeNvml({"GPU-a": 40}), ["c"]),
+        (FakeNvml({"GPU-a": 40}), []),
     ],
 )
-def test_a_driver_that_does_not_say_costs_nothing_but_the_number(driver: Driver) -> None:
-    assert driver.load() is None
+def test_a_driver_that_does_not_say_costs_nothing_but_the_number(
+    monkeypatch: pytest.MonkeyPatch, module: FakeNvml | None, uuids: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert GpuLoad(uuids).read() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
+@pytest.mark.skipif(sys.platform == "darwin", reason="has no such package")
+def test_the_real_module_says_nothing_without_a_driver(capfd: pytest.CaptureFixture[str]) -> None:
+    assert GpuLoad(["a"]).read() is None
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.gpu

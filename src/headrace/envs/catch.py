@@ -11,13 +11,11 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 
-from headrace.envs.base import first_rows
-from headrace.envs.draws import draw, stream_keys
+from headrace.envs import toys
+from headrace.envs.toys import Array, Arrays, Moved, State
 from headrace.errors import ConfigError
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
 
 ROWS = 10
 COLUMNS = 5
@@ -38,86 +36,50 @@ class CatchConfig:
 
 
 class Catch:
-    """N boards; where a ball starts depends only on seed, board and number of the episode."""
+    """The rules; where a ball starts depends only on seed, board and number of the episode."""
 
-    def __init__(
-        self, spec: EnvSpec, *, num_envs: int, truncate_after: int, seed: int, first_env: int = 0
-    ) -> None:
-        self.spec = spec
-        self.num_envs = num_envs
-        self._truncate_after = truncate_after
-        self._key = stream_keys(seed, first_env + num_envs)[first_env:]
-        self._episode = np.full(num_envs, -1, dtype=np.int64)
-        self._ball_row = np.zeros(num_envs, dtype=np.int64)
-        self._ball_column = np.zeros(num_envs, dtype=np.int64)
-        self._paddle = np.zeros(num_envs, dtype=np.int64)
+    def __init__(self, xp: Arrays, *, truncate_after: int) -> None:
+        self.xp = xp
+        # In the last row the ball ends the game, not the clock.
+        self.truncates = 0 < truncate_after < ROWS - 1
+        # The ball falls one row a step, so its row is the number of steps made; it never has ROWS.
+        self._truncated_at = truncate_after or ROWS
+        # Every board there can be: looking one up costs half of what drawing it does.
+        cells = np.arange(ROWS * COLUMNS)
+        boards = np.zeros((ROWS * COLUMNS, COLUMNS, ROWS * COLUMNS), dtype=np.float32)
+        boards[cells, :, cells] = 1.0
+        paddles = np.arange(COLUMNS)
+        boards[:, paddles, (ROWS - 1) * COLUMNS + paddles] = 1.0
+        self._boards = xp.table(boards.reshape(-1, ROWS * COLUMNS))
 
-    def reset(self) -> EnvStep:
-        """Starts a new episode on every board."""
-        env_id = np.arange(self.num_envs, dtype=np.int32)
-        self._begin(env_id)
-        return first_rows(self._draw_boards(env_id))
-
-    def step(self, env_id: NDArray[np.int32], action: NDArray[np.int64]) -> EnvStep:
-        """Moves paddles (0 left, 1 stay, 2 right), then balls, one cell each."""
-        self._paddle[env_id] = np.clip(self._paddle[env_id] + action - 1, 0, COLUMNS - 1)
-        self._ball_row[env_id] += 1
-        terminated = self._ball_row[env_id] == ROWS - 1
-        caught = self._paddle[env_id] == self._ball_column[env_id]
-        truncated = self._out_of_time(env_id) & ~terminated
-        ended = terminated | truncated
-        observation, final_observation = self._draw_boards(env_id), None
-        if ended.any():
-            final_observation = observation.copy()
-            self._begin(env_id[ended])
-            observation[ended] = self._draw_boards(env_id[ended])
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(len(env_id), dtype=np.int64),
-            observation=observation,
-            reward=np.where(terminated, np.where(caught, 1, -1), 0).astype(np.float32),
-            reset=ended,
-            terminated=terminated,
-            truncated=truncated,
-            final_observation=final_observation,
-        )
-
-    def snapshot(self) -> dict[str, NDArray[np.generic]]:
-        """Returns boards and random streams."""
-        return {name: value.copy() for name, value in self._state().items()}
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Puts back what `snapshot` gave."""
-        for name, value in self._state().items():
-            value[:] = state[name]
-
-    def _state(self) -> dict[str, NDArray[np.generic]]:
+    def start(self, key: Array, episode: Array) -> State:
+        """The ball is in the first row, the paddle in the middle."""
+        zero = self.xp.zeros_like(episode)
         return {
-            "key": self._key,
-            "episode": self._episode,
-            "ball_row": self._ball_row,
-            "ball_column": self._ball_column,
-            "paddle": self._paddle,
+            "ball_row": zero,
+            "ball_column": self.xp.draw(key, episode, COLUMNS),
+            "paddle": zero + COLUMNS // 2,
         }
 
-    def _begin(self, env_id: NDArray[np.int32]) -> None:
-        self._episode[env_id] += 1
-        self._ball_row[env_id] = 0
-        self._ball_column[env_id] = draw(self._key[env_id], self._episode[env_id], COLUMNS)
-        self._paddle[env_id] = COLUMNS // 2
+    def step(self, state: State, action: Array) -> Moved:
+        """Moves paddles (0 left, 1 stay, 2 right), then balls, one cell each."""
+        where = self.xp.where
+        paddle = self.xp.clip(state["paddle"] + action - 1, 0, COLUMNS - 1)
+        ball_row = state["ball_row"] + 1
+        terminated = ball_row == ROWS - 1
+        caught = paddle == state["ball_column"]
+        return Moved(
+            state={**state, "paddle": paddle, "ball_row": ball_row},
+            reward=where(terminated, where(caught, 1.0, -1.0), 0.0),
+            terminated=terminated,
+            truncated=ball_row >= self._truncated_at,
+        )
 
-    def _out_of_time(self, env_id: NDArray[np.int32]) -> NDArray[np.bool_]:
-        if not self._truncate_after:
-            return np.zeros(len(env_id), dtype=np.bool_)
-        # The ball falls one row a step, so its row is the number of steps made.
-        return self._ball_row[env_id] >= self._truncate_after
-
-    def _draw_boards(self, env_id: NDArray[np.int32]) -> NDArray[np.float32]:
-        boards = np.zeros((len(env_id), ROWS, COLUMNS), dtype=np.float32)
-        board = np.arange(len(env_id))
-        boards[board, self._ball_row[env_id], self._ball_column[env_id]] = 1.0
-        boards[board, ROWS - 1, self._paddle[env_id]] = 1.0
-        return boards
+    def observe(self, state: State) -> Array:
+        """Draws the boards."""
+        cell = state["ball_row"] * COLUMNS + state["ball_column"]
+        boards = self.xp.take(self._boards, cell * COLUMNS + state["paddle"])
+        return boards.reshape(-1, ROWS, COLUMNS)
 
 
 class CatchFamily:
@@ -137,52 +99,13 @@ class CatchFamily:
         """Judges whole episodes: a return that is cut short says nothing."""
         return CatchConfig()
 
-    def make(
-        self,
-        name: str,
-        config: CatchConfig,
-        *,
-        num_envs: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-        first_env: int = 0,
-    ) -> Catch:
-        """Starts `num_envs` boards; the pool cuts batches, and steps them in its own thread."""
-        spec = self.spec(name, config)
-        return Catch(
-            spec,
-            num_envs=num_envs,
-            truncate_after=config.truncate_after,
-            seed=seed,
-            first_env=first_env,
-        )
+    def rules(self, config: CatchConfig, xp: Arrays) -> Catch:
+        """Returns the rules over `xp`."""
+        return Catch(xp, truncate_after=config.truncate_after)
 
-    def make_device(
-        self,
-        name: str,
-        config: CatchConfig,
-        *,
-        num_envs: int,
-        seed: int,
-        first_env: int = 0,
-        device: str = "cpu",
-    ) -> Any:
-        """Makes the same boards in torch: an `envs.device.DeviceEnv`."""
-        # Here: workers step the numpy one, and need no torch.
-        from headrace.envs.device_catch import DeviceCatch  # noqa: PLC0415
-
-        return DeviceCatch(
-            self.spec(name, config),
-            num_envs=num_envs,
-            truncate_after=config.truncate_after,
-            seed=seed,
-            first_env=first_env,
-            device=device,
-        )
-
-    def make_view(self, name: str, config: CatchConfig, *, seed: int) -> None:
-        """A person sees what the agent sees."""
+    make = toys.make
+    make_device = toys.make_device
+    make_view = toys.make_view
 
 
 CATCH = CatchFamily()

@@ -21,11 +21,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.envs.base import first_rows
-from headrace.envs.draws import draw, stream_keys
+from headrace.envs import toys
+from headrace.envs.toys import Array, Arrays, Moved, State
 from headrace.errors import ConfigError
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
 
 STEP = 0.1
 """Time of a step, so the most that it moves along an axis; the square is [-1, 1] x [-1, 1]."""
@@ -58,68 +57,37 @@ class PointMassConfig:
 
 
 class PointMass:
-    """N points; where one starts depends only on seed, copy and number of the episode."""
+    """The rules; where a point starts depends only on seed, copy and number of the episode."""
 
-    def __init__(
-        self, spec: EnvSpec, *, num_envs: int, episode_steps: int, seed: int, first_env: int = 0
-    ) -> None:
-        self.spec = spec
-        self.num_envs = num_envs
+    truncates = True
+
+    def __init__(self, xp: Arrays, *, episode_steps: int) -> None:
+        self.xp = xp
         self._episode_steps = episode_steps
-        self._key = stream_keys(seed, first_env + num_envs)[first_env:]
-        self._episode = np.full(num_envs, -1, dtype=np.int64)
-        self._steps = np.zeros(num_envs, dtype=np.int64)
-        self._position = np.zeros((num_envs, 2), dtype=np.float32)
+        places = 2.0 * np.arange(START_PLACES) / (START_PLACES - 1) - 1.0
+        self._places = xp.table(places.astype(np.float32))
 
-    def reset(self) -> EnvStep:
-        """Starts a new episode of every point."""
-        env_id = np.arange(self.num_envs, dtype=np.int32)
-        self._begin(env_id)
-        return first_rows(self._position[env_id])
+    def start(self, key: Array, episode: Array) -> State:
+        """The point is anywhere."""
+        drawn = [self.xp.draw(key, 2 * episode + axis, START_PLACES) for axis in range(2)]
+        places = [self.xp.take(self._places, place) for place in drawn]
+        return {"steps": self.xp.zeros_like(episode), "position": self.xp.stack(places, 1)}
 
-    def step(self, env_id: NDArray[np.int32], action: NDArray[np.float32]) -> EnvStep:
+    def step(self, state: State, action: Array) -> Moved:
         """Moves the points by actions [N, 2] within [-1, 1]."""
-        moved = np.clip(self._position[env_id] + np.float32(STEP) * action, -1.0, 1.0)
-        self._position[env_id] = moved
-        self._steps[env_id] += 1
-        ended = self._steps[env_id] >= self._episode_steps
-        if ended.any():
-            self._begin(env_id[ended])
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(len(env_id), dtype=np.int64),
-            observation=self._position[env_id],
-            reward=(-STEP * np.sqrt((moved**2).sum(axis=-1))).astype(np.float32),
-            reset=ended,
-            terminated=np.zeros_like(ended),
-            truncated=ended.copy(),
-            final_observation=moved if ended.any() else None,
+        position = self.xp.clip(state["position"] + STEP * action, -1.0, 1.0)
+        steps = state["steps"] + 1
+        truncated = steps >= self._episode_steps
+        return Moved(
+            state={**state, "position": position, "steps": steps},
+            reward=-STEP * self.xp.sqrt((position**2).sum(axis=-1)),
+            terminated=self.xp.zeros_like(truncated),
+            truncated=truncated,
         )
 
-    def snapshot(self) -> dict[str, NDArray[np.generic]]:
-        """Returns points, clocks and random streams."""
-        return {name: value.copy() for name, value in self._state().items()}
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Puts back what `snapshot` gave."""
-        for name, value in self._state().items():
-            value[:] = state[name]
-
-    def _state(self) -> dict[str, NDArray[np.generic]]:
-        return {
-            "key": self._key,
-            "episode": self._episode,
-            "steps": self._steps,
-            "position": self._position,
-        }
-
-    def _begin(self, env_id: NDArray[np.int32]) -> None:
-        self._episode[env_id] += 1
-        self._steps[env_id] = 0
-        for axis in range(2):
-            count = 2 * self._episode[env_id] + axis
-            place = draw(self._key[env_id], count, START_PLACES)
-            self._position[env_id, axis] = 2.0 * place / (START_PLACES - 1) - 1.0
+    def observe(self, state: State) -> Array:
+        """Shows where the points are."""
+        return self.xp.copy(state["position"])
 
 
 class PointMassFamily:
@@ -139,51 +107,13 @@ class PointMassFamily:
         """Judges by the clock of training: the best return is known for every length."""
         return config
 
-    def make(
-        self,
-        name: str,
-        config: PointMassConfig,
-        *,
-        num_envs: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-        first_env: int = 0,
-    ) -> PointMass:
-        """Starts `num_envs` points; the pool cuts batches, and steps them in its own thread."""
-        return PointMass(
-            self.spec(name, config),
-            num_envs=num_envs,
-            episode_steps=config.episode_steps,
-            seed=seed,
-            first_env=first_env,
-        )
+    def rules(self, config: PointMassConfig, xp: Arrays) -> PointMass:
+        """Returns the rules over `xp`."""
+        return PointMass(xp, episode_steps=config.episode_steps)
 
-    def make_device(
-        self,
-        name: str,
-        config: PointMassConfig,
-        *,
-        num_envs: int,
-        seed: int,
-        first_env: int = 0,
-        device: str = "cpu",
-    ) -> Any:
-        """Makes the same points in torch: an `envs.device.DeviceEnv`."""
-        # Here: workers step the numpy one, and need no torch.
-        from headrace.envs.device_pointmass import DevicePointMass  # noqa: PLC0415
-
-        return DevicePointMass(
-            self.spec(name, config),
-            num_envs=num_envs,
-            episode_steps=config.episode_steps,
-            seed=seed,
-            first_env=first_env,
-            device=device,
-        )
-
-    def make_view(self, name: str, config: PointMassConfig, *, seed: int) -> None:
-        """A person sees what the agent sees."""
+    make = toys.make
+    make_device = toys.make_device
+    make_view = toys.make_view
 
 
 POINTMASS = PointMassFamily()

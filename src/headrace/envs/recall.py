@@ -11,13 +11,11 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 
-from headrace.envs.base import first_rows
-from headrace.envs.draws import draw, stream_keys
+from headrace.envs import toys
+from headrace.envs.toys import Array, Arrays, Moved, State
 from headrace.errors import ConfigError
 from headrace.specs import EnvSpec
-from headrace.steps import EnvStep
 
 BEST_RETURN = 1.0
 """Return of an episode where the answer was the cue."""
@@ -40,76 +38,39 @@ class RecallConfig:
 
 
 class Recall:
-    """N copies; a cue depends only on seed, copy and number of the episode."""
+    """The rules; a cue depends only on seed, copy and number of the episode."""
 
-    def __init__(
-        self, spec: EnvSpec, *, num_envs: int, delay_steps: int, seed: int, first_env: int = 0
-    ) -> None:
-        self.spec = spec
-        self.num_envs = num_envs
+    truncates = False
+
+    def __init__(self, xp: Arrays, *, delay_steps: int, num_cues: int) -> None:
+        self.xp = xp
         self._question_at = delay_steps + 1
-        self._num_cues = spec.num_actions
-        self._key = stream_keys(seed, first_env + num_envs)[first_env:]
-        self._episode = np.full(num_envs, -1, dtype=np.int64)
-        self._steps = np.zeros(num_envs, dtype=np.int64)
-        self._cue = np.zeros(num_envs, dtype=np.int64)
+        self._num_cues = num_cues
+        # All that is ever shown: each cue as one-hot, a 1 in the last place at the question, zeros.
+        self._shown = xp.table(np.eye(num_cues + 2, num_cues + 1, dtype=np.float32))
 
-    def reset(self) -> EnvStep:
-        """Starts a new episode in every copy."""
-        env_id = np.arange(self.num_envs, dtype=np.int32)
-        self._begin(env_id)
-        return first_rows(self._show(env_id))
+    def start(self, key: Array, episode: Array) -> State:
+        """Draws the cue."""
+        cue = self.xp.draw(key, episode, self._num_cues)
+        return {"steps": self.xp.zeros_like(episode), "cue": cue}
 
-    def step(self, env_id: NDArray[np.int32], action: NDArray[np.int64]) -> EnvStep:
+    def step(self, state: State, action: Array) -> Moved:
         """Takes the action for an answer where the question was shown, and ignores it elsewhere."""
-        terminated = self._steps[env_id] == self._question_at
-        right = action == self._cue[env_id]
-        self._steps[env_id] += 1
-        observation, final_observation = self._show(env_id), None
-        if terminated.any():
-            final_observation = observation.copy()
-            self._begin(env_id[terminated])
-            observation[terminated] = self._show(env_id[terminated])
-        return EnvStep(
-            env_id=env_id,
-            run_id=np.zeros(len(env_id), dtype=np.int64),
-            observation=observation,
-            reward=np.where(terminated, np.where(right, 1, -1), 0).astype(np.float32),
-            reset=terminated.copy(),
+        where = self.xp.where
+        terminated = state["steps"] == self._question_at
+        right = action == state["cue"]
+        return Moved(
+            state={**state, "steps": state["steps"] + 1},
+            reward=where(terminated, where(right, 1.0, -1.0), 0.0),
             terminated=terminated,
-            truncated=np.zeros(len(env_id), dtype=np.bool_),
-            final_observation=final_observation,
+            truncated=self.xp.zeros_like(terminated),
         )
 
-    def snapshot(self) -> dict[str, NDArray[np.generic]]:
-        """Returns cues, clocks and random streams."""
-        return {name: value.copy() for name, value in self._state().items()}
-
-    def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
-        """Puts back what `snapshot` gave."""
-        for name, value in self._state().items():
-            value[:] = state[name]
-
-    def _state(self) -> dict[str, NDArray[np.generic]]:
-        return {
-            "key": self._key,
-            "episode": self._episode,
-            "steps": self._steps,
-            "cue": self._cue,
-        }
-
-    def _begin(self, env_id: NDArray[np.int32]) -> None:
-        self._episode[env_id] += 1
-        self._steps[env_id] = 0
-        self._cue[env_id] = draw(self._key[env_id], self._episode[env_id], self._num_cues)
-
-    def _show(self, env_id: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Cue as one-hot at the first step, a 1 in the last place at the question, else zeros."""
-        shown = np.zeros((len(env_id), self._num_cues + 1), dtype=np.float32)
-        first = np.flatnonzero(self._steps[env_id] == 0)
-        shown[first, self._cue[env_id[first]]] = 1.0
-        shown[self._steps[env_id] == self._question_at, -1] = 1.0
-        return shown
+    def observe(self, state: State) -> Array:
+        """Shows the cue at the first step, the question at the last, and nothing between."""
+        where, steps = self.xp.where, state["steps"]
+        later = where(steps == self._question_at, self._num_cues, self._num_cues + 1)
+        return self.xp.take(self._shown, where(steps == 0, state["cue"], later))
 
 
 class RecallFamily:
@@ -130,25 +91,13 @@ class RecallFamily:
         """Judges under the settings of training."""
         return config
 
-    def make(
-        self,
-        name: str,
-        config: RecallConfig,
-        *,
-        num_envs: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-        first_env: int = 0,
-    ) -> Recall:
-        """Starts `num_envs` copies; the pool cuts batches, and steps them in its own thread."""
-        spec = self.spec(name, config)
-        return Recall(
-            spec, num_envs=num_envs, delay_steps=config.delay_steps, seed=seed, first_env=first_env
-        )
+    def rules(self, config: RecallConfig, xp: Arrays) -> Recall:
+        """Returns the rules over `xp`."""
+        return Recall(xp, delay_steps=config.delay_steps, num_cues=config.num_cues)
 
-    def make_view(self, name: str, config: RecallConfig, *, seed: int) -> None:
-        """A person sees what the agent sees."""
+    make = toys.make
+    make_device = toys.make_device
+    make_view = toys.make_view
 
 
 RECALL = RecallFamily()

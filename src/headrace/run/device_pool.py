@@ -50,6 +50,6 @@ def check_family(env: str, family: Any) -> None:
     """
     if not hasattr(family, "make_device"):
         raise ConfigError(
-            f"{env} is not written in torch, as catch and pointmass are: leave out --pool device, "
-            "or give its family a make_device (headrace.envs.device)"
+            f"{env} is not written in torch, as catch, pointmass and recall are: leave out "
+            "--pool device, or give its family a make_device (headrace.envs.device)"
         )

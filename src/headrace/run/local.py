@@ -140,6 +140,8 @@ def run_training(
                 say_if_short(config, parts, hooks.on_message, agent_steps=before.agent_steps)
             run.rewrite_config(to_toml(config))
             checkpoint = None  # its files are mapped, and would keep their place on the disk
+        # Before the learners meet, since W&B may take its time.
+        wandb = _start_wandb(config, run, stack, messages) if config.wandb else None
         group = None if others is None else others.connect(parts)
         if isinstance(parts.source, ActingWorkers):  # before they have weights, and begin
             most = -(-config.total_frames // parts.spec.action_repeat)
@@ -167,11 +169,6 @@ def run_training(
         if group is not None:
             meeting = Meeting(group, parts, config=config, agent_steps=before.agent_steps)
             reporter.others = meeting.read_others
-        wandb = (
-            WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
-            if config.wandb
-            else None
-        )
         writer = stack.enter_context(
             MetricsWriter(
                 run,
@@ -208,6 +205,15 @@ def run_training(
         session.save()
         session.report()
         return TrainResult(run.path, session.last_row, finished=not stop.requested)
+
+
+def _start_wandb(
+    config: RunConfig, run: RunDirectory, stack: ExitStack, messages: SimpleQueue[str]
+) -> WandbLog:
+    """Starts the W&B run; it ends as failed unless something else has closed it before `stack`."""
+    wandb = WandbLog(run.path, config.wandb, to_dict(config), on_message=messages.put)
+    stack.callback(wandb.close, failed=True)
+    return wandb
 
 
 def _say_addresses(parts: Parts, hooks: Hooks) -> None:
