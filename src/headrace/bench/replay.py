@@ -22,16 +22,7 @@ from numpy.typing import NDArray
 
 from headrace import catalog
 from headrace.bench import stages
-from headrace.bench.replay_ours import Headrace, env_spec
-from headrace.bench.replay_peers import (
-    Copy,
-    Cpprb,
-    Implementation,
-    Problem,
-    Stream,
-    TorchrlSequences,
-    TorchrlSlices,
-)
+from headrace.bench.replay_kinds import Headrace, Implementation, Problem, Stream, env_spec
 from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
@@ -63,7 +54,8 @@ class Arguments:
     batch_size: int = 64
     """Sequences of a batch."""
     implementation: tuple[str, ...] = ()
-    """Which ones; empty for all that are installed."""
+    """Which ones: headrace, torchrl, copy, or your own as module:Class; empty for all three, as far
+    as they are installed."""
     curve: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Capacities of the curve."""
     seconds: float = 5.0
@@ -79,11 +71,6 @@ class Arguments:
             seconds=self.seconds,
             curve=min(self.curve, default=1),
         )
-        for name in self.implementation:
-            if name not in IMPLEMENTATIONS:
-                raise ConfigError(
-                    f"--implementation: {catalog.nearest(name, IMPLEMENTATIONS)}, not {name!r}"
-                )
 
 
 SMOKE = Arguments(
@@ -101,12 +88,11 @@ _SMOKE_PROBLEM = Problem(
 )
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem, Stream, np.random.Generator], Implementation]] = {
-    "headrace": Headrace,
-    "torchrl": TorchrlSlices,
-    "torchrl-sequences": TorchrlSequences,
-    "cpprb": Cpprb,
-    "copy": Copy,
+_KINDS = "headrace.bench.replay_kinds"
+IMPLEMENTATIONS = {
+    "headrace": f"{_KINDS}:Headrace",
+    "torchrl": f"{_KINDS}:TorchrlSlices",
+    "copy": f"{_KINDS}:Copy",
 }
 
 
@@ -169,8 +155,9 @@ def compare(arguments: Arguments, problem: Problem) -> list[dict[str, Any]]:
     stream = Stream(problem, np.random.default_rng(0))
     made: dict[str, Implementation] = {}
     for name in arguments.implementation or IMPLEMENTATIONS:
+        make = catalog.resolve("implementation", IMPLEMENTATIONS, name)
         try:
-            made[name] = IMPLEMENTATIONS[name](problem, stream, np.random.default_rng(1))
+            made[name] = make(problem, stream, np.random.default_rng(1))
         except ConfigError as missing:
             print(f"{name} left out: {missing}", file=sys.stderr)
     if not made:
