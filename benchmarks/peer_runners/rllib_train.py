@@ -24,6 +24,7 @@ from ray.tune.registry import register_env
 from window import Window, parse_times
 
 BATCH = {"impala": 640, "sac": 256}
+UNROLL_STEPS = 20
 ENV_RUNNERS = 2
 """Processes of IMPALA that step environments and act in them."""
 
@@ -52,7 +53,9 @@ def impala() -> AlgorithmConfig:
         IMPALAConfig()
         .environment("pong")
         .env_runners(
-            num_env_runners=ENV_RUNNERS, num_envs_per_env_runner=16, rollout_fragment_length=20
+            num_env_runners=ENV_RUNNERS,
+            num_envs_per_env_runner=16,
+            rollout_fragment_length=UNROLL_STEPS,
         )
         .learners(num_learners=0)
         .training(train_batch_size_per_learner=BATCH["impala"], lr=6e-4)
@@ -108,7 +111,8 @@ def main() -> None:
         if not trained:
             continue
         if args.algorithm == "impala":
-            measured = window.update_ended(trained)
+            # RLlib counts the row that only bootstraps, one to each unroll.
+            measured = window.update_ended(trained * UNROLL_STEPS // (UNROLL_STEPS + 1))
         else:
             stepped = int(result["env_runners"]["num_env_steps_sampled_lifetime"])
             measured = window.update_ended(stepped, trained // BATCH["sac"])
