@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 
 from headrace import catalog
@@ -27,6 +26,7 @@ from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    parsed,
     print_rows,
     run_config,
 )
@@ -105,15 +105,9 @@ class Rates(NamedTuple):
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    smoke = "--smoke" in argv
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if smoke else Arguments(),
-        prog="headrace bench replay",
-    )
+    arguments = parsed("replay", argv, Arguments(), smoke=SMOKE)
     keep_memory()
-    base = _SMOKE_PROBLEM if smoke else Problem()
+    base = _SMOKE_PROBLEM if arguments.output.smoke else Problem()
     problem = replace(base, capacity=arguments.capacity, batch_size=arguments.batch_size)
     threads = _learner_threads(arguments.compute_threads, problem)
     with ExitStack() as stack:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,9 @@ from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.run.complete import complete
+
+Asked = TypeVar("Asked")
+"""Arguments of a benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +55,17 @@ class OutputArguments:
     """Print one JSON object and nothing else."""
     smoke: bool = False
     """Run everything for a moment, on catch unless --env is given; the numbers mean nothing."""
+
+
+def parsed(name: str, argv: Sequence[str], usual: Asked, *, smoke: Asked) -> Asked:
+    """Returns what `argv` asks of the benchmark `name`, over what is usual, or over `smoke`."""
+    return tyro.cli(
+        type(usual),
+        config=(tyro.conf.OmitArgPrefixes,),
+        args=argv,
+        default=smoke if "--smoke" in argv else usual,
+        prog=f"headrace bench {name}",
+    )
 
 
 def run_config(

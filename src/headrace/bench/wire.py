@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from headrace.bench.settings import OutputArguments, cell, check_positive
+from headrace.bench.settings import OutputArguments, cell, check_positive, parsed
 from headrace.bench.wire_ours import messages
 from headrace.bench.wire_tally import TIMEOUT_S, Task
 from headrace.bench.wire_turn import IMPLEMENTATIONS, ends_of
@@ -86,12 +85,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench wire",
-    )
+    arguments = parsed("wire", argv, Arguments(), smoke=SMOKE)
     import_grpc()  # if it is missing, that is said here and not by every turn
     rows = []
     for in_flight in arguments.in_flight:
