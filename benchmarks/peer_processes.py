@@ -80,12 +80,14 @@ def result_anywhere(said: str) -> dict[str, Any]:
     """Returns the last JSON object with a rate that a runner of ours printed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or its rate is zero.
     """
     lines = [line for line in said.splitlines() if line.startswith("{")]
     for line in reversed(lines):
         if "agent_steps_per_s" in line:
             result: dict[str, Any] = json.loads(line)
+            if not result["agent_steps_per_s"] > 0:
+                raise ValueError("it learned from nothing in its window")
             return result
     raise ValueError("it printed no agent_steps_per_s")
 

@@ -103,13 +103,14 @@ def main() -> None:
     own = impala() if args.algorithm == "impala" else sac(args.env, args.learning_starts)
     algorithm = own.reporting(min_time_s_per_iteration=1).build_algo()
     window = Window(warmup_s=args.warmup_s, seconds=args.seconds)
-    measured = False
+    learned, measured = 0, False
     while not measured:
         result = algorithm.train()
         learners = result.get("learners", {}).get("default_policy", {})
         trained = int(learners.get("num_module_steps_trained_lifetime", 0))
-        if not trained:
+        if trained == learned:  # an iteration can end without an update
             continue
+        learned = trained
         if args.algorithm == "impala":
             # RLlib counts the row that only bootstraps, one to each unroll.
             measured = window.update_ended(trained * UNROLL_STEPS // (UNROLL_STEPS + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -138,3 +139,14 @@ def test_a_mistake_is_one_sentence(argv: tuple[str, ...], said: str) -> None:
     assert ended.stderr.count("\n") == 1
     assert said in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_runner_that_learned_from_nothing_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    read = importlib.import_module("peer_processes").result_anywhere
+    line = '{"agent_steps_per_s": 3.5, "agent_steps": 7}'
+    assert read(f"loading\n{line}\nbye {{}}\n")["agent_steps_per_s"] == 3.5
+    with pytest.raises(ValueError, match="learned from nothing"):
+        read(line.replace("3.5", "0.0"))
+    with pytest.raises(ValueError, match="printed no agent_steps_per_s"):
+        read("{}")

@@ -26,22 +26,12 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from headrace.bench.settings import check_rates
 from headrace.errors import ConfigError
 
 CORES, ACCELERATOR = "cores", "accelerator"
 _SECONDS_PER_HOUR = 3600.0
 _RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the balanced number of cores
-
-
-def check_rates(**rates: float | None) -> None:
-    """Refuses what no stage can have; None is unknown.
-
-    Raises:
-        ConfigError: names the first that is not a positive, finite number.
-    """
-    for name, rate in rates.items():
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"{name} must be a positive number, not {rate:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -144,6 +145,17 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+
+
+def check_rates(**rates: float | None) -> None:
+    """Refuses what no stage can have; None is unknown.
+
+    Raises:
+        ConfigError: names the first that is not a positive, finite number.
+    """
+    for name, rate in rates.items():
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"{name} must be a positive number, not {rate:g}")
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:

@@ -25,7 +25,6 @@ from headrace.bench.plan import (
     Rates,
     Transport,
     arrangements,
-    check_rates,
     measured_rates,
     outlook,
     read_json,
@@ -33,7 +32,7 @@ from headrace.bench.plan import (
     saving,
     together,
 )
-from headrace.bench.settings import PolicyArguments, cell
+from headrace.bench.settings import PolicyArguments, cell, check_rates
 from headrace.errors import ConfigError
 
 HELP = """Says what frames cost, from what each stage does alone and what your machines cost.
