@@ -181,7 +181,8 @@ def make_plan(arguments: Arguments) -> Plan:
     """
     machine, given = arguments.machine, arguments.given
     prices, transport = prices_of(machine), transport_of(arguments)
-    if arguments.measures and arguments.measure.on_gpu():
+    accelerated = given.inference is not None or given.learner is not None
+    if accelerated or (arguments.measures and arguments.measure.on_gpu()):
         check_accelerator_priced(machine)  # before minutes are spent
     if arguments.measures:
         measured = measure_now(arguments)
