@@ -225,7 +225,7 @@ def as_shown(row: Mapping[str, Any]) -> dict[str, str]:
         return "" if row[name] is None else f"{row[name]:.2f}"
 
     return {
-        "": row["implementation"],
+        "": row["implementation"].rpartition(":")[2],  # module:Class would be cut
         "sampled per s": f"{row['sampled_sequences_per_s']:,.0f} ±{row['sampled_spread'] / 2:.0%}",
         "x torchrl": ratio("times_torchrl"),
         "x copy": ratio("share_of_copy"),
