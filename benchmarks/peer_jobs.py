@@ -10,17 +10,22 @@ from pathlib import Path
 
 RUNNERS = Path(__file__).resolve().parent / "peer_runners"
 SAC_ENV = "HalfCheetah-v5"
+_HALF_CHEETAH = ("--env", SAC_ENV)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """One line of the table."""
 
-    passes: int
-    """Times that each sample goes through a gradient; compare like with like."""
+    passes: float | None
+    """Times that each sample goes through a gradient; compare like with like. None: it says so."""
     flags: tuple[str, ...] = ()
     peer: str | None = None
-    """Name in PEERS; None is headrace."""
+    """Name in PEERS; None is headrace, or a script."""
+    script: Path | None = None
+    """A user's own, which says on its last line how fast it was."""
+    judged: bool = True
+    """Whether a runner can also train until a return."""
     extra: bool = False
     """Whether it runs only when named: a variant of a peer that was found to be slower."""
 
@@ -30,8 +35,9 @@ class Job:
     """One task, and all that can be compared at it."""
 
     contestants: dict[str, Contestant]
-    runners: dict[str, str]
-    """Script in `peer_runners` of each peer, run with the Python of that peer's environment."""
+    runners: dict[str, tuple[str, ...]]
+    """Script in `peer_runners` of each peer, run with the Python of that peer's environment, and
+    flags of every call."""
     frames_per_step: int
 
 
@@ -64,6 +70,17 @@ PEERS = {
         "imageio==2.38.1",
         "packaging==26.3",
     ),
+    "rllib": (
+        "torch==2.13.0",
+        "ray[rllib]==2.60.0",
+        "gymnasium==1.2.2",
+        "numpy==2.4.6",
+        "ale-py==0.12.1",
+        "opencv-python-headless==5.0.0.93",
+        "mujoco==4.0.0",
+        "imageio==2.38.1",
+        "packaging==26.3",
+    ),
     "sample-factory": (
         "torch==2.13.0",
         "sample-factory==2.1.1",
@@ -78,10 +95,15 @@ PONG = Job(
         "headrace": Contestant(passes=1),
         "headrace-float32": Contestant(passes=1, flags=("--precision", "float32")),
         "sample-factory-appo": Contestant(passes=1, peer="sample-factory"),
+        "rllib-impala": Contestant(passes=1, peer="rllib"),
         "sb3-ppo-1-epoch": Contestant(passes=1, peer="sb3", flags=("--epochs", "1")),
         "sb3-ppo": Contestant(passes=4, peer="sb3", flags=("--epochs", "4")),
     },
-    runners={"sb3": "sb3_ppo.py", "sample-factory": "sample_factory_appo.py"},
+    runners={
+        "sb3": ("sb3_ppo.py",),
+        "sample-factory": ("sample_factory_appo.py",),
+        "rllib": ("rllib_train.py", "--algorithm", "impala"),
+    },
     frames_per_step=4,
 )
 # Batches of 256 and one update per step: each transition is sampled 256 times on average. Threads
@@ -94,17 +116,26 @@ SAC = Job(
         "headrace-eager": Contestant(passes=256, flags=("--compile", "off")),
         "sb3": Contestant(passes=256, peer="sb3"),
         "sbx": Contestant(passes=256, peer="sbx"),
+        "rllib": Contestant(passes=256, peer="rllib", judged=False),
         "sb3-1-thread": Contestant(passes=256, peer="sb3", flags=("--threads", "1"), extra=True),
         "sbx-8-at-once": Contestant(passes=256, peer="sbx", flags=("--at-once", "8"), extra=True),
     },
-    runners={"sb3": "sb3_sac.py", "sbx": "sb3_sac.py"},
+    runners={
+        "sb3": ("sb3_sac.py", *_HALF_CHEETAH, "--library", "sb3"),
+        "sbx": ("sb3_sac.py", *_HALF_CHEETAH, "--library", "sbx"),
+        "rllib": ("rllib_train.py", *_HALF_CHEETAH, "--algorithm", "sac"),
+    },
     frames_per_step=1,
 )
 JOBS = {"pong": PONG, "sac": SAC}
 
 
 def make_environment(name: str, cache: Path) -> Path:
-    """Returns the Python of a peer's environment, made unless it is there with these versions."""
+    """Returns the Python of a peer's environment, made unless it is there with these versions.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: it cannot be made here.
+    """
     packages = PEERS[name]
     folder = cache.resolve() / name
     python, stamp = folder / "bin" / "python", folder / "installed.txt"

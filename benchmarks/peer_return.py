@@ -72,7 +72,7 @@ def until_return(
                 trained_s = time.time() - launched_s - paused_s
                 fresh = set(trial.checkpoints.glob("agent_steps_*")) - seen
                 if not seen and not fresh and trained_s > start_timeout_s:
-                    raise failure(trial.training, "no checkpoint", said)
+                    raise failure(trial.training, "it wrote no checkpoint", said)
                 if trained_s > max_seconds:
                     return _result(None, curve, trained_s)
                 if not fresh:
@@ -130,4 +130,4 @@ def _answer(
         if line.startswith("{"):
             returns: list[float] = json.loads(line)["returns"]
             return returns
-    raise failure(command, evaluator.poll() or "silent", judged)
+    raise failure(command, evaluator.poll() or "it fell silent", judged)

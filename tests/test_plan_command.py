@@ -160,6 +160,14 @@ def test_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert any("no accelerator was measured" in note for note in plan["notes"])
 
 
+def test_a_price_is_missed_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.bench.end_to_end.measure", lambda _: pytest.fail("measured"))
+    argv = ("catch", "--device", "cpu", "--learner", "5", "--price-per-core-hour", "1")
+    assert "say what an accelerator costs" in mistake(capsys, *argv)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

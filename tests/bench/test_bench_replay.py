@@ -6,16 +6,17 @@ import json
 import math
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from headrace import catalog
 from headrace.bench import command
 from headrace.bench.replay import IMPLEMENTATIONS, Rates, in_turns, row_of
-from headrace.bench.replay_ours import segment
-from headrace.bench.replay_peers import Problem, Stream
+from headrace.bench.replay_kinds import Implementation, Problem, Stream, segment
 from headrace.errors import ConfigError
 
 PROBLEM = Problem(
@@ -28,8 +29,28 @@ PROBLEM = Problem(
     frame_shape=(3, 5),
     state_size=2,
 )
-MODULES = {"torchrl": "torchrl", "torchrl-sequences": "torchrl", "cpprb": "cpprb"}
-INSTALLED = [name for name in IMPLEMENTATIONS if not (m := MODULES.get(name)) or find_spec(m)]
+SEQUENCES, CPPRB = "replay_peers:TorchrlSequences", "replay_peers:Cpprb"  # of benchmarks/
+MODULES = {"torchrl": "torchrl", SEQUENCES: "torchrl", CPPRB: "cpprb"}
+
+
+def installed(*names: str) -> list[str]:
+    return [name for name in names if not (m := MODULES.get(name)) or find_spec(m)]
+
+
+OURS = installed(*IMPLEMENTATIONS)
+INSTALLED = installed("headrace", "torchrl", SEQUENCES, CPPRB, "copy")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PYTHONPATH=benchmarks."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def made_of(name: str) -> Implementation:
+    make = catalog.resolve("implementation", IMPLEMENTATIONS, name)
+    made: Implementation = make(PROBLEM, stream(), np.random.default_rng(1))
+    return made
 
 
 def stream() -> Stream:
@@ -45,7 +66,7 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     result = printed(capsys)
-    assert [row["implementation"] for row in result["rows"]] == INSTALLED
+    assert [row["implementation"] for row in result["rows"]] == OURS
     for row in result["rows"]:
         assert row.keys() >= {"capacity", "bytes_per_batch", "share_of_copy", "times_torchrl"}
         for name in ("sampled_sequences_per_s", "inserted_sequences_per_s", "bytes_per_step"):
@@ -55,6 +76,12 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < point["sample_us"] < math.inf for point in result["curve"])
     assert result["setting"]["threads"] >= 1
     assert torch.get_num_threads() == threads
+
+
+def test_others_take_part_by_their_module(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "--seconds", "0.05", "--implementation", *INSTALLED)["rows"]
+    assert [row["implementation"] for row in rows] == INSTALLED
+    assert all(row["sampled_sequences_per_s"] > 0 for row in rows)
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,8 +98,8 @@ def test_what_is_not_installed_is_left_out_with_the_way_to_have_it(
     command.run(["replay", "--smoke", "--json", "--seconds", "0.05", "--implementation", "copy"])
     assert not capsys.readouterr().err
     with pytest.raises(ConfigError, match="nothing is left"):
-        command.run(["replay", "--smoke", "--implementation", "cpprb"])
-    assert 'cpprb left out: no module cpprb: pip install "headrace[bench]"' in (
+        command.run(["replay", "--smoke", "--implementation", CPPRB])
+    assert 'replay_peers:Cpprb left out: no module cpprb: pip install "headrace[bench]"' in (
         capsys.readouterr().err
     )
 
@@ -92,7 +119,7 @@ def test_mistakes(argv: tuple[str, ...], said: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in INSTALLED if name != "copy"])
 def test_every_one_delivers_rows_of_one_environment_in_their_order(name: str) -> None:
-    made = IMPLEMENTATIONS[name](PROBLEM, stream(), np.random.default_rng(1))
+    made = made_of(name)
     stored = 0
     # TorchRL's slices may cross the place that is written next, once it has come around.
     while stored < PROBLEM.capacity * (0.5 if name == "torchrl" else 2.5):
@@ -110,7 +137,7 @@ def test_every_one_delivers_rows_of_one_environment_in_their_order(name: str) ->
 def test_all_deliver_at_least_the_bytes_of_the_copy() -> None:
     delivered = {}
     for name in INSTALLED:
-        made = IMPLEMENTATIONS[name](PROBLEM, stream(), np.random.default_rng(1))
+        made = made_of(name)
         for _ in range(PROBLEM.capacity // PROBLEM.inserted_sequences):
             made.insert()
         delivered[name] = sum(part.nbytes for part in made.sample())
@@ -118,7 +145,7 @@ def test_all_deliver_at_least_the_bytes_of_the_copy() -> None:
 
 
 def test_the_copy_reads_memory_that_was_written() -> None:
-    copy = IMPLEMENTATIONS["copy"](PROBLEM, stream(), np.random.default_rng(1))
+    copy = made_of("copy")
     first = copy.sample()[0].copy()
     # Untouched memory reads as zeros, and the first reading of it is slow: no wall for others.
     assert len(np.unique(first)) > 100

@@ -15,7 +15,6 @@ from headrace.bench.plan import (
     Rates,
     Transport,
     arrangements,
-    cost_of_frames,
     outlook,
     point_at,
     saving,
@@ -52,15 +51,9 @@ SEED_TABLE = (
 
 
 def dollars(row: Published) -> float:
-    return cost_of_frames(
-        1e9,
-        env_frames_per_s=row.env_frames_per_s,
-        cores=row.cores,
-        accelerators=row.accelerators,
-        prices=Prices(
-            per_core_hour=CORE_PRICE, per_accelerator_hour=row.price_per_accelerator_hour
-        ),
-    )
+    prices = Prices(CORE_PRICE, row.price_per_accelerator_hour)
+    hours = 1e9 / row.env_frames_per_s / 3600
+    return hours * prices.per_hour(cores=row.cores, accelerators=row.accelerators)
 
 
 @pytest.mark.parametrize("row", SEED_TABLE, ids=lambda row: row.name)
@@ -214,7 +207,7 @@ def test_transport_takes_cores_money_and_sets_a_limit() -> None:
     travelling = Transport(nbytes_per_agent_step=1e4, agent_steps_per_s=400.0, cores=2.0)
     central = by_name(RATES, travelling)["central"]
     assert central.rate("cores") == pytest.approx(1 / (1 / 100 + 2 / 400))
-    prices = dataclasses.replace(PRICES, per_gigabyte=5.0)
+    prices = PRICES._replace(per_gigabyte=5.0)
     seen = looked_at(central, prices=prices)
     assert seen.points[-1].limits == "transport"  # 400 of the 800 that the accelerator could
     machines = looked_at(central)
@@ -242,8 +235,3 @@ def test_efficiency_slows_everything_alike() -> None:
 def test_what_is_no_rate_is_refused(rate: float) -> None:
     with pytest.raises(ConfigError, match="inference must be a positive number"):
         dataclasses.replace(RATES, inference=rate)
-
-
-def test_what_is_no_price_is_refused() -> None:
-    with pytest.raises(ConfigError, match="per_core_hour must not be negative"):
-        Prices(per_core_hour=-0.1)

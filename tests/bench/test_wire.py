@@ -16,6 +16,7 @@ from headrace.bench.wire_tally import Tally
 from headrace.errors import ConfigError
 
 SCALE = Path(__file__).parents[2] / "benchmarks" / "scale.py"
+BENCHMARKED = ("THREADS", "RPC", "RPC_TCP")
 
 pytest.importorskip("grpc")
 
@@ -35,7 +36,7 @@ def check(row: dict[str, Any], envs: int) -> None:
 
 @pytest.mark.net
 def test_wire(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["headrace", "grpc-threads"]
+    names = ["headrace", "grpc-asyncio"]
     ours, bare = measured(capsys, "--implementations", *names, "--envs", "16")
     assert [ours["name"], bare["name"]] == names
     for row in (ours, bare):
@@ -47,8 +48,11 @@ def test_wire(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.net
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpc-asyncio", "ray-actor", "torch-rpc", "torch-rpc-tcp"])
-def test_what_others_use(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["ray-actor", *(f"wire_peers:{name}" for name in BENCHMARKED)])
+def test_what_others_use(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCALE.parent))
     if name == "ray-actor":
         pytest.importorskip("ray")
     (row,) = measured(capsys, "--implementations", name, "--in-flight", "2")

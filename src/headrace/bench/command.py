@@ -21,7 +21,7 @@ usage: headrace bench NAME …
   inference    the server without environments, over batch sizes and precisions
   learner      the learner without a server, over batch sizes
   replay       sequences in and out of the replay, beside those of others and a plain copy
-  wire         frames from process to process: pools/grpc beside bare gRPC, Ray and torch's rpc
+  wire         frames from process to process: pools/grpc beside bare gRPC streams and Ray
 
 All take --json, --seconds, and --smoke (seconds in all; numbers that mean nothing).
 `headrace bench NAME --help` explains one."""

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -39,18 +38,18 @@ from headrace.bench.settings import (
     cell,
     check_positive,
     learning_settings,
+    parsed,
     run_config,
 )
 from headrace.config import RunConfig, takes_turns
 from headrace.learner.loop import Learner
 from headrace.resources import usable_cores
 from headrace.run.beside import more_threads
-from headrace.run.build import Parts, build, network_name
+from headrace.run.build import Parts, network_name
 from headrace.run.local import train_in_turns, train_overlapped
 from headrace.run.pools import make_pool
 from headrace.run.report import Reporter, Row
 from headrace.run.system import keep_memory
-from headrace.run.warmup import warm_up
 from headrace.server.device_seat import DeviceSeat
 from headrace.telemetry.metrics import EpisodeStats, Waits
 
@@ -125,12 +124,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench end-to-end",
-    )
+    arguments = parsed("end-to-end", argv, Arguments(), smoke=SMOKE)
     result = measure(arguments)
     if arguments.output.json:
         print(json.dumps(result))
@@ -261,7 +255,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     keep_memory()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        parts = ready(config)
+        parts = stages.ready(config)
         stack.callback(parts.close)
         window = train(
             parts,
@@ -272,7 +266,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         parts.close()  # its threads or workers would take the ceilings' time
         alone = parts
         if config.inference == "worker":  # what acts there is measured here
-            alone = ready(dataclasses.replace(config, inference="server"))
+            alone = stages.ready(dataclasses.replace(config, inference="server"))
             alone.close()
         torch.set_num_threads(1)
         ceiling = measure_ceiling(
@@ -282,22 +276,6 @@ def measure(arguments: Arguments) -> dict[str, Any]:
             seconds=arguments.ceiling_s,
         )
     return result_of(config, parts, window, ceiling)
-
-
-def ready(config: RunConfig) -> Parts:
-    """Builds what a run has, and compiles what it compiles."""
-    parts = build(
-        config,
-        resume_count=0,
-        on_episodes=lambda *_: None,
-        on_eval_episodes=lambda *_: None,
-    )
-    torch.set_num_threads(parts.compute.threads)
-    try:
-        return warm_up(parts) if parts.compute.needs_warm_up else parts
-    except BaseException:
-        parts.close()
-        raise
 
 
 def train(parts: Parts, *, turns: bool, warmup_s: float, seconds: float) -> Window:

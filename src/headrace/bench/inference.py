@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from headrace.bench import stages
 from headrace.bench.settings import (
@@ -15,10 +14,10 @@ from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    parsed,
     print_rows,
     run_config,
 )
-from headrace.run.build import build
 from headrace.run.system import choose_device, choose_precision, keep_memory
 
 
@@ -47,12 +46,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench inference",
-    )
+    arguments = parsed("inference", argv, Arguments(), smoke=SMOKE)
     keep_memory()
     rows: list[dict[str, Any]] = []
     for precision in precisions(arguments.precision, choose_device(arguments.policy.device)):
@@ -76,15 +70,9 @@ def measure(arguments: Arguments, precision: str) -> list[dict[str, Any]]:
     rows = []
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        parts = build(
-            config,
-            resume_count=0,
-            on_episodes=lambda *_: None,
-            on_eval_episodes=lambda *_: None,
-        )
+        parts = stages.ready(config, compiling=False)
         parts.training.pool.close()
         compute = parts.compute
-        torch.set_num_threads(compute.threads)
         for size in arguments.batch_size:
             if compute.compiled:
                 torch.compiler.reset()  # it keeps code for a few shapes only

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from headrace.bench import stages
 from headrace.bench.settings import (
@@ -21,13 +20,12 @@ from headrace.bench.settings import (
     check_positive,
     has_replay,
     learning_settings,
+    parsed,
     print_rows,
     run_config,
 )
 from headrace.errors import ConfigError
-from headrace.run.build import build
 from headrace.run.system import keep_memory
-from headrace.run.warmup import warm_up
 
 _FILLING_ENVS = 32  # environments of the free pool that fills the unrolls
 _BATCHES = (160, 320, 640, 1280, 2560)  # samples
@@ -69,12 +67,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench learner",
-    )
+    arguments = parsed("learner", argv, Arguments(), smoke=SMOKE)
     keep_memory()
     policy = arguments.policy
     sizes = learning_settings(policy.algorithm, unroll_steps=arguments.steps, batch_unrolls=None)
@@ -109,23 +102,14 @@ def measure(arguments: Arguments, batch_unrolls: int | None) -> dict[str, Any]:
     )
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        parts = build(
-            config,
-            resume_count=0,
-            on_episodes=lambda *_: None,
-            on_eval_episodes=lambda *_: None,
-        )
+        parts = stages.ready(config)
         parts.training.pool.close()
-        compute = parts.compute
-        torch.set_num_threads(compute.threads)
-        if compute.needs_warm_up:
-            parts = warm_up(parts)
         experience = parts.algorithm.experience
         timing = stages.learner_alone(config, parts, arguments.seconds, num_envs=_FILLING_ENVS)
     return {
-        "device": str(compute.device),
-        "threads": compute.threads,
-        "precision": str(compute.precision).removeprefix("torch."),
+        "device": str(parts.compute.device),
+        "threads": parts.compute.threads,
+        "precision": str(parts.compute.precision).removeprefix("torch."),
         "compiled": parts.compute.compiled,
         "batch_samples": experience.samples_per_update // experience.passes,
         "batch_unrolls": experience.batch_unrolls,

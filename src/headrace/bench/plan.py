@@ -16,11 +16,17 @@ what an all-reduce of gradients takes is not counted. Weights that travel to wor
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
+import tyro
+
+from headrace.bench.settings import check_rates
 from headrace.errors import ConfigError
 
 CORES, ACCELERATOR = "cores", "accelerator"
@@ -28,74 +34,54 @@ _SECONDS_PER_HOUR = 3600.0
 _RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the balanced number of cores
 
 
-def check_rates(**rates: float | None) -> None:
-    """Refuses what no stage can have; None is unknown.
-
-    Raises:
-        ConfigError: names the first that is not a positive, finite number.
-    """
-    for name, rate in rates.items():
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"{name} must be a positive number, not {rate:g}")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What the stages do alone. None is what nobody has measured."""
+    """What each stage does alone, where you know it; over what files and measurements say."""
 
-    environment_per_core: float
+    environment_per_core: float | None = None
     """Agent steps/s that one core steps."""
     inference: float | None = None
     """Agent steps/s that one accelerator answers, doing nothing else."""
     learner: float | None = None
     """Samples/s that one accelerator learns from, doing nothing else."""
     inference_per_core: float | None = None
-    """Agent steps/s that one core answers."""
+    """Agent steps/s that one core answers, doing nothing else."""
     learner_per_core: float | None = None
-    """Samples/s that one core learns from."""
-    samples_per_agent_step: float = 1.0
-    """Samples through the gradient for every agent step."""
-    frames_per_agent_step: float = 1.0
-    """Environment frames of one agent step: the action repeat."""
-    efficiency: float = 1.0
-    """Share of what the stages allow together that runs reach."""
+    """Samples/s that one core learns from, doing nothing else."""
+    samples_per_agent_step: float | None = None
+    """Samples through the gradient for every agent step; None for what was measured, or 1."""
+    frames_per_agent_step: Annotated[float | None, tyro.conf.arg(name="action-repeat")] = None
+    """Environment frames of one agent step; None for what was measured, or 1."""
+    efficiency: float | None = None
+    """Share of what the stages allow together that runs reach; None for what was measured, or 1."""
 
     def __post_init__(self) -> None:
-        check_rates(**{name: getattr(self, name) for name in self.__slots__})
-        if self.efficiency > 1:
+        for name, rate in self.known().items():
+            flag = "action_repeat" if name == "frames_per_agent_step" else name
+            check_rates(**{f"--{flag.replace('_', '-')}": rate})
+        if (self.efficiency or 0.0) > 1:
             raise ConfigError(f"efficiency must be at most 1, not {self.efficiency:g}")
 
+    def known(self) -> dict[str, float]:
+        """Returns those that are known, by name."""
+        return {name: rate for name in self.__slots__ if (rate := getattr(self, name)) is not None}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Transport:
+
+class Transport(NamedTuple):
     """What travels between machines, and what that takes."""
 
-    nbytes_per_agent_step: float
-    """Bytes to the server and back."""
-    agent_steps_per_s: float
-    """Most that one server takes."""
-    cores: float
-    """Cores that both ends kept busy with that."""
-    gbit_per_s: float | None = None
-    """Network of one server; None for more than enough."""
-
-    def __post_init__(self) -> None:
-        check_rates(**{name: getattr(self, name) for name in self.__slots__})
+    nbytes_per_agent_step: float  # to the server and back
+    agent_steps_per_s: float  # most that one server takes
+    cores: float  # that both ends kept busy with that
+    gbit_per_s: float | None = None  # network of one server; None for more than enough
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prices:
+class Prices(NamedTuple):
     """In whatever money the user thinks."""
 
     per_core_hour: float
     per_accelerator_hour: float = 0.0
     per_gigabyte: float = 0.0  # 1e9 bytes through the network
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            price = getattr(self, name)
-            if not (math.isfinite(price) and price >= 0):
-                raise ConfigError(f"price {name} must not be negative, but is {price:g}")
 
     def per_hour(self, *, cores: float, accelerators: float) -> float:
         """What machines cost for an hour, idle or not."""
@@ -144,17 +130,19 @@ class Point(NamedTuple):
         return self.cores / self.accelerators if self.accelerators else None
 
 
-def cost_of_frames(
-    env_frames: float,
-    *,
-    env_frames_per_s: float,
-    cores: float,
-    accelerators: float,
-    prices: Prices,
-) -> float:
-    """Returns what so many frames cost on machines that make them at this rate."""
-    hours = env_frames / env_frames_per_s / _SECONDS_PER_HOUR
-    return hours * prices.per_hour(cores=cores, accelerators=accelerators)
+class Outlook(NamedTuple):
+    """One arrangement over ratios."""
+
+    arrangement: Arrangement
+    points: list[Point]  # by cores
+    cheapest: Point
+    fastest: Point  # with the fewest cores that are as fast as any number
+
+    @property
+    def balanced_ratio(self) -> float | None:
+        """Cores per accelerator at which neither waits; None without accelerators."""
+        accelerators = self.arrangement.accelerators
+        return self.arrangement.balanced_cores() / accelerators if accelerators else None
 
 
 def arrangements(rates: Rates, transport: Transport | None, *, apart: bool) -> list[Arrangement]:
@@ -164,11 +152,19 @@ def arrangements(rates: Rates, transport: Transport | None, *, apart: bool) -> l
         rates: Of the stages.
         transport: Of steps, and as much of unrolls; None if all happens on one machine.
         apart: Inference and learner of central inference have an accelerator each.
+
+    Raises:
+        ConfigError: nobody said how fast environments are, or two stages are not known.
     """
+    if rates.environment_per_core is None:
+        raise ConfigError(
+            "no rates: name an environment to measure, or give --rates FILE, or "
+            "--environment-per-core and the other stages'"
+        )
     travelling, limits = _travelling(transport)
     nbytes = transport.nbytes_per_agent_step if transport else 0.0
     environments = {"environment": 1 / rates.environment_per_core}
-    share = rates.samples_per_agent_step
+    share = rates.samples_per_agent_step or 1.0
     found = []
     if rates.inference is not None and rates.learner is not None:
         inference, learner = {"inference": 1 / rates.inference}, {"learner": share / rates.learner}
@@ -179,16 +175,20 @@ def arrangements(rates: Rates, transport: Transport | None, *, apart: bool) -> l
         )
         seconds = {CORES: environments | travelling, **devices, **limits}
         found.append(Arrangement("central", seconds, len(devices), nbytes))
-    if rates.inference_per_core is None:
-        return found
-    acting = environments | {"inference": 1 / rates.inference_per_core}
-    if rates.learner is not None:
-        learner = {"learner": share / rates.learner}
-        seconds = {CORES: acting | travelling, ACCELERATOR: learner, **limits}
-        found.append(Arrangement("workers", seconds, 1, nbytes))
-    if rates.learner_per_core is not None:
-        acting = acting | {"learner": share / rates.learner_per_core}
-        found.append(Arrangement("processors", {CORES: acting}, 0, 0.0))
+    if rates.inference_per_core is not None:
+        acting = environments | {"inference": 1 / rates.inference_per_core}
+        if rates.learner is not None:
+            learner = {"learner": share / rates.learner}
+            seconds = {CORES: acting | travelling, ACCELERATOR: learner, **limits}
+            found.append(Arrangement("workers", seconds, 1, nbytes))
+        if rates.learner_per_core is not None:
+            acting = acting | {"learner": share / rates.learner_per_core}
+            found.append(Arrangement("processors", {CORES: acting}, 0, 0.0))
+    if not found:
+        raise ConfigError(
+            "two stages are not known: give --rates, or --inference and --learner, or "
+            "--inference-per-core and --learner-per-core"
+        )
     return found
 
 
@@ -219,17 +219,13 @@ def point_at(
     each = arrangement.rates(cores / servers)
     least = min(each, key=each.__getitem__)
     stages = arrangement.seconds[least]
-    steps_per_s = servers * each[least] * rates.efficiency
-    frames_per_s = steps_per_s * rates.frames_per_agent_step
+    steps_per_s = servers * each[least] * (rates.efficiency or 1.0)
+    frames_per_step = rates.frames_per_agent_step or 1.0
+    frames_per_s = steps_per_s * frames_per_step
     accelerators = servers * arrangement.accelerators
-    gigabytes = env_frames / rates.frames_per_agent_step * arrangement.nbytes_per_agent_step / 1e9
-    machines = cost_of_frames(
-        env_frames,
-        env_frames_per_s=frames_per_s,
-        cores=cores,
-        accelerators=accelerators,
-        prices=prices,
-    )
+    gigabytes = env_frames / frames_per_step * arrangement.nbytes_per_agent_step / 1e9
+    hours = env_frames / frames_per_s / _SECONDS_PER_HOUR
+    cost_per_hour = prices.per_hour(cores=cores, accelerators=accelerators)
     return Point(
         arrangement.name,
         cores,
@@ -238,30 +234,10 @@ def point_at(
         frames_per_s,
         max(stages, key=stages.__getitem__),
         {name: steps_per_s / servers / rate for name, rate in each.items()},
-        prices.per_hour(cores=cores, accelerators=accelerators),
-        machines + gigabytes * prices.per_gigabyte,
-        env_frames / frames_per_s / _SECONDS_PER_HOUR,
+        cost_per_hour,
+        hours * cost_per_hour + gigabytes * prices.per_gigabyte,
+        hours,
     )
-
-
-class Outlook(NamedTuple):
-    """One arrangement over ratios."""
-
-    arrangement: Arrangement
-    points: list[Point]  # by cores
-    cheapest: Point
-    fastest: Point  # with the fewest cores that are as fast as any number
-
-    @property
-    def name(self) -> str:
-        """Of the arrangement."""
-        return self.arrangement.name
-
-    @property
-    def balanced_ratio(self) -> float | None:
-        """Cores per accelerator at which neither waits; None without accelerators."""
-        accelerators = self.arrangement.accelerators
-        return self.arrangement.balanced_cores() / accelerators if accelerators else None
 
 
 def outlook(
@@ -275,17 +251,14 @@ def outlook(
 ) -> Outlook:
     """Returns costs around the best ratio of cores to accelerators, and at the present one."""
     balanced = arrangement.balanced_cores()
-    if math.isinf(balanced):  # processors alone: twice as many cost twice as much for half the time
-        tried: set[float] = {present_cores or servers}
-    else:
+    tried = {present_cores} if present_cores else set()
+    if not math.isinf(balanced):
         per_server = {max(1, math.floor(balanced * ratio)) for ratio in _RATIOS}
-        per_server.add(max(1, math.ceil(balanced)))
-        tried = {servers * cores for cores in per_server} | (
-            {present_cores} if present_cores else set()
-        )
+        tried |= {servers * cores for cores in per_server | {max(1, math.ceil(balanced))}}
+    # Processors alone: twice as many cost twice as much for half the time, so any number does.
     points = [
         point_at(arrangement, rates, prices, cores=cores, servers=servers, env_frames=env_frames)
-        for cores in sorted(tried)
+        for cores in sorted(tried or {servers})
     ]
     top = max(point.agent_steps_per_s for point in points)
     fastest = next(p for p in points if math.isclose(p.agent_steps_per_s, top, rel_tol=1e-9))
@@ -301,7 +274,121 @@ def saving(outlooks: Sequence[Outlook]) -> float | None:
 
     None where one of the two cannot be told; negative where inference on workers is cheaper.
     """
-    best = {each.name: each.cheapest.cost for each in outlooks}
+    best = {each.arrangement.name: each.cheapest.cost for each in outlooks}
     if "central" not in best or not best.get("workers"):
         return None
     return 1 - best["central"] / best["workers"]
+
+
+class MeasuredRates(NamedTuple):
+    """What one run of `headrace bench end-to-end` says."""
+
+    source: str
+    task: tuple[str, ...]  # environment, learning rule, network
+    cores: int
+    rates: Mapping[str, float]  # names as in `Rates`
+
+
+def measured_rates(result: Mapping[str, Any], source: str) -> MeasuredRates:
+    """Takes the rates from what `bench.end_to_end.measure` returned.
+
+    On an accelerator the environments were measured on all cores, else each stage on one thread.
+
+    Raises:
+        ConfigError: it is of another benchmark, or holds what no rate can be, or no core stepped
+            the environments.
+    """
+    try:
+        ceiling, cores = result["ceiling"], int(result["cores"])
+        on_accelerator = {"accelerator": True, "core-time": False}[ceiling["model"]]
+        of_ceiling = ("environment", "inference", "learner")
+        of_run = ("samples_per_agent_step", "agent_steps_per_s", "env_frames_per_s")
+        values = {name: float(ceiling[name]) for name in of_ceiling}
+        values |= {name: float(result[name]) for name in (*of_run, "share_of_ceiling")}
+        task = tuple(str(result[name]) for name in ("env", "algorithm", "network"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source} is not what `headrace bench end-to-end --json` prints"
+        ) from error
+    if on_accelerator and result.get("pool") == "device":
+        raise ConfigError(
+            f"in {source} the accelerator stepped the environments, so no cores are to be planned: "
+            "measure without --pool device"
+        )
+    check_rates(
+        **{f"{source}: {name}": value for name, value in {"cores": cores, **values}.items()}
+    )
+    suffix = "" if on_accelerator else "_per_core"
+    rates = {
+        "environment_per_core": values["environment"] / (cores if on_accelerator else 1),
+        f"inference{suffix}": values["inference"],
+        f"learner{suffix}": values["learner"] * values["samples_per_agent_step"],
+        "samples_per_agent_step": values["samples_per_agent_step"],
+        "frames_per_agent_step": values["env_frames_per_s"] / values["agent_steps_per_s"],
+        # Stages alone are measured at other times: a run may come out a little above them.
+        "efficiency": min(1.0, values["share_of_ceiling"]),
+    }
+    return MeasuredRates(source, task, cores, rates)
+
+
+def together(measured: Sequence[MeasuredRates], given: Rates) -> Rates:
+    """Returns the rates: what is given counts above all, then what the first one measured.
+
+    Raises:
+        ConfigError: they are of different tasks.
+    """
+    values = {"samples_per_agent_step": 1.0, "frames_per_agent_step": 1.0, "efficiency": 1.0}
+    for each in reversed(measured):
+        if each.task != measured[0].task:
+            raise ConfigError(
+                f"{each.source} is of {', '.join(each.task)}, but {measured[0].source} of "
+                f"{', '.join(measured[0].task)}"
+            )
+        values |= each.rates
+    return dataclasses.replace(given, **(values | given.known()))
+
+
+def read_transport(path: str) -> tuple[float, float, float | None]:
+    """Returns bytes per agent step, agent steps/s, and the cores that took, if the file knows.
+
+    The fastest row counts: what environments cost is another stage.
+
+    Raises:
+        ConfigError: there is no such file, or it is not of `bench wire` or of `bench pools` with
+            the pool grpc.
+    """
+    try:
+        rows = [
+            row
+            for row in read_json(path)["rows"]
+            if row.get("pool") == "grpc" or row.get("name") == "headrace"
+        ]
+        best = max(rows, key=lambda row: float(row["agent_steps_per_s"]))
+        per_s, nbytes_per_s = float(best["agent_steps_per_s"]), float(best["bytes_per_s"])
+        ends = [best[name] for name in ("server_cores", "host_cores") if name in best]
+        cores = None if len(ends) < 2 or None in ends else float(sum(ends))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not what `headrace bench wire --json` or `headrace bench pools --pool grpc "
+            "--json` prints"
+        ) from error
+    found = {"agent_steps_per_s": per_s, "bytes_per_s": nbytes_per_s, "cores": cores}
+    check_rates(**{f"{path}: {name}": value for name, value in found.items()})
+    return nbytes_per_s / per_s, per_s, cores
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Returns what a benchmark printed with --json into a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is of something else.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: print it with --json") from error
+    if not isinstance(result, dict):
+        raise ConfigError(f"{path} is not what a benchmark prints with --json")
+    return result

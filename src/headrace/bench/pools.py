@@ -19,6 +19,7 @@ from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    parsed,
     print_rows,
     run_config,
 )
@@ -89,12 +90,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench pools",
-    )
+    arguments = parsed("pools", argv, Arguments(), smoke=SMOKE)
     rows = []
     for env in arguments.env:
         for num_envs in arguments.envs:

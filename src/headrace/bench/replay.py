@@ -17,25 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 
 from headrace import catalog
 from headrace.bench import stages
-from headrace.bench.replay_ours import Headrace, env_spec
-from headrace.bench.replay_peers import (
-    Copy,
-    Cpprb,
-    Implementation,
-    Problem,
-    Stream,
-    TorchrlSequences,
-    TorchrlSlices,
-)
+from headrace.bench.replay_kinds import Headrace, Implementation, Problem, Stream, env_spec
 from headrace.bench.settings import (
     OutputArguments,
     PolicyArguments,
     check_positive,
+    parsed,
     print_rows,
     run_config,
 )
@@ -63,7 +54,8 @@ class Arguments:
     batch_size: int = 64
     """Draws so many sequences in a batch."""
     implementation: tuple[str, ...] = ()
-    """Names what to measure; empty takes all that are installed."""
+    """Names what to measure: headrace, torchrl, copy, or your own as module:Class; empty takes all
+    three, as far as they are installed."""
     curve: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Draws the curve over these numbers of sequences."""
     seconds: float = 5.0
@@ -80,11 +72,6 @@ class Arguments:
             seconds=self.seconds,
             curve=min(self.curve, default=1),
         )
-        for name in self.implementation:
-            if name not in IMPLEMENTATIONS:
-                raise ConfigError(
-                    f"--implementation: {catalog.nearest(name, IMPLEMENTATIONS)}, not {name!r}"
-                )
 
 
 SMOKE = Arguments(
@@ -102,12 +89,11 @@ _SMOKE_PROBLEM = Problem(
 )
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem, Stream, np.random.Generator], Implementation]] = {
-    "headrace": Headrace,
-    "torchrl": TorchrlSlices,
-    "torchrl-sequences": TorchrlSequences,
-    "cpprb": Cpprb,
-    "copy": Copy,
+_KINDS = "headrace.bench.replay_kinds"
+IMPLEMENTATIONS = {
+    "headrace": f"{_KINDS}:Headrace",
+    "torchrl": f"{_KINDS}:TorchrlSlices",
+    "copy": f"{_KINDS}:Copy",
 }
 
 
@@ -120,15 +106,9 @@ class Rates(NamedTuple):
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    smoke = "--smoke" in argv
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if smoke else Arguments(),
-        prog="headrace bench replay",
-    )
+    arguments = parsed("replay", argv, Arguments(), smoke=SMOKE)
     keep_memory()
-    base = _SMOKE_PROBLEM if smoke else Problem()
+    base = _SMOKE_PROBLEM if arguments.output.smoke else Problem()
     problem = replace(base, capacity=arguments.capacity, batch_size=arguments.batch_size)
     threads = _learner_threads(arguments.compute_threads, problem)
     with ExitStack() as stack:
@@ -170,8 +150,9 @@ def compare(arguments: Arguments, problem: Problem) -> list[dict[str, Any]]:
     stream = Stream(problem, np.random.default_rng(0))
     made: dict[str, Implementation] = {}
     for name in arguments.implementation or IMPLEMENTATIONS:
+        make = catalog.resolve("implementation", IMPLEMENTATIONS, name)
         try:
-            made[name] = IMPLEMENTATIONS[name](problem, stream, np.random.default_rng(1))
+            made[name] = make(problem, stream, np.random.default_rng(1))
         except ConfigError as missing:
             print(f"{name} left out: {missing}", file=sys.stderr)
     if not made:
@@ -245,7 +226,7 @@ def as_shown(row: Mapping[str, Any]) -> dict[str, str]:
         return "" if row[name] is None else f"{row[name]:.2f}"
 
     return {
-        "": row["implementation"],
+        "": row["implementation"].rpartition(":")[2],  # module:Class would be cut
         "sampled per s": f"{row['sampled_sequences_per_s']:,.0f} ±{row['sampled_spread'] / 2:.0%}",
         "x torchrl": ratio("times_torchrl"),
         "x copy": ratio("share_of_copy"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +16,9 @@ from headrace import catalog
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.run.complete import complete
+
+Asked = TypeVar("Asked")
+"""Arguments of a benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +58,17 @@ class OutputArguments:
     """Prints one JSON object and nothing else."""
     smoke: bool = False
     """Runs everything for a moment, on catch unless --env is given; the numbers mean nothing."""
+
+
+def parsed(name: str, argv: Sequence[str], usual: Asked, *, smoke: Asked) -> Asked:
+    """Returns what `argv` asks of the benchmark `name`, over what is usual, or over `smoke`."""
+    return tyro.cli(
+        type(usual),
+        config=(tyro.conf.OmitArgPrefixes,),
+        args=argv,
+        default=smoke if "--smoke" in argv else usual,
+        prog=f"headrace bench {name}",
+    )
 
 
 def run_config(
@@ -131,6 +147,17 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+
+
+def check_rates(**rates: float | None) -> None:
+    """Refuses what no stage can have; None is unknown.
+
+    Raises:
+        ConfigError: names the first that is not a positive, finite number.
+    """
+    for name, rate in rates.items():
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"{name} must be a positive number, not {rate:g}")
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:

@@ -33,8 +33,9 @@ from headrace.learner.feeds import FifoFeed, ReplayFeed
 from headrace.learner.loop import Learner
 from headrace.pools.base import Pool
 from headrace.records import Batch
-from headrace.run.build import Parts, exploration
+from headrace.run.build import Parts, build, exploration
 from headrace.run.experience import first_priority, make_unrolls
+from headrace.run.warmup import warm_up
 from headrace.server.acting import Actor, initial_state
 from headrace.server.device_seat import AnySeat, DeviceSeat
 from headrace.server.server import Seat
@@ -86,6 +87,22 @@ def _repeated(work: Callable[[], int], seconds: float, device: torch.device) -> 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def ready(config: RunConfig, *, compiling: bool = True) -> Parts:
+    """Builds what a run has, with its threads, and compiles what it compiles."""
+    parts = build(
+        config,
+        resume_count=0,
+        on_episodes=lambda *_: None,
+        on_eval_episodes=lambda *_: None,
+    )
+    torch.set_num_threads(parts.compute.threads)
+    try:
+        return warm_up(parts) if compiling and parts.compute.needs_warm_up else parts
+    except BaseException:
+        parts.close()
+        raise
 
 
 class RandomPlayer:

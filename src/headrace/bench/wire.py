@@ -1,4 +1,4 @@
-"""Frames from one process to another: our pool beside bare gRPC streams, Ray and torch's rpc.
+"""Frames from one process to another: our pool beside bare gRPC streams and Ray.
 
 Every implementation sends the same frames and gets the same actions back, in turns A B A B, each in
 processes of its own, so that a machine that is slower for a while is so for all.
@@ -18,16 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from headrace import catalog
-from headrace.bench.settings import OutputArguments, cell, check_positive
+from headrace.bench.settings import OutputArguments, cell, check_positive, parsed
 from headrace.bench.wire_ours import messages
 from headrace.bench.wire_tally import TIMEOUT_S, Task
-from headrace.bench.wire_turn import IMPLEMENTATIONS
-from headrace.errors import ConfigError, HeadraceError, PeerLost
+from headrace.bench.wire_turn import IMPLEMENTATIONS, ends_of
+from headrace.errors import HeadraceError, PeerLost
 from headrace.transport.grpc_common import import_grpc
 
 _START_S = 60.0  # of a turn: Ray takes some
@@ -44,14 +42,15 @@ anew, and page faults take as long as all the rest."""
 class Arguments:
     """Sends frames from a host's process to a server's, which answers with actions.
 
-    headrace is pools/grpc with its link, all but environments and policy. grpc-* are bare streams
-    of as many bytes, with the settings of our channel. ray-actor and torch-rpc call a process that
-    holds the frames; on one machine these go through shared memory, not through a socket. The
-    round trip runs from the actions leaving the server until the next frames are there.
+    headrace is pools/grpc with its link, all but environments and policy. grpc-asyncio is a bare
+    stream of as many bytes, with the settings of our channel. ray-actor calls a process that holds
+    the frames; on one machine they go through shared memory, not through a socket. The round trip
+    runs from the actions leaving the server until the next frames are there.
     """
 
     implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
-    """Names what to measure, in turns."""
+    """Names what to measure, in turns: these, or others as module:NAME
+    (`benchmarks/wire_peers.py`)."""
     envs: int = 64
     """Sends the frames of so many environments in one message."""
     frame_shape: tuple[int, ...] = (84, 84)
@@ -73,14 +72,12 @@ class Arguments:
             frame_shape=min(self.frame_shape, default=0),
         )
         for name in self.implementations:
-            if name not in IMPLEMENTATIONS:
-                nearest = catalog.nearest(name, IMPLEMENTATIONS)
-                raise ConfigError(f"--implementations: {nearest}, not {name!r}")
+            ends_of(name)  # refuses what it does not know
 
 
 SMOKE = Arguments(
     output=OutputArguments(smoke=True),
-    implementations=("headrace", "grpc-asyncio", "grpc-threads"),
+    implementations=("headrace", "grpc-asyncio"),
     in_flight=(2,),
     seconds=0.2,
     rounds=1,
@@ -89,12 +86,7 @@ SMOKE = Arguments(
 
 def run(argv: list[str]) -> None:
     """Measures what `argv` asks for and prints it."""
-    arguments = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Arguments],
-        args=argv,
-        default=SMOKE if "--smoke" in argv else Arguments(),
-        prog="headrace bench wire",
-    )
+    arguments = parsed("wire", argv, Arguments(), smoke=SMOKE)
     import_grpc()  # if it is missing, that is said here and not by every turn
     rows = []
     for in_flight in arguments.in_flight:
@@ -147,7 +139,7 @@ def row_of(task: Task, turns: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": task.implementation,
         "in_flight": task.in_flight,
-        "through": IMPLEMENTATIONS[task.implementation].through,
+        "through": ends_of(task.implementation).through,
         "agent_steps_per_s": rate,
         "spread": float(np.ptp(rates)) / rate,
         "bytes_per_s": rate / task.envs * sum(map(len, messages(task))),

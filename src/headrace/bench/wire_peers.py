@@ -1,21 +1,18 @@
-"""What others would send frames with: bare gRPC streams, Ray actors, torch.distributed.rpc.
+"""What others would send frames with: bare gRPC streams, and Ray actors.
 
 Each keeps as many messages in flight as asked, and the server reads nothing of what has come. With
-Ray and rpc the server asks, as their users do: the call takes the actions, its result is the
-frames. Both find that the two processes share a machine, and go through its memory, not through a
-socket; rpc can be told to use one all the same.
+Ray the server asks, as its users do: the call takes the actions, its result is the frames. It finds
+that the two processes share a machine, and goes through its memory, not through a socket.
+`benchmarks/wire_peers.py` has more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import itertools
 import os
 import queue
-import tempfile
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,46 +24,13 @@ from headrace.errors import ConfigError, DeadlineExceeded
 from headrace.run.cluster_ray import job_config
 from headrace.transport.grpc_common import import_grpc, shared_options
 
-_METHOD = "/bench/session"
+METHOD = "/bench/session"
+"""Of bare streams."""
 _RAY_STORE_NBYTES = 256 << 20
-_held: dict[str, Any] = {}  # frames of the host that rpc calls
-
-
-class StreamServer:
-    """A gRPC stream of bytes with a thread for it, and nothing else: no header, no copy."""
-
-    def __init__(self, task: Task) -> None:
-        grpc = import_grpc()
-        self._task = task
-        self._answer = messages(task)[1]
-        self._tally: queue.SimpleQueue[Tally] = queue.SimpleQueue()
-        self._server = grpc.server(ThreadPoolExecutor(4), options=shared_options())
-        handler = grpc.stream_stream_rpc_method_handler(self._session)
-        self._server.add_generic_rpc_handlers((_Handler(handler),))
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        tally, keys = self._tally.get(), itertools.cycle(range(self._task.in_flight))
-        for _, key in zip(requests, keys, strict=False):
-            tally.arrived(key)
-            if tally.over:
-                return
-            tally.answered(key)
-            yield self._answer
-
-    def measure(self, tally: Tally) -> None:
-        """Waits until the tally has enough."""
-        self._tally.put(tally)
-        _wait(tally, self._task)
-
-    def close(self) -> None:
-        """Ends the stream."""
-        self._server.stop(1.0).wait()
 
 
 class AsyncStreamServer:
-    """The same in gRPC's asynchronous half, which is what our own transport uses."""
+    """A stream of bytes in gRPC's asynchronous half, as our transport uses, and nothing else."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -81,7 +45,7 @@ class AsyncStreamServer:
     async def _start(self) -> str:
         self._server = self._grpc.aio.server(options=shared_options())
         handler = self._grpc.stream_stream_rpc_method_handler(self._session)
-        self._server.add_generic_rpc_handlers((_Handler(handler),))
+        self._server.add_generic_rpc_handlers((AnyMethod(handler),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         return f"127.0.0.1:{port}"
@@ -100,7 +64,7 @@ class AsyncStreamServer:
     def measure(self, tally: Tally) -> None:
         """Waits until the tally has enough."""
         self._tally.put(tally)
-        _wait(tally, self._task)
+        wait_for(tally, self._task)
 
     def close(self) -> None:
         """Ends stream and thread."""
@@ -110,28 +74,15 @@ class AsyncStreamServer:
         self._loop.close()
 
 
-class _Handler:
+class AnyMethod:
     """One method, whatever its name."""
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler
 
     def service(self, _: Any) -> Any:
+        """Gives the same handler to every call."""
         return self._handler
-
-
-def stream_host(task: Task, address: str) -> None:
-    """Sends frames through a bare stream, and again for each answer."""
-    grpc = import_grpc()
-    frames = messages(task)[0]
-    sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    for _ in range(task.in_flight):
-        sent.put(frames)
-    with grpc.insecure_channel(address, options=shared_options()) as channel:
-        call = channel.stream_stream(_METHOD)(iter(sent.get, b""))
-        for _ in call:
-            sent.put(frames)
-        sent.put(b"")
 
 
 def async_stream_host(task: Task, address: str) -> None:
@@ -143,14 +94,19 @@ async def _async_stream_host(task: Task, address: str) -> None:
     grpc = import_grpc()
     frames = messages(task)[0]
     async with grpc.aio.insecure_channel(address, options=shared_options()) as channel:
-        call = channel.stream_stream(_METHOD)()
+        call = channel.stream_stream(METHOD)()
         for _ in range(task.in_flight):
             await call.write(frames)
         while await call.read() is not grpc.aio.EOF:
             await call.write(frames)
 
 
-def _wait(tally: Tally, task: Task) -> None:
+def wait_for(tally: Tally, task: Task) -> None:
+    """Waits until a tally has enough.
+
+    Raises:
+        DeadlineExceeded: it never had.
+    """
     if not tally.finished.wait(2 * task.seconds + TIMEOUT_S):
         raise DeadlineExceeded(f"{task.implementation} did not come to an end")
 
@@ -204,70 +160,3 @@ class RayServer:
     def close(self) -> None:
         """Ends Ray."""
         self._ray.shutdown()
-
-
-class RpcServer:
-    """torch.distributed.rpc, whose other end holds frames as a tensor.
-
-    torch-rpc-tcp is told to leave shared memory alone, as if on two machines.
-    """
-
-    def __init__(self, task: Task) -> None:
-        import torch  # noqa: PLC0415 - seconds, and only needed here
-
-        torch.set_num_threads(1)
-        self._task = task
-        self._actions = torch.from_numpy(task.actions())
-        self._folder = tempfile.TemporaryDirectory()
-        self.address = f"{self._folder.name}/store"
-
-    def measure(self, tally: Tally) -> None:
-        """Calls the other end until the tally has enough."""
-        rpc = _join(self._task, self.address, rank=0)
-        task, args = self._task, (self._actions,)
-        calls = deque(
-            (key, rpc.rpc_async("host", step_rpc, args=args)) for key in range(task.in_flight)
-        )
-        while not tally.over:
-            key, call = calls.popleft()
-            call.wait()
-            tally.arrived(key)
-            tally.answered(key)
-            calls.append((key, rpc.rpc_async("host", step_rpc, args=args)))
-        for _, call in calls:
-            call.wait()
-        rpc.shutdown()
-
-    def close(self) -> None:
-        """Removes the file at which both ends met."""
-        self._folder.cleanup()
-
-
-def step_rpc(actions: Any) -> Any:
-    """Called in the host: returns frames."""
-    return _held["frames"]
-
-
-def rpc_host(task: Task, address: str) -> None:
-    """Holds frames until the server is done."""
-    import torch  # noqa: PLC0415
-
-    torch.set_num_threads(1)
-    _held["frames"] = torch.from_numpy(task.frames())
-    _join(task, address, rank=1).shutdown()
-
-
-def _join(task: Task, path: str, *, rank: int) -> Any:
-    """Returns the rpc module when both ends are there."""
-    os.environ["TP_SOCKET_IFNAME"] = "lo"
-    rpc: Any = importlib.import_module("torch.distributed.rpc")
-    sockets = {"_transports": ["uv"], "_channels": ["basic"]}
-    options = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=4,
-        rpc_timeout=TIMEOUT_S,
-        init_method=f"file://{path}",
-        **(sockets if task.implementation == "torch-rpc-tcp" else {}),
-    )
-    name = ("server", "host")[rank]
-    rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
-    return rpc

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from headrace import catalog
 from headrace.bench.wire_tally import Tally, Task, cpu_s_of
+from headrace.errors import ConfigError
 
 _OURS, _PEERS = "headrace.bench.wire_ours", "headrace.bench.wire_peers"
 
@@ -28,11 +29,22 @@ class Ends(NamedTuple):
 IMPLEMENTATIONS = {
     "headrace": Ends(f"{_OURS}:Server", f"{_OURS}:host", "loopback"),
     "grpc-asyncio": Ends(f"{_PEERS}:AsyncStreamServer", f"{_PEERS}:async_stream_host", "loopback"),
-    "grpc-threads": Ends(f"{_PEERS}:StreamServer", f"{_PEERS}:stream_host", "loopback"),
     "ray-actor": Ends(f"{_PEERS}:RayServer", "", "shared memory"),
-    "torch-rpc": Ends(f"{_PEERS}:RpcServer", f"{_PEERS}:rpc_host", "shared memory"),
-    "torch-rpc-tcp": Ends(f"{_PEERS}:RpcServer", f"{_PEERS}:rpc_host", "loopback"),
 }
+
+
+def ends_of(implementation: str) -> Ends:
+    """Returns the ends of one of these, or of another's "module:NAME", which is an `Ends`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = IMPLEMENTATIONS.get(implementation)
+    if known is None and ":" not in implementation:
+        nearest = catalog.nearest(implementation, IMPLEMENTATIONS)
+        raise ConfigError(f"--implementations: {nearest}, not {implementation!r}")
+    found: Ends = known or catalog.import_attribute("implementation", implementation)
+    return found
 
 
 def task_of(text: str) -> Task:
@@ -43,7 +55,7 @@ def task_of(text: str) -> Task:
 
 def serve(task: Task, text: str) -> dict[str, Any]:
     """Measures one implementation at the server's end."""
-    ends = IMPLEMENTATIONS[task.implementation]
+    ends = ends_of(task.implementation)
     server = catalog.import_attribute("benchmark", ends.server)(task)
     host: subprocess.Popen[bytes] | None = None
     try:
@@ -69,7 +81,7 @@ def main(argv: list[str]) -> None:
         sys.stdout.write(json.dumps(serve(task, argv[0])) + "\n")
         sys.stdout.flush()
         return
-    ends = IMPLEMENTATIONS[task.implementation]
+    ends = ends_of(task.implementation)
     host: Callable[[Task, str], None] = catalog.import_attribute("benchmark", ends.host)
     host(task, argv[1])
 

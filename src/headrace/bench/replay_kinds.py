@@ -5,12 +5,12 @@ where a sequence starts. Each stores them as its users would; what is handed ove
 the clock runs.
 
 ```
-headrace           rows once; sequences, their priorities and their state every `stride_steps`
-torchrl            rows once, each with its state and priority: a slice may start at any
-torchrl-sequences  whole sequences as entries of an ordinary prioritised buffer: shared rows twice
-cpprb              the same; it knows no other sequences
-copy               no replay: the same bytes from random places to one place, the wall for all
+headrace   rows once; sequences, their priorities and their state every `stride_steps`
+torchrl    rows once, each with its state and priority: a slice may start at any
+copy       no replay: the same bytes from random places to one place, the wall for all
 ```
+`benchmarks/replay_peers.py` has two more, and anybody's can be named as "module:Class", which is
+made and driven like these.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from headrace.errors import ConfigError
+from headrace.experience.replay import Replay, Sample
+from headrace.experience.replay_layout import ReplayLayout
+from headrace.experience.segments import Segment
+from headrace.specs import EnvSpec
 
+_CPU = torch.device("cpu")
 ACTIONS = 18
 PRIORITY_EXPONENT = 0.9
 IMPORTANCE_EXPONENT = 0.6
@@ -159,6 +165,97 @@ class Turns:
         return item
 
 
+class Headrace:
+    """Ours."""
+
+    def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
+        self._problem, self._generator = problem, generator
+        steps = problem.segment_steps
+        self._segments = Turns(
+            [segment(stream, start, steps) for start in range(0, stream.period, steps)]
+        )
+        self.replay = make_replay(problem, stream)
+        self.bytes_per_step = self.replay.bytes_per_step
+
+    def insert(self) -> int:
+        """Stores the next segment of all environments."""
+        self.store()
+        return self._problem.inserted_sequences
+
+    def store(self) -> Sample:
+        """Stores the next segment of all environments; returns the sequences that became whole."""
+        return self.replay.insert(self._segments.take())
+
+    def sample(self) -> list[Any]:
+        """Samples sequences; they come time first."""
+        sample = self.draw()
+        unrolls = self.replay.gather(sample, _CPU)
+        frames = unrolls.observation.squeeze(2).transpose(0, 1)
+        others = [part for part in unrolls[1:] if isinstance(part, torch.Tensor)]
+        return [frames, *others, *unrolls.recurrent]
+
+    def draw(self) -> Sample:
+        """Chooses a batch and gives it new priorities, without its rows."""
+        size = self._problem.batch_size
+        sample = self.replay.sample(size, self._generator)
+        priority = self._generator.random(size, np.float32)
+        self.replay.set_priority(sample.slot, sample.generation, priority)
+        return sample
+
+
+def env_spec(problem: Problem) -> EnvSpec:
+    """Returns an environment that would make such rows."""
+    return EnvSpec(
+        name="synthetic",
+        observation_space=gym.spaces.Box(0, 255, problem.frame_shape, np.uint8),
+        action_space=gym.spaces.Discrete(ACTIONS),
+    )
+
+
+def make_replay(problem: Problem, stream: Stream) -> Replay:
+    """Returns an empty replay on the CPU that keeps what R2D2 needs of each step."""
+    layout = ReplayLayout(
+        spec=env_spec(problem),
+        num_envs=problem.num_envs,
+        capacity=problem.capacity,
+        segment_steps=problem.segment_steps,
+        sequence_steps=problem.sequence_steps,
+        stride_steps=problem.stride_steps,
+        burn_in_steps=problem.sequence_steps - problem.stride_steps,
+        recurrent=tuple(torch.zeros(1, *part.shape[2:]) for part in stream.state),
+        columns=("value", "action_value"),
+    )
+    return Replay(
+        layout,
+        device=_CPU,
+        priority_exponent=PRIORITY_EXPONENT,
+        importance_exponent=IMPORTANCE_EXPONENT,
+    )
+
+
+def segment(stream: Stream, start: int, steps: int) -> Segment:
+    """Returns what the server's thread would hand over for rows `start` to `start + steps`."""
+    columns = stream.window(start, steps + 1)
+    frames, shape = columns["frame"], columns["reward"].shape
+    return Segment(
+        env_id=np.arange(shape[0]),
+        run_id=np.zeros(shape[0], np.int64),
+        frames=torch.from_numpy(frames),
+        columns={
+            "action": torch.from_numpy(columns["action"]),
+            **{name: torch.zeros(shape) for name in ("log_prob", "value", "action_value")},
+        },
+        host={
+            **{name: columns[name] for name in ("reward", "reset", "terminated", "truncated")},
+            "version": np.zeros(shape, np.int64),
+        },
+        recurrent=tuple(torch.from_numpy(part[:, 0]) for part in stream.states(start)),
+        final_frames=torch.from_numpy(frames[:0, 0]),
+        final_at=np.zeros((0, 2), np.int64),
+        final_value=torch.zeros(0),
+    )
+
+
 class Copy:
     """The bytes of a batch, copied and nothing else.
 
@@ -208,14 +305,14 @@ class TorchrlSlices:
     """
 
     def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
-        data, tensordict = _torchrl()
+        data, tensordict = import_torchrl()
         envs, steps = problem.num_envs, problem.segment_steps
         pieces = []
         for start in range(0, stream.period, steps):
             columns = stream.window(start, steps)
             columns["h"], columns["c"] = stream.states(start, steps)
             columns["stream"] = np.repeat(np.arange(envs)[:, None], steps, axis=1)
-            pieces.append(_tensordict(tensordict, columns, [envs, steps]))
+            pieces.append(tensordict_of(tensordict, columns, [envs, steps]))
         self._pieces = Turns(pieces)
         self._problem, self._generator = problem, generator
         self._buffer = data.TensorDictReplayBuffer(
@@ -252,84 +349,12 @@ class TorchrlSlices:
         return [frames, *(part for name, part in batch.items() if name != "frame")]
 
 
-class _Entries:
-    """Insertions of whole sequences: all that start at the same row of the period."""
+def import_peer(name: str) -> ModuleType:
+    """Imports a package that the extra `bench` has.
 
-    def __init__(self, problem: Problem, stream: Stream) -> None:
-        self.entries = []
-        for start in range(0, stream.period, problem.stride_steps):
-            h, c = stream.states(start)
-            columns = stream.window(start, problem.rows)
-            self.entries.append({**columns, "h": h[:, 0], "c": c[:, 0]})
-        first = self.entries[0]
-        # The buffers hold `capacity` entries as they are.
-        self.bytes_per_step = sum(part[0].nbytes for part in first.values()) / problem.stride_steps
-
-
-class TorchrlSequences:
-    """TorchRL's prioritised buffer with a whole sequence as one entry."""
-
-    def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
-        data, tensordict = _torchrl()
-        source = _Entries(problem, stream)
-        self.bytes_per_step = source.bytes_per_step
-        self._entries = Turns(
-            [_tensordict(tensordict, entry, [problem.num_envs]) for entry in source.entries]
-        )
-        self._problem, self._generator = problem, generator
-        self._buffer = data.TensorDictReplayBuffer(
-            storage=data.LazyTensorStorage(problem.capacity),
-            sampler=data.PrioritizedSampler(
-                problem.capacity, alpha=PRIORITY_EXPONENT, beta=IMPORTANCE_EXPONENT
-            ),
-            batch_size=problem.batch_size,
-        )
-
-    def insert(self) -> int:
-        """Stores the next sequence of all environments."""
-        self._buffer.extend(self._entries.take())
-        return self._problem.num_envs
-
-    def sample(self) -> list[Any]:
-        """Samples entries."""
-        batch = self._buffer.sample()
-        priority = self._generator.random(self._problem.batch_size, np.float32)
-        self._buffer.update_priority(batch["index"], torch.from_numpy(priority))
-        return [batch["frame"], *(part for name, part in batch.items() if name != "frame")]
-
-
-class Cpprb:
-    """The prioritised buffer of cpprb, a segment tree in C++, with a sequence as one entry."""
-
-    def __init__(self, problem: Problem, stream: Stream, generator: np.random.Generator) -> None:
-        cpprb = _peer("cpprb")
-        source = _Entries(problem, stream)
-        self.bytes_per_step = source.bytes_per_step
-        self._entries = Turns(source.entries)
-        self._problem, self._generator = problem, generator
-        self._buffer: Any = cpprb.PrioritizedReplayBuffer(
-            problem.capacity,
-            {
-                name: {"shape": values.shape[1:], "dtype": values.dtype}
-                for name, values in source.entries[0].items()
-            },
-            alpha=PRIORITY_EXPONENT,
-        )
-
-    def insert(self) -> int:
-        """Stores the next sequence of all environments."""
-        self._buffer.add(**self._entries.take())
-        return self._problem.num_envs
-
-    def sample(self) -> list[Any]:
-        """Samples entries."""
-        batch = self._buffer.sample(self._problem.batch_size, beta=IMPORTANCE_EXPONENT)
-        priority = self._generator.random(self._problem.batch_size, np.float32)
-        self._buffer.update_priorities(batch["indexes"], priority)
-        return [batch["frame"], *(part for name, part in batch.items() if name != "frame")]
-
-
-def _peer(name: str) -> ModuleType:
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
@@ -338,14 +363,18 @@ def _peer(name: str) -> ModuleType:
         ) from missing
 
 
-def _torchrl() -> tuple[Any, Callable[..., Any]]:
-    """Returns `torchrl.data` and the class TensorDict."""
+def import_torchrl() -> tuple[Any, Callable[..., Any]]:
+    """Returns `torchrl.data` and the class TensorDict.
+
+    Raises:
+        ConfigError: it is not installed, or does not fit this version of PyTorch.
+    """
     # A wheel of TorchRL is built for one version of PyTorch and found on many. Its segment trees
     # work with others if functions that they never call need not be found when it is loaded.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)
     try:
-        _peer("torchrl")
+        import_peer("torchrl")
         importlib.import_module("torchrl._torchrl")
         data = importlib.import_module("torchrl.data")
     except ImportError as mismatch:
@@ -358,8 +387,9 @@ def _torchrl() -> tuple[Any, Callable[..., Any]]:
     return data, importlib.import_module("tensordict").TensorDict
 
 
-def _tensordict(
+def tensordict_of(
     tensordict: Callable[..., Any], columns: dict[str, NDArray[Any]], batch_size: list[int]
 ) -> Any:
+    """Returns columns as TorchRL wants them."""
     tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
     return tensordict(tensors, batch_size=batch_size)
