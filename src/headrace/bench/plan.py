@@ -39,21 +39,23 @@ class Rates:
     """What each stage does alone, where you know it; over what files and measurements say."""
 
     environment_per_core: float | None = None
-    """Agent steps/s that one core steps."""
+    """Says how many agent steps/s one core steps."""
     inference: float | None = None
-    """Agent steps/s that one accelerator answers, doing nothing else."""
+    """Says how many agent steps/s one accelerator answers, doing nothing else."""
     learner: float | None = None
-    """Samples/s that one accelerator learns from, doing nothing else."""
+    """Says how many samples/s one accelerator learns from, doing nothing else."""
     inference_per_core: float | None = None
-    """Agent steps/s that one core answers, doing nothing else."""
+    """Says how many agent steps/s one core answers, doing nothing else."""
     learner_per_core: float | None = None
-    """Samples/s that one core learns from, doing nothing else."""
+    """Says how many samples/s one core learns from, doing nothing else."""
     samples_per_agent_step: float | None = None
-    """Samples through the gradient for every agent step; None for what was measured, or 1."""
+    """Says how many samples go through the gradient for every agent step; None takes what was
+    measured, or 1."""
     frames_per_agent_step: Annotated[float | None, tyro.conf.arg(name="action-repeat")] = None
-    """Environment frames of one agent step; None for what was measured, or 1."""
+    """Says how many environment frames make one agent step; None takes what was measured, or 1."""
     efficiency: float | None = None
-    """Share of what the stages allow together that runs reach; None for what was measured, or 1."""
+    """Says which share of what the stages allow together runs reach; None takes what was measured,
+    or 1."""
 
     def __post_init__(self) -> None:
         for name, rate in self.known().items():
