@@ -75,7 +75,10 @@ def test_a_compiler_that_fails_is_named_and_costs_no_run(
         said = "backend='inductor' raised:\nCppCompileError: C++ compile error\n\nOutput:\n"
         raise TorchDynamoException(said + "a.cpp:1:10: fatal error: Python.h: No such file\n1 |")
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    def failing(function: Callable[..., Any], *, disable: bool = False, **_: Any) -> Any:
+        return function if disable else broken
+
+    monkeypatch.setattr(torch, "compile", failing)
     monkeypatch.setattr(compute, "_pays_on_cpu", lambda *_: True)
     out = tmp_path / "run"
     config = preset(

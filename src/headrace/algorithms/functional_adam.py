@@ -2,12 +2,13 @@
 
 Source: Kingma & Ba 2015, "Adam: A method for stochastic optimization" (arXiv:1412.6980), algorithm
 1. What depends on the number of the update is two numbers, which come in as a tensor: a graph that
-read a counter would compute powers of it for every weight.
+read a counter would compute powers of it for every weight. PyTorch's has such counters, and its
+`step` cannot be part of a larger graph (docs/log.md, 2026-12-01).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,23 +27,28 @@ class FunctionalAdam:
     """Some parameters by name, and the moments of their gradients. Steps in place."""
 
     def __init__(self, params: Mapping[str, Tensor], config: OptimizerConfig) -> None:
-        """Takes the parameters: what they hold, not their gradients."""
+        """Takes the parameters, which get no `grad`: gradients are handed to `step`."""
         self.learners: Learners = ALONE
         """Over whom gradients are averaged; several cannot be part of a graph."""
-        self.params = {name: param.detach() for name, param in params.items()}
+        self.params = dict(params)
         self.first = {name: torch.zeros_like(param) for name, param in self.params.items()}
         self.second = {name: torch.zeros_like(param) for name, param in self.params.items()}
         self._beta1, self._beta2 = config.adam_beta1, config.adam_beta2
         self._eps, self._max_norm = config.optimizer_eps, config.max_gradient_norm
 
-    def step(self, grads: Mapping[str, Tensor], scale: Tensor) -> Tensor:
-        """Clips the global norm, and steps; returns the norm before, scalar.
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """Differentiates by the parameters, in order; zeros by those that are not used."""
+        params = list(self.params.values())
+        return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+
+    def step(self, grads: Sequence[Tensor], scale: Tensor) -> Tensor:
+        """Clips the global norm, and steps, under `torch.no_grad`; returns the norm before, scalar.
 
         Args:
-            grads: One for each parameter.
+            grads: One for each parameter, in order.
             scale: `scales` of this update, [2].
         """
-        grad = [grads[name] for name in self.params]
+        grad = list(grads)
         if self.learners.count > 1:
             grad = [part.clone() for part in grad]  # a gradient may be a view of fewer numbers
             self.learners.average(grad)

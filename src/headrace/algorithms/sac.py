@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
@@ -30,14 +31,13 @@ from headrace.algorithms.base import (
     ExperienceSpec,
     Learners,
     Model,
+    ReplayConfig,
     ReplaySpec,
     in_turn,
 )
-from headrace.algorithms.optimizers import learning_rate_at
-from headrace.algorithms.sac_config import SacConfig
-from headrace.algorithms.sac_objectives import Draws
-from headrace.algorithms.sac_orders import Inputs, Order, Sequential, Simultaneous
-from headrace.algorithms.sac_update import ActorSide, CriticSide, Learned
+from headrace.algorithms.optimizers import OptimizerConfig, check_no_kl, learning_rate_at
+from headrace.algorithms.sac_orders import Order, Sequential, Simultaneous
+from headrace.algorithms.sac_update import ActorSide, CriticSide, Draws, Inputs, Learned
 from headrace.algorithms.transitions import Transition, transitions
 from headrace.errors import ConfigError
 from headrace.networks.actor_critics import ActorCriticsNet
@@ -47,12 +47,90 @@ from headrace.ops.squashed_normal import SquashedNormal
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
 
-__all__ = ["Sac", "SacConfig"]
-
 _PIECE_STEPS = 16  # a piece of experience costs as much to hand over as ten steps
 _LEAST_PRIORITY = 1e-6
 """Added to all priorities: a transition without an error must not be lost for good."""
 _WORTH_COMPILING = 20_000  # updates: compiling takes half a minute, an update then half the time
+
+
+def _default_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        learning_rate=3e-4,
+        learning_rate_schedule="constant",
+        optimizer_eps=1e-8,
+        max_gradient_norm=0.0,
+    )
+
+
+def _default_replay() -> ReplayConfig:
+    return ReplayConfig(
+        replay_capacity=1_000_000,
+        replay_min=1_000,
+        samples_per_insert=256.0,
+        priority_exponent=0.0,
+        importance_exponent=0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SacConfig:
+    """The learning rule's settings, with published values as defaults."""
+
+    batch_unrolls: int = 256
+    """Makes an update of so many transitions (B). An agent step has samples_per_insert / B
+    updates."""
+    updates_per_call: int = 1
+    """Takes so many updates in one go, on transitions sampled at once: there are as many as before,
+    with less work between them; the acting policy is renewed after all of them."""
+    update_order: Literal["auto", "sequential", "simultaneous"] = "auto"
+    """Updates critics, then the actor by the new ones, as published (sequential), or both by those
+    of before, as it must be on two devices (simultaneous). auto is sequential unless there are
+    two."""
+    discount: float = 0.99
+    """Multiplies rewards one agent step later by this (gamma)."""
+    n_steps: int = 1
+    """Sums the rewards of so many agent steps in a target (n), before the value behind them; they
+    are not corrected for the policy's age."""
+    target_tau: float = 0.005
+    """Moves the target critics by this share towards the critics that learn, at every update; 1
+    makes them the same."""
+    temperature: float | None = None
+    """Fixes alpha, the weight of entropy beside rewards, for the whole run; None fits it to
+    target_entropy."""
+    initial_temperature: float = 1.0
+    """Sets alpha at the start, where it is fitted."""
+    target_entropy: float | None = None
+    """Fits alpha to this mean entropy of the policy, in nats, of actions in [-1, 1]; None takes
+    minus the number of their components."""
+    reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
+    """Changes rewards before learning: none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30
+    code of the IMPALA authors)."""
+    reward_scale: float = 1.0
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    """How gradients become steps: for critics, actor and temperature, each on its own."""
+    replay: ReplayConfig = field(default_factory=_default_replay)
+    """What is kept, and how it is sampled; a sequence is one transition."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.discount, self.target_tau, self.initial_temperature, self.reward_scale)
+        optional = (self.temperature or 0.0, self.target_entropy or 0.0)
+        if not all(map(math.isfinite, (*numbers, *optional))):
+            raise ConfigError("settings of sac must be finite numbers")
+        if min(self.batch_unrolls, self.n_steps, self.updates_per_call) < 1:
+            raise ConfigError("batch_unrolls, n_steps and updates_per_call must be at least 1")
+        if self.optimizer.optimizer != "adam":
+            raise ConfigError(f"sac learns with adam, not {self.optimizer.optimizer}")
+        check_no_kl(self.optimizer, "sac")
+        if not 0 <= self.discount <= 1 or not 0 < self.target_tau <= 1:
+            raise ConfigError("discount must be in [0, 1], and target_tau above 0 and at most 1")
+        if self.initial_temperature <= 0 or (self.temperature or 0.0) < 0:
+            raise ConfigError("initial_temperature must be positive, and temperature not negative")
+        if self.temperature is not None and self.target_entropy is not None:
+            raise ConfigError(
+                "temperature is fixed, and target_entropy would fit it: leave one of them out"
+            )
 
 
 class Sac:
@@ -143,9 +221,10 @@ class Sac:
         A call is recorded only where all of it runs on the device that batches come to. Without
         `graphs` an update is again what it was before.
         """
-        sides = (self._actor.log_alpha, next(self.model.critics.parameters()))
-        is_here = all(tensor.device == self._device for tensor in sides)
-        self._order.compile(capture if is_here else None, graphs=graphs)
+        self._order = self._eager_order()
+        if graphs:
+            is_here = self._actor.device == self._critics.device == self._device
+            self._order.compile(capture if is_here else None)
 
     def place(self, actor: torch.device, critics: torch.device) -> None:
         """Moves the two sides to two devices, or, if they are the same, to two threads of it.
@@ -226,18 +305,18 @@ class Sac:
         self._copy_statistics()
         # Last: the losses saw by the statistics of before.
         self.model.observe(batch.inputs.observation[:1, :, -1])
-        last = results[-1]
+        critics, actor = results[-1]
         said = {
-            "loss/critic": last.critic_loss,
-            "loss/actor": last.actor_loss,
-            "loss/entropy": -last.log_prob_mean,
-            "loss/td_error_mean": last.td_error.mean(),
-            "temperature": last.alpha,
-            "value_mean": last.q_mean,
-            "target_mean": last.target_mean,
+            "loss/critic": critics.loss,
+            "loss/actor": actor.loss,
+            "loss/entropy": -actor.log_prob_mean,
+            "loss/td_error_mean": critics.td_error.mean(),
+            "temperature": actor.alpha,
+            "value_mean": critics.q_mean,
+            "target_mean": critics.target_mean,
             "truncated_skipped": (~transition.known).sum().float(),
-            "gradient_norm": last.critic_norm,
-            "gradient_norm_actor": last.actor_norm,
+            "gradient_norm": critics.norm,
+            "gradient_norm_actor": actor.norm,
         }
         # Copies: what was recorded writes to the same tensors at the next call.
         metrics = dict(zip(said, torch._foreach_add(list(said.values()), 0.0), strict=True))
@@ -245,7 +324,7 @@ class Sac:
         finite = self._all_finite(results)
         priority_B = None
         if self._config.replay.priority_exponent:
-            td_error_B = torch.cat([one.td_error for one in results]).to(self._device)
+            td_error_B = torch.cat([one.critics.td_error for one in results]).to(self._device)
             priority_B = td_error_B * transition.known + _LEAST_PRIORITY
         return Update(metrics, finite, priority_B)
 
@@ -294,15 +373,19 @@ class Sac:
         self._actor = ActorSide(
             self.model.actor,
             nn.Parameter(start),
-            config,
+            config.optimizer,
             policy=self._policy,
             target_entropy=-float(self._policy.encoded_size) if wanted is None else wanted,
+            temperature=config.temperature,
         )
-        self._critics = CriticSide(self.model.critics, self.target_critics, config)
-        kind = Simultaneous if order == "simultaneous" else Sequential
-        self._order: Order = kind(
-            self._actor, self._critics, actor_device=actor, critic_device=critics
+        self._critics = CriticSide(
+            self.model.critics, self.target_critics, config.optimizer, tau=config.target_tau
         )
+        self._kind = Simultaneous if order == "simultaneous" else Sequential
+        self._order = self._eager_order()
+
+    def _eager_order(self) -> Order:
+        return self._kind(self._actor, self._critics)
 
     def _learn(
         self, batch: Batch, transition: Transition, draws: Draws, learning_rate: float
@@ -321,8 +404,8 @@ class Sac:
             return self._order.run(inputs, count, self.beside)
 
     def _all_finite(self, results: list[Learned]) -> Tensor:
-        said = [torch.stack((one.critic_loss, one.critic_norm)).to(self._device) for one in results]
-        said += [torch.stack((one.actor_loss, one.actor_norm)).to(self._device) for one in results]
+        sides = [side for one in results for side in one]
+        said = [torch.stack((side.loss, side.norm)).to(self._device) for side in sides]
         return torch.cat(said).isfinite().all()
 
     def _tensors(self) -> list[Tensor]:
@@ -333,8 +416,8 @@ class Sac:
             self._actor.alpha_optimizer,
         )
         parts = [part for one in optimizers for part in (one.params, one.first, one.second)]
-        parts.append(self._critics.target_params)
-        return [tensor for part in parts for tensor in part.values()]
+        tensors = [tensor for part in parts for tensor in part.values()]
+        return [tensor.detach() for tensor in (*tensors, *self._critics.target_params.values())]
 
     def _copy_statistics(self) -> None:
         pairs = zip(self.target_critics.buffers(), self.model.critics.buffers(), strict=True)

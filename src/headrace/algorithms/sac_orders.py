@@ -11,41 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from headrace.algorithms.base import Beside, Capture, in_turn
-from headrace.algorithms.sac_objectives import Draws
 from headrace.algorithms.sac_update import (
+    ActorLearned,
     ActorSide,
     CriticSide,
     CriticsLearned,
+    Draws,
+    Inputs,
     Judged,
     Learned,
     Proposed,
     learn_in_sequence,
-    learned,
 )
-from headrace.algorithms.transitions import Transition
-
-
-class Inputs(NamedTuple):
-    """What the updates of one call learn from, one after the other: B is of all of them."""
-
-    transition: Transition
-    draws: Draws
-    weight: Tensor  # [B]
-    scale: Tensor  # [updates, 2] of `FunctionalAdam`
 
 
 class Order(Protocol):
     """How updates are taken."""
 
-    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
-        """Makes graphs of them, or takes that back; `capture` records a whole call."""
+    def compile(self, capture: Capture | None) -> None:
+        """Makes graphs of them; `capture` records a whole call."""
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
         """Takes `count` updates. What it returns holds until the next call."""
@@ -54,25 +46,14 @@ class Order(Protocol):
 class Sequential:
     """Critics, then the actor by the critics that are new: on one device."""
 
-    def __init__(
-        self,
-        actor: ActorSide,
-        critics: CriticSide,
-        *,
-        actor_device: torch.device,
-        critic_device: torch.device,
-    ) -> None:
-        if actor_device != critic_device:
-            raise ValueError("an update in sequence is of one device")
+    def __init__(self, actor: ActorSide, critics: CriticSide) -> None:
         self._actor, self._critics = actor, critics
-        self._device = actor_device
         self._learn: Callable[..., Learned] = learn_in_sequence
         self._recorded: Recorded | None = None
 
-    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
+    def compile(self, capture: Capture | None) -> None:
         """Makes an update one graph."""
-        made = _graph_on(self._device) if graphs else _itself
-        self._learn = made(learn_in_sequence)
+        self._learn = one_graph(learn_in_sequence, self._actor.device)
         self._recorded = None if capture is None else Recorded(self._all, capture)
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
@@ -80,49 +61,27 @@ class Sequential:
         return (self._recorded or self._all)(inputs, count)
 
     def _all(self, inputs: Inputs, count: int) -> list[Learned]:
-        results = []
-        for index in range(count):
-            one = share(inputs, index, count)
-            results.append(
-                self._learn(
-                    self._actor,
-                    self._critics,
-                    one.transition,
-                    draws=one.draws,
-                    weight_B=one.weight,
-                    scale=one.scale,
-                )
-            )
-        return results
+        parts = (share(inputs, index, count) for index in range(count))
+        return [self._learn(self._actor, self._critics, part) for part in parts]
 
 
 class Simultaneous:
     """Both sides learn from the critics of before."""
 
-    def __init__(
-        self,
-        actor: ActorSide,
-        critics: CriticSide,
-        *,
-        actor_device: torch.device,
-        critic_device: torch.device,
-    ) -> None:
-        self._actor, self._critics = actor, critics
-        self._actor_device, self._critic_device = actor_device, critic_device
-        self._propose, self._learn_actor = actor.propose, actor.learn_by_slope
-        self._judge, self._learn_critics = critics.judge, critics.learn
+    def __init__(self, actor: ActorSide, critics: CriticSide) -> None:
+        self._actor_device, self._critic_device = actor.device, critics.device
+        self._propose: Callable[..., Proposed] = actor.propose
+        self._learn_actor: Callable[..., ActorLearned] = actor.learn_by_slope
+        self._judge: Callable[..., Judged] = critics.judge
+        self._learn_critics: Callable[..., CriticsLearned] = critics.learn
         self._recorded: Recorded | None = None
 
-    def compile(self, capture: Capture | None, *, graphs: bool = True) -> None:
+    def compile(self, capture: Capture | None) -> None:
         """Makes a graph of each part."""
-        made = _graph_on(self._actor_device) if graphs else _itself
-        self._propose, self._learn_actor = (
-            made(part) for part in (self._actor.propose, self._actor.learn_by_slope)
-        )
-        made = _graph_on(self._critic_device) if graphs else _itself
-        self._judge, self._learn_critics = (
-            made(part) for part in (self._critics.judge, self._critics.learn)
-        )
+        self._propose = one_graph(self._propose, self._actor_device)
+        self._learn_actor = one_graph(self._learn_actor, self._actor_device)
+        self._judge = one_graph(self._judge, self._critic_device)
+        self._learn_critics = one_graph(self._learn_critics, self._critic_device)
         self._recorded = None if capture is None else Recorded(self._in_turn, capture)
 
     def run(self, inputs: Inputs, count: int, beside: Beside) -> list[Learned]:
@@ -140,17 +99,15 @@ class Simultaneous:
         finish: Callable[[], Learned] | None = None
         for index in range(count):
             mine, theirs = share(here, index, count), share(there, index, count)
-            proposed = self._propose(mine.transition, mine.draws)
+            proposed = self._propose(mine)
             if finish is not None:  # the critics' step, which went on meanwhile
                 results.append(finish())
             judged: Future[Judged] = Future()
             of_critics = beside(
                 partial(self._critics_turn, theirs, to(proposed, self._critic_device), judged)
             )
-            said = to(judged.result(), self._actor_device)
-            of_actor = self._learn_actor(mine.transition, mine.draws, said.slope, mine.scale)
-            loss = proposed.alpha * proposed.here.log_prob.mean() - said.least_mean
-            finish = partial(_joined, of_critics, of_actor, loss, proposed.alpha)
+            of_actor = self._learn_actor(mine, to(judged.result(), self._actor_device))
+            finish = partial(_joined, of_critics, of_actor)
         if finish is not None:
             results.append(finish())
         return results
@@ -160,19 +117,11 @@ class Simultaneous:
         self, inputs: Inputs, proposed: Proposed, judged: Future[Judged]
     ) -> CriticsLearned:
         try:
-            judged.set_result(self._judge(inputs.transition, proposed.here.action, inputs.draws))
+            judged.set_result(self._judge(inputs, proposed.here.action))
         except BaseException as error:  # whoever waits for it must hear
             judged.set_exception(error)
             raise
-        result: CriticsLearned = self._learn_critics(
-            inputs.transition,
-            proposed.behind,
-            alpha=proposed.alpha,
-            draws=inputs.draws,
-            weight_B=inputs.weight,
-            scale=inputs.scale,
-        )
-        return result
+        return self._learn_critics(inputs, proposed.behind, proposed.alpha)
 
 
 class Recorded:
@@ -235,24 +184,22 @@ def to(tensors: Any, device: torch.device) -> Any:
     return _mapped(lambda tensor: tensor.to(device, non_blocking=in_order), tensors)
 
 
-def _graph_on(device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns what makes one graph of a function.
+def one_graph(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Makes one graph of a function, gradients and all.
 
     On a CPU what calls its kernels is C++ too, so that other threads have Python meanwhile; on a
     GPU a capture does away with that.
     """
+    from torch._dynamo import config  # noqa: PLC0415 - importing it takes seconds
+
+    with suppress(AttributeError):  # torch 2.11 to 2.13 must be told; others know no such switch
+        config.trace_autograd_ops = True
     options: Any = {"cpp_wrapper": True} if device.type == "cpu" else None
-    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def _itself(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-def _joined(
-    of_critics: Callable[[], CriticsLearned], of_actor: Any, loss: Tensor, alpha: Tensor
-) -> Learned:
-    return learned(of_critics(), of_actor, loss, alpha)
+def _joined(of_critics: Callable[[], CriticsLearned], of_actor: ActorLearned) -> Learned:
+    return Learned(of_critics(), of_actor)
 
 
 def _mapped(function: Callable[[Tensor], Tensor], tensors: Any) -> Any:

@@ -180,10 +180,8 @@ def compile_update(
         whole(cuda_capture(None) if on_gpu and graphs else None, graphs=graphs)
         networks = networks if on_gpu else []  # a small network acts as fast without
     for network in networks:
-        if network is not None and graphs:
-            network.compile(dynamic=False)
-        elif network is not None:
-            network._compiled_call_impl = None  # what `compile` sets: torch has no way back
+        if network is not None:
+            network.compile(dynamic=False, disable=not graphs)
 
 
 def _look_at_cpu() -> None:
