@@ -7,6 +7,7 @@ from typing import Literal
 
 from headrace.errors import ConfigError
 from headrace.networks.torsos import Activation
+from headrace.pictures import Kinds
 
 Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
 
@@ -35,6 +36,10 @@ class NetworkConfig:
     lstm_size: int | None = None
     """Width of the LSTM after the torso; 0 for none; None for the network's own, which is 512 for
     r2d2 and none for the others."""
+    pictures: Kinds = "any"
+    """Which observations are convolved: any picture, wherever its channels lie ("any"), or only
+    uint8 [H, W] and [H, W, colours], divided by 255 ("bytes"): as runs have it that were begun
+    before there was this setting."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of mlp, structured and critics."""
     activation: Activation = "relu"
@@ -43,7 +48,8 @@ class NetworkConfig:
     """Whether the value has a torso of its own."""
     normalize_observations: bool = False
     """Whether observations are normalised by what was seen so far: every number by its own mean and
-    deviation, images by those of every pixel of a single frame."""
+    deviation, images by those of every pixel of a single frame. Choices, which are one-hot, stay
+    so."""
     normalize_values: bool = False
     """Whether values are learned in units of their own spread (PopArt), whatever the scale of
     rewards."""
