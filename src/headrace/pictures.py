@@ -26,6 +26,7 @@ Kinds = Literal["any", "bytes"]
 to go up to 255, as before 0.1.0."""
 
 _PAIRS = {2: (0,), 3: (0, 1), 4: (1, 2, 0)}  # where height may lie, by the number of axes
+_MANY_PIXELS = 32  # on each side: an array so large is hardly anything else
 _BRIGHTEST = (255.0, 65535.0)  # of numbers that are not bytes
 
 
@@ -87,6 +88,11 @@ def picture_of(leaf: tree.Leaf, kinds: Kinds = "any") -> Picture | None:
     if not (is_bytes or (leaf.low == 0.0 and (scaled or leaf.high in _BRIGHTEST))):
         return None
     return Picture(shape, _first_row_axis(shape), max(1.0, leaf.high))
+
+
+def looks_like_one(shape: tuple[int, ...]) -> bool:
+    """Whether a shape alone suggests a picture, whatever dtype and bounds say."""
+    return len(shape) in _PAIRS and Picture(shape, _first_row_axis(shape), 1.0).has(_MANY_PIXELS)
 
 
 def parts_of(spec: EnvSpec) -> tuple[tree.Leaf, ...]:

@@ -63,6 +63,10 @@ def tiny():
     return Shows(Box(0, 255, (5, 5, 3), np.uint8))
 
 
+def unbounded():
+    return Shows(Box(-2, 2, (3, 40, 36), np.float32))
+
+
 def depth():
     return Shows(Box(0, 65535, (36, 40), np.uint16))
 
@@ -138,6 +142,8 @@ def test_a_picture_that_goes_through_an_mlp_is_said_and_the_fix_works(
     model = policy._algorithm.model
     assert isinstance(model.torso, ConvTorso)
     assert "row of numbers" not in said
+    _, said = trained(f"{module}:unbounded", tmp_path / "unbounded")
+    assert "(3, 40, 36) is given to the network as a row of numbers: if it is a picture" in said
     _, said = trained(f"{module}:tiny", tmp_path / "tiny")
     assert "row of numbers" not in said, "nothing could convolve it"
 
