@@ -28,6 +28,7 @@ LAYERS = (
     ("networks", "envs", "telemetry"),
     ("ops", "transport"),
     ("algorithms.base",),
+    ("pictures",),
     ("records", "specs"),
     ("steps",),
     ("tree", "rows", "length", "schedules", "imports", "run_files", "resources"),
@@ -37,7 +38,7 @@ RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 
 MATHS = {"ops", "networks", "algorithms"}
 MATHS_MAY_USE = MATHS | {"algorithms.base", "records", "specs", "tree", "rows", "errors"}
-MATHS_MAY_USE |= {"schedules"}
+MATHS_MAY_USE |= {"pictures", "schedules"}
 
 LAZY = ("ale_py", "cryptography", "grpc", "lz4", "ray", "tensorboard", "imageio")
 LAZY += ("torch", "numpy", "gymnasium", "tyro", "rich")

@@ -491,6 +491,17 @@ def parse_toml(data: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
+def of_a_run(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings from the config.toml of a run, which acts on as it did.
+
+    It holds every setting, so one that it lacks is younger than the run.
+    """
+    network = values.get("network")
+    if not isinstance(network, Mapping) or "pictures" in network:
+        return values
+    return merged(values, {"network": {"pictures": "bytes"}})
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `base` with the values of `over` laid on top, section by section."""
     result = dict(base)

@@ -96,7 +96,11 @@ class EnvSpec:
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Shape [K, ...] of what the policy sees, K = frame_stack."""
+        """Shape [K, ...] of what the policy sees, K = frame_stack.
+
+        What follows K is one observation as the environment lays it: `pictures` says where a
+        picture has its height, width and channels.
+        """
         return (self.frame_stack, *self.observation_space.shape)
 
 

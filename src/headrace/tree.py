@@ -116,7 +116,8 @@ def pack(leaves: Sequence[Leaf], value: Any, out_row: NDArray[np.uint8]) -> None
     """Writes one observation into a row uint8 [nbytes]; gaps are left as they are.
 
     Raises:
-        ValueError: a part is missing, has another shape, or is a choice that there is not.
+        ValueError: a part is missing, has another shape, is a choice that there is not, or is a
+            number that its dtype cannot hold.
     """
     views = unpack(leaves, out_row)
     for leaf in leaves:
@@ -128,10 +129,29 @@ def pack(leaves: Sequence[Leaf], value: Any, out_row: NDArray[np.uint8]) -> None
         if part.shape != leaf.shape:
             raise ValueError(f"{named} must be of shape {leaf.shape}, not {part.shape}")
         if leaf.choices:
-            part = part.astype(np.int64) - np.reshape(leaf.start, leaf.shape)
+            part = as_dtype(part, leaf.dtype, named) - np.reshape(leaf.start, leaf.shape)
             if (part < 0).any() or (part >= np.reshape(leaf.choices, leaf.shape)).any():
                 raise ValueError(f"{named} is {part_of(leaf, value)}, which is no choice of it")
-        np.copyto(views[leaf.path], part, casting="unsafe")
+        np.copyto(views[leaf.path], as_dtype(part, leaf.dtype, named))
+
+
+def as_dtype(value: Any, dtype: np.dtype[Any], named: str) -> NDArray[Any]:
+    """Returns an array of `dtype`; floats may be rounded, whole numbers must stay what they are.
+
+    Raises:
+        ValueError: `named` has a number that an integer of `dtype` cannot hold.
+    """
+    given = np.asarray(value)
+    if given.dtype == dtype or dtype.kind == "f":
+        return given.astype(dtype, copy=False)
+    with np.errstate(invalid="ignore"):
+        array = given.astype(dtype)
+    if (array != given).any():
+        odd = given[array != given].flat[0]
+        raise ValueError(
+            f"{named} is of {dtype}, which cannot hold {odd}: give it as the environment does"
+        )
+    return array
 
 
 def unpack(leaves: Sequence[Leaf], rows: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:

@@ -202,6 +202,52 @@ def test_off_lets_wrong_numbers_pass(kind: str) -> None:
     step(batch)
 
 
+BYTES = gym.spaces.Box(0, 255, (2,), np.uint8)
+UNHELD: dict[str, tuple[Any, Any, str]] = {
+    "scaled": (BYTES, array(0, 0.5), "of float32 with 0.5 at index (1,), which the uint8 of its"),
+    "negative": (BYTES, array(-1, 0, dtype=np.int64), "with -1 at index (0,), which the uint8"),
+    "above": (BYTES, array(7, 300, dtype=np.int64), "with 300 at index (1,), which the uint8 of"),
+    "half": (gym.spaces.Box(-9, 9, (2,), np.int64), array(1, 2.5), "with 2.5 at index (1,)"),
+    "two flags": (gym.spaces.Box(0, 1, (2,), np.bool_), array(1, 2), "which the bool of its"),
+    "nan": (BYTES, array(1, np.nan), "an observation with nan at index (1,)"),
+    "choice": (gym.spaces.MultiDiscrete([3, 3]), array(1, 0.5), "with 0.5 at index (1,)"),
+}
+
+
+@pytest.mark.parametrize("kind", UNHELD)
+def test_a_number_that_the_declared_integers_cannot_hold_is_refused(kind: str) -> None:
+    space, value, sentence = UNHELD[kind]
+    good = np.zeros(2, space.dtype)
+    envs = [Flaky(first=good, observation=shown) for shown in (good, value)]
+    for env in envs:
+        env.observation_space = space
+    batch = GymnasiumBatch(envs, name="Flaky-v0", seed=0)
+    batch.reset()
+    with pytest.raises(EnvironmentFault) as caught:
+        batch.step(np.arange(2, dtype=np.int32), np.zeros(2, np.int64))
+    assert str(caught.value).startswith("environment 1 (Flaky-v0): step returned ")
+    assert sentence in str(caught.value)
+
+
+def test_whole_floats_under_integers_are_taken() -> None:
+    env = Flaky(first=array(1, 0), observation=array(255, 3))
+    env.observation_space = BYTES
+    batch = GymnasiumBatch([env], name="Flaky-v0", seed=0)
+    assert batch.reset().observation.tolist() == [[1, 0]]
+    step = batch.step(np.zeros(1, np.int32), np.zeros(1, np.int64))
+    assert step.observation.dtype == np.uint8
+    assert step.observation.tolist() == [[255, 3]]
+
+
+def test_bounds_of_a_dtype_that_travels_in_a_wider_one_are_bounds() -> None:
+    env = Flaky(first=array(1, 0, dtype=np.uint16), observation=array(70_000, 3, dtype=np.int64))
+    env.observation_space = gym.spaces.Box(0, 65535, (2,), np.uint16)
+    batch = GymnasiumBatch([env], name="Flaky-v0", seed=0)
+    batch.reset()
+    batch.step(np.zeros(1, np.int32), np.zeros(1, np.int64))
+    assert any("with 70000 at index (0,), above the 65535" in text for text in batch.notices)
+
+
 def test_one_copy_being_right_does_not_hide_another() -> None:
     """All four are wrong in the same way: the first is named."""
     envs = [Flaky(observation=GOOD[:2]) for _ in range(4)]

@@ -109,6 +109,50 @@ def test_grey_and_resize_together() -> None:
     np.testing.assert_allclose(observation, averaged(luma(own.shown), 8), atol=0.51)
 
 
+@pytest.mark.parametrize(
+    ("shape", "places"),  # where height, width and colours lie
+    [
+        ((3, 12, 9), (1, 2, 0)),
+        ((2, 12, 9, 3), (1, 2, 3)),
+        ((2, 3, 12, 9), (2, 3, 1)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("grey", "resize"), [(True, 0), (False, 5), (True, 5)], ids=["grey", "resize", "both"]
+)
+def test_pictures_are_found_where_they_lie(
+    shape: tuple[int, ...], places: tuple[int, ...], grey: bool, resize: int
+) -> None:
+    own = Pictures(shape)
+    env = wrapped(own, GymnasiumConfig(grey=grey, resize=resize), "Pictures")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    expected = np.moveaxis(own.shown, places, (-3, -2, -1)).reshape(-1, 12, 9, 3)
+    expected = luma(expected) if grey else expected
+    if resize:
+        expected = np.stack([averaged(picture, resize) for picture in expected])
+    if not grey:
+        expected = expected[0] if len(shape) == 3 else expected
+        expected = np.moveaxis(expected, (-3, -2, -1), places)
+    elif len(shape) == 3:
+        expected = expected[0]
+    np.testing.assert_allclose(observation, expected, atol=0.51)
+
+
+@pytest.mark.parametrize(("dtype", "high"), [(np.uint8, 7), (np.float32, 1), (np.float32, 255)])
+def test_pictures_keep_dtype_and_bounds(dtype: Any, high: float) -> None:
+    own = Pictures((12, 8))
+    own.observation_space = gym.spaces.Box(0, high, (12, 8), dtype)
+    env = wrapped(own, GymnasiumConfig(resize=4), "Pictures")
+    assert env.observation_space == gym.spaces.Box(0, high, (4, 4), dtype)
+    shown = np.random.default_rng(1).uniform(0, high, (12, 8)).astype(dtype)
+    small: Any = env
+    seen = small.observation(shown)
+    assert seen.dtype == dtype
+    near = 0.51 if dtype == np.uint8 else 1e-5 * high
+    np.testing.assert_allclose(seen, averaged(shown, 4), atol=near)
+
+
 @pytest.mark.parametrize("setting", [{"grey": True}, {"resize": 8}])
 @pytest.mark.parametrize(
     "space",

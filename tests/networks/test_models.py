@@ -174,7 +174,8 @@ def test_small_integers_are_not_scaled_as_pixels_are() -> None:
 
 @pytest.mark.parametrize("builder", [models.nature, models.impala_shallow, models.impala_deep])
 @pytest.mark.parametrize(
-    "spec", [make_spec(8, dtype=np.float32), make_spec(10, 5), make_spec(84, 84, dtype=np.float32)]
+    "spec",
+    [make_spec(8, dtype=np.float32), make_spec(10, 5), make_spec(84, 84, dtype=np.float32, high=9)],
 )
 def test_what_is_no_image_is_refused_with_the_fix(builder: Builder, spec: EnvSpec) -> None:
     with pytest.raises(ConfigError, match=r"Test-v0: .*use network mlp"):
@@ -246,7 +247,8 @@ def test_the_deviation_starts_where_it_is_told(state_dependent: bool) -> None:
         (make_spec(84, 84), "nature"),
         (make_spec(64, 64, 3), "nature"),
         (make_spec(35, 84), "mlp"),
-        (make_spec(84, 84, dtype=np.float32), "mlp"),
+        (make_spec(84, 84, dtype=np.float32), "nature"),
+        (make_spec(84, 84, dtype=np.float32, high=9), "mlp"),
         (make_spec(7, 7, 3), "mlp"),
         (make_spec(8, dtype=np.float32), "mlp"),
     ],

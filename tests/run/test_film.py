@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -133,8 +134,38 @@ def test_a_film_keeps_to_the_actions_that_are_allowed(
 def test_of_several_parts_the_first_image_is_drawn() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
     numbers = np.array([0.0, 2.0])
-    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (image, image + 1)}), image)
-    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (1,)}), [[0, 255, 127]])
+    box = gym.spaces.Box(-9, 9, (2,), np.float64)
+    picture = gym.spaces.Box(0, 255, (3, 4), np.uint8)
+    space = gym.spaces.Dict(a=box, b=gym.spaces.Tuple((picture, picture)))
+    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (image, image + 1)}, space), image)
+    space = gym.spaces.Dict(a=box, b=gym.spaces.Tuple((gym.spaces.Discrete(2),)))
+    np.testing.assert_array_equal(_pixels({"a": numbers, "b": (1,)}, space), [[0, 255, 127]])
+
+
+COLOURED = np.arange(2 * 5 * 4 * 3, dtype=np.uint8).reshape(2, 5, 4, 3)
+LAYOUTS = {
+    "colours last": (COLOURED[0], COLOURED[0]),
+    "colours first": (np.moveaxis(COLOURED[0], -1, 0), COLOURED[0]),
+    "one colour": (COLOURED[0, :, :, :1], COLOURED[0, :, :, 0]),
+    "a stack of grey": (COLOURED[..., 0], COLOURED[..., 0].reshape(10, 4)),
+    "the newest of a stack": (COLOURED, COLOURED[1]),
+    "a stack, colours first": (np.moveaxis(COLOURED, -1, 1), COLOURED[1]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_picture_is_drawn_as_it_lies(layout: str) -> None:
+    shown, drawn = LAYOUTS[layout]
+    space = gym.spaces.Box(0, 255, shown.shape, np.uint8)
+    np.testing.assert_array_equal(_pixels(shown, space), drawn)
+    floats = gym.spaces.Box(0, 1, shown.shape, np.float32)
+    np.testing.assert_allclose(_pixels(shown / np.float32(255), floats), drawn, atol=1)
+
+
+def test_a_picture_is_as_bright_as_its_bounds_say() -> None:
+    space = gym.spaces.Box(0, 5, (2, 3), np.uint8)
+    shown = np.array([[0, 1, 2], [3, 4, 5]], np.uint8)
+    np.testing.assert_array_equal(_pixels(shown, space), shown * 51)
 
 
 @pytest.fixture
@@ -221,9 +252,13 @@ def test_a_twin_that_plays_another_game_is_not_shown(drawn: str, tmp_path: Path)
 
 def test_whatever_is_observed_becomes_a_picture() -> None:
     stack = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(_pixels(stack), stack.reshape(6, 4))
-    np.testing.assert_array_equal(_pixels(np.array([np.nan, np.inf, 2.0])), [[0, 0, 255]])
-    assert _pixels(np.zeros((2, 3, 4), np.float32)).shape == (6, 4)
+    space = gym.spaces.Box(0, 255, (2, 3, 4), np.uint8)
+    np.testing.assert_array_equal(_pixels(stack, space), stack.reshape(6, 4))
+    numbers = gym.spaces.Box(-np.inf, np.inf, (3,))
+    odd = np.array([np.nan, np.inf, 2.0])
+    np.testing.assert_array_equal(_pixels(odd, numbers), [[0, 0, 255]])
+    unbounded = gym.spaces.Box(-np.inf, np.inf, (2, 3, 4))
+    assert _pixels(np.zeros((2, 3, 4), np.float32), unbounded).shape == (6, 4)
 
 
 def test_mujoco_is_drawn_where_this_machine_can() -> None:

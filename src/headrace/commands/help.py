@@ -46,7 +46,8 @@ GROUPS = {
         "initial_mean_square",
     ),
     "network": (
-        *("network", "lstm_size", "hidden_sizes", "activation", "heads", "separate_value"),
+        *("network", "lstm_size", "pictures", "hidden_sizes", "activation", "heads"),
+        "separate_value",
         *("normalize_observations", "normalize_values", "popart_step", "initial_log_std"),
         *("state_dependent_std", "num_critics", "critic_dropout", "critic_layer_norm"),
     ),

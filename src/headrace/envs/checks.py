@@ -57,7 +57,7 @@ def parts_of(space: gym.Space[Any]) -> tuple[Part, ...]:
             if leaf.dtype.kind == "f":  # values are compared as they are stored
                 with np.errstate(over="ignore"):
                     low, high = low.astype(leaf.dtype), high.astype(leaf.dtype)
-            low, high = (None if _is_free(bound, inner.dtype) else bound for bound in (low, high))
+            low, high = (None if _is_free(bound, leaf.dtype) else bound for bound in (low, high))
         elif leaf.kind == "multi_binary":
             low, high = np.int64(0), np.int64(1)
         else:
@@ -128,6 +128,8 @@ class Checks:
                 np.copyto(out, array, casting="unsafe")
             if leaf.dtype.kind == "f":
                 array = out
+            elif self._strictness != "off" and not np.array_equal(out, array):
+                self._ensure_held(part, array, out, envs, call)
         if self._strictness != "off" and not self._is_good(part, array):
             self._find_bad(part, array, values, envs, call)
         if any(leaf.start):
@@ -261,6 +263,24 @@ class Checks:
                     text = f"{call} returned {_what(part.leaf)} of {dtype}, but its space says "
                     self._notice(env, topic, f"{text}{part.declared}")
                     break
+
+    def _ensure_held(
+        self,
+        part: Part,
+        array: NDArray[Any],
+        stored: NDArray[Any],
+        envs: Sequence[int],
+        call: Call,
+    ) -> None:
+        """Refuses a number that the declared integers cannot say; of NaN others will speak."""
+        for row, *index in np.argwhere((stored != array) & np.isfinite(array)):
+            raise self.fault(
+                envs[row],
+                f"{call} returned {_what(part.leaf)} of {array.dtype} with "
+                f"{array[row][tuple(index)]} at index {tuple(map(int, index))}, which the "
+                f"{part.declared} of its space cannot hold: return {part.declared}, or declare a "
+                f"Box of {array.dtype} with bounds that hold it",
+            )
 
     def _is_good(self, part: Part, array: NDArray[Any]) -> bool:
         """Whether there is surely nothing to say of an array's values; asked for each step."""

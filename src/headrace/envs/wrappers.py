@@ -7,6 +7,7 @@ runs; rewards are clipped and scaled by the algorithm; observations are normalis
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, get_args
 
@@ -14,8 +15,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace import tree
 from headrace.envs.checks import Strictness
 from headrace.errors import ConfigError
+from headrace.pictures import Picture, picture_of
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, section 2.5.1
 
@@ -81,11 +84,14 @@ def wrapped(env: Env, config: GymnasiumConfig, name: str) -> Env:
     if config.frame_skip > 1:
         env = ActionRepeat(env, config.frame_skip)
     if config.grey or config.resize:
-        if not _is_image(env.observation_space):
+        space = env.observation_space
+        picture = picture_of(tree.leaves(space)[0]) if isinstance(space, gym.spaces.Box) else None
+        if picture is None:
             raise ConfigError(
-                f"{name}: grey and resize need images of uint8, not {env.observation_space}"
+                f"{name}: grey and resize need images (uint8, or bounds of 0 and 1 or 0 and 255), "
+                f"not {space}: leave out --grey and --resize"
             )
-        env = Picture(env, grey=config.grey, size=config.resize)
+        env = Resized(env, picture, grey=config.grey, size=config.resize)
     return env
 
 
@@ -107,29 +113,44 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
         return observation, total, terminated, truncated, info
 
 
-class Picture(gym.ObservationWrapper[Any, Any, Any]):
-    """Makes images grey [H, W], or another size, or both."""
+class Resized(gym.ObservationWrapper[Any, Any, Any]):
+    """Makes images grey, which takes their colours away, or another size, or both."""
 
-    def __init__(self, env: Env, *, grey: bool, size: int) -> None:
+    def __init__(self, env: Env, picture: Picture, *, grey: bool, size: int) -> None:
+        """Takes how the observations of `env` are pictures."""
         super().__init__(env)
-        height, width, *colours = env.observation_space.shape or ()
-        self._grey = grey and colours == [3]
-        self._rows = _area_weights(height, size) if size else None
-        self._columns = _area_weights(width, size) if size else None
-        shape = (size or height, size or width, *([] if self._grey else colours))
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        space: Any = env.observation_space
+        shape, self._axis, _ = picture
+        self._colours: int | None = None  # their axis
+        if size:
+            shape = (*shape[: self._axis], size, size, *shape[self._axis + 2 :])
+        if grey and 3 in (shape[axis] for axis in picture.channel_axes[-1:]):
+            self._colours = picture.channel_axes[-1]
+            shape = tuple(n for axis, n in enumerate(shape) if axis != self._colours)
+            self._axis -= self._colours < self._axis
+        self._rows = _area_weights(picture.height, size) if size else None
+        self._columns = _area_weights(picture.width, size) if size else None
+        self._dtype = space.dtype
+        low, high = float(space.low.min()), float(space.high.max())
+        self.observation_space = gym.spaces.Box(low, high, shape, space.dtype)
 
-    def observation(self, observation: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the image as bytes, rounded."""
+    def observation(self, observation: NDArray[Any]) -> NDArray[Any]:
+        """Returns the image in its own dtype, rounded where that is of integers."""
         image = observation.astype(np.float32)
-        if self._grey:
-            image = image @ _LUMA
+        if self._colours is not None:
+            image = np.moveaxis(image, self._colours, -1) @ _LUMA
         if self._rows is not None and self._columns is not None:
-            height, width, *colours = image.shape
-            image = (self._rows @ image.reshape(height, -1)).reshape(-1, width, *colours)
-            # Columns last: of [size, width] or, with colours, of each row's [width, colours].
-            image = self._columns @ image if colours else image @ self._columns.T
-        return (image + np.float32(0.5)).astype(np.uint8)
+            places = (self._axis, self._axis + 1)
+            image = np.moveaxis(image, places, (0, 1))
+            height, width, *channels = image.shape
+            image = (self._rows @ image.reshape(height, -1)).reshape(-1, width, math.prod(channels))
+            # Columns last: of [size, width] or, with channels, of each row's [width, channels].
+            flat = image.shape[2] == 1
+            image = image[:, :, 0] @ self._columns.T if flat else self._columns @ image
+            image = np.moveaxis(image.reshape(*image.shape[:2], *channels), (0, 1), places)
+        if self._dtype.kind != "f":
+            image = image + np.float32(0.5)
+        return np.ascontiguousarray(image, self._dtype)
 
 
 def _area_weights(old: int, new: int) -> NDArray[np.float32]:
@@ -159,12 +180,6 @@ class Rendered(gym.Wrapper[Any, Any, Any, Any]):
         """Makes a step and draws what came of it."""
         _, reward, terminated, truncated, info = self.env.step(action)
         return self.env.render(), reward, terminated, truncated, info
-
-
-def _is_image(space: gym.Space[Any]) -> bool:
-    return (
-        isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-    )
 
 
 def _without_time_limit(env: Env) -> Env:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from headrace.errors import ConfigError
 from headrace.networks.torsos import Activation
+from headrace.pictures import Kinds
 
 Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
 
@@ -36,6 +37,10 @@ class NetworkConfig:
     lstm_size: int | None = None
     """Sets the width of the LSTM after the torso, in units; 0 takes no LSTM. None takes the
     network's own, which is 512 for r2d2 and none for the others."""
+    pictures: Kinds = "any"
+    """Says which observations are convolved: any picture, wherever its channels lie (any), or only
+    uint8 [H, W] and [H, W, colours], divided by 255 (bytes), as in runs that were begun before
+    there was this setting."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Sets the widths of the hidden layers of mlp, structured and critics, in units."""
     activation: Activation = "relu"
@@ -44,7 +49,7 @@ class NetworkConfig:
     """Gives the value a torso of its own."""
     normalize_observations: bool = False
     """Normalises observations by what was seen so far: every number by its own mean and deviation,
-    images by those of every pixel of a single frame."""
+    images by those of every pixel of a single frame. Choices, which are one-hot, stay so."""
     normalize_values: bool = False
     """Learns values in units of their own spread (PopArt), whatever the scale of rewards."""
     popart_step: float = _POPART_STEP

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from headrace.networks.normalizer import (
 )
 from headrace.networks.recurrent import ResetLSTM
 from headrace.networks.torsos import (
+    DEEP_CHANNELS,
     FOOTBALL_CHANNELS,
     NATURE_CONVS,
     SHALLOW_CONVS,
@@ -39,6 +40,7 @@ from headrace.networks.torsos import (
     MlpTorso,
 )
 from headrace.ops.distributions import make_distribution
+from headrace.pictures import Kinds, Picture, parts_of, plain_picture
 from headrace.records import PolicyInput
 from headrace.specs import EnvSpec
 
@@ -48,6 +50,7 @@ __all__ = [
     "PolicyValue",
     "PolicyValueNet",
     "assemble",
+    "convolving",
     "default_network",
     "football",
     "impala_deep",
@@ -56,6 +59,9 @@ __all__ = [
     "mlp",
     "nature",
 ]
+
+_LEAST_PIXELS = {"nature": 36, "impala_shallow": 20, "football": 16, "impala_deep": 8}
+"""On each side of a picture, for a network to have something left to say of it."""
 
 
 class PolicyValue(NamedTuple):
@@ -215,53 +221,38 @@ def assemble(
     return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
 
 
-def default_network(spec: EnvSpec) -> str:
+def default_network(spec: EnvSpec, pictures: Kinds = "any") -> str:
     """Returns the catalog name that "auto" stands for."""
     if spec.structure is not None:
         return "structured"
-    space = spec.observation_space
-    is_image = space.dtype == np.uint8 and len(space.shape) in (2, 3) and min(space.shape[:2]) >= 36
-    return "nature" if is_image else "mlp"
+    picture = plain_picture(spec, pictures)
+    return "nature" if picture is not None and picture.has(_LEAST_PIXELS["nature"]) else "mlp"
+
+
+def convolving(picture: Picture) -> str | None:
+    """Returns the catalog name of a network that convolves a picture of this size, if one does."""
+    fitting = (name for name, pixels in _LEAST_PIXELS.items() if picture.has(pixels))
+    return next(fitting, None)
 
 
 def nature(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Three convolutions and 512 features (Mnih et al. 2015, "Human-level control")."""
-    shape = _image_shape(spec, "nature", 36)
-
-    def torso() -> ConvTorso:
-        return ConvTorso(shape, NATURE_CONVS, features=512, normalizer=_pixels(spec, config))
-
-    return assemble(torso, 512, spec, config)
+    return _convolutional("nature", NATURE_CONVS, 512, spec, config)
 
 
 def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Two convolutions and 256 features (IMPALA, figure 3, left)."""
-    shape = _image_shape(spec, "impala_shallow", 20)
-
-    def torso() -> ConvTorso:
-        return ConvTorso(shape, SHALLOW_CONVS, features=256, normalizer=_pixels(spec, config))
-
-    return assemble(torso, 256, spec, config)
+    return _convolutional("impala_shallow", SHALLOW_CONVS, 256, spec, config)
 
 
 def impala_deep(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Fifteen convolutions in residual blocks and 256 features (IMPALA, figure 3, right)."""
-    shape = _image_shape(spec, "impala_deep", 8)
-    return assemble(
-        lambda: DeepTorso(shape, features=256, normalizer=_pixels(spec, config)), 256, spec, config
-    )
+    return _residual("impala_deep", DEEP_CHANNELS, spec, config)
 
 
 def football(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """SEED RL's for Google Research Football: a fourth residual section, 256 features."""
-    shape = _image_shape(spec, "football", 16)
-
-    def torso() -> DeepTorso:
-        return DeepTorso(
-            shape, features=256, channels=FOOTBALL_CHANNELS, normalizer=_pixels(spec, config)
-        )
-
-    return assemble(torso, 256, spec, config)
+    return _residual("football", FOOTBALL_CHANNELS, spec, config)
 
 
 def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
@@ -278,21 +269,76 @@ def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     )
 
 
-def _pixels(spec: EnvSpec, config: NetworkConfig) -> PixelNormalizer | None:
-    """A normaliser of the frames of `spec`, if it is wanted: every torso has its own."""
+def _convolutional(
+    name: str,
+    convs: Sequence[tuple[int, int, int]],
+    features: int,
+    spec: EnvSpec,
+    config: NetworkConfig,
+) -> AnyNet:
+    picture = _picture(name, spec, config)
+
+    def torso() -> ConvTorso:
+        return ConvTorso(
+            picture.planes(spec.frame_stack),
+            convs,
+            features,
+            normalizer=_pixels(picture, config),
+            rows=picture.rows,
+            high=picture.high,
+        )
+
+    return assemble(torso, features, spec, config)
+
+
+def _residual(name: str, channels: Sequence[int], spec: EnvSpec, config: NetworkConfig) -> AnyNet:
+    picture = _picture(name, spec, config)
+
+    def torso() -> DeepTorso:
+        return DeepTorso(
+            picture.planes(spec.frame_stack),
+            features=256,
+            channels=channels,
+            normalizer=_pixels(picture, config),
+            rows=picture.rows,
+            high=picture.high,
+        )
+
+    return assemble(torso, 256, spec, config)
+
+
+def _pixels(picture: Picture, config: NetworkConfig) -> PixelNormalizer | None:
+    """A normaliser of single frames, if it is wanted: every torso has its own."""
     if not config.normalize_observations:
         return None
-    return PixelNormalizer(spec.observation_space.shape)
+    return PixelNormalizer(picture.shape, high=picture.high, rows=picture.rows)
 
 
-def _image_shape(spec: EnvSpec, network: str, min_pixels: int) -> tuple[int, int, int]:
-    """Shape [C, H, W] of what the torso convolves, C = stacked frames times colours."""
-    space = spec.observation_space
-    shape = space.shape
-    if space.dtype != np.uint8 or len(shape) not in (2, 3) or min(shape[:2]) < min_pixels:
+def _picture(network: str, spec: EnvSpec, config: NetworkConfig) -> Picture:
+    """Returns how the observation is a picture that the network can convolve.
+
+    Raises:
+        ConfigError: it is not; names a network that takes it.
+    """
+    if spec.structure is not None:
         raise ConfigError(
-            f"{spec.name}: network {network} needs uint8 images of at least {min_pixels} x "
-            f"{min_pixels} pixels, not {space.dtype} of shape {shape}; use network "
-            f"{default_network(spec)}"
+            f"{spec.name}: network {network} takes one picture, not observations of "
+            f"{len(parts_of(spec))} parts: use network structured"
         )
-    return spec.frame_stack * math.prod(shape[2:]), shape[0], shape[1]
+    space, pixels = spec.observation_space, _LEAST_PIXELS[network]
+    picture = plain_picture(spec, config.pictures)
+    if picture is None:
+        known = "uint8 [H, W] or [H, W, colours], as --pictures bytes says"
+        if config.pictures == "any":
+            known = "uint8, or numbers whose bounds are 0 and 1 or 0 and 255, of 2 to 4 axes"
+        bounds = f"[{space.low.min():g}, {space.high.max():g}]" if space.low.size else "nothing"
+        raise ConfigError(
+            f"{spec.name}: network {network} needs pictures ({known}), not {space.dtype} of shape "
+            f"{space.shape} in {bounds}: use network mlp"
+        )
+    if not picture.has(pixels):
+        raise ConfigError(
+            f"{spec.name}: network {network} needs pictures of at least {pixels} x {pixels}, not "
+            f"{picture.height} x {picture.width}: use network {convolving(picture) or 'mlp'}"
+        )
+    return picture

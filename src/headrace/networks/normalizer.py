@@ -24,7 +24,7 @@ _CACHED_ROWS = 8
 """Images whose floats a core's cache holds: four stacked frames take 0.9 MB."""
 
 Arrange = Callable[[Tensor, int], Tensor]
-"""Lays constants [2, *frame] out for an image of so many channels."""
+"""Lays constants [2, colours, H, W] of a frame out for an image of so many channels."""
 
 
 class _Kept(NamedTuple):
@@ -77,22 +77,22 @@ class ObservationNormalizer(nn.Module):
 
 
 class PixelNormalizer(ObservationNormalizer):
-    """The same for frames of bytes, such as images: every pixel has a mean and a deviation.
+    """The same for images, and frames of bytes: every pixel has a mean and a deviation.
 
     What never changes vanishes, and the few pixels that matter stand out. Clipped to +-5, with
     1e-5 added to the variance of pixels scaled to [0, 1], as rl_games does (Makoviichuk and
     Makoviychuk, "rl-games", its RunningMeanStd). Before anything was observed it scales to [0, 1].
     """
 
-    def __init__(self, shape: tuple[int, ...], *, high: float = 255.0) -> None:
-        """Takes the shape of one frame, and the largest number there."""
+    def __init__(self, shape: tuple[int, ...], *, high: float = 255.0, rows: int = 0) -> None:
+        """Takes the shape of one frame, the largest number, and the axis of an image's height."""
         super().__init__(shape)
-        self.high = high
+        self.high, self.rows = high, rows
         self.variance.fill_(high**2)
         self._kept: _Kept | None = None
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Normalises uint8 [N, ..., *shape] to float32."""
+        """Normalises [N, ..., *shape] to float32."""
         return self.normalized(frames, self.constants(), torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,16 +111,21 @@ class PixelNormalizer(ObservationNormalizer):
         time to make them again. Captured and compiled code makes them itself.
         """
         if self.mean.is_cuda or torch.compiler.is_compiling():
-            return arrange(self.constants(), channels)
+            return arrange(self._planes(), channels)
         of = (self.mean._version, self.variance._version, arrange, channels)
         kept = self._kept
         if kept is None or kept.mean is not self.mean or kept.of != of:
-            kept = self._kept = _Kept(self.mean, of, arrange(self.constants(), channels))
+            kept = self._kept = _Kept(self.mean, of, arrange(self._planes(), channels))
         return kept.constants
+
+    def _planes(self) -> Tensor:
+        """Returns `constants` of an image as [2, colours, H, W]."""
+        constants = self.constants().movedim((1 + self.rows, 2 + self.rows), (-2, -1))
+        return constants.reshape(2, -1, *constants.shape[-2:])
 
     @staticmethod
     def normalized(pixels: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalises bytes [N, ..., *shape] by constants [2, *shape]; the arithmetic is float32."""
+        """Normalises pixels [N, ..., *shape] by constants [2, *shape], in float32."""
         scale, shift = constants
         out = torch.empty_like(pixels, dtype=dtype)
         in_pieces = pixels.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -22,4 +22,4 @@ def r2d2(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     if config.lstm_size is None:
         config = replace(config, lstm_size=_LSTM_SIZE)
     builders = {"nature": nature, "structured": structured, "mlp": mlp}
-    return builders[default_network(spec)](spec, config)
+    return builders[default_network(spec, config.pictures)](spec, config)

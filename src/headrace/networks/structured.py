@@ -22,6 +22,7 @@ from headrace.networks.models import AnyNet, assemble
 from headrace.networks.normalizer import ObservationNormalizer, PixelNormalizer
 from headrace.networks.torsos import NATURE_CONVS, SHALLOW_CONVS, Activation, ConvTorso, MlpTorso
 from headrace.ops.distributions import one_hot
+from headrace.pictures import Kinds, Picture, picture_of
 from headrace.specs import EnvSpec
 
 IMAGE_FEATURES = 256
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     choices: tuple[int, ...]  # of each number that becomes one-hot, else empty
     scale: float
+    picture: Picture | None  # what is convolved of it
 
     @property
     def width(self) -> int:
@@ -47,8 +49,8 @@ class Part(NamedTuple):
 class StructuredTorso(nn.Module):
     """Images through convolutions, everything else as numbers; then hidden layers over both.
 
-    A discrete part becomes one-hot. Integers of 8 bits are scaled to [0, 1], other numbers are
-    taken as they are; or images and numbers are normalised, where it is asked for.
+    A discrete part becomes one-hot. Pictures and integers of 8 bits are scaled to [0, 1], other
+    numbers are taken as they are; or images and numbers are normalised, where it is asked for.
     """
 
     def __init__(
@@ -58,25 +60,27 @@ class StructuredTorso(nn.Module):
         *,
         activation: Activation = "relu",
         normalize: bool = False,
+        pictures: Kinds = "any",
     ) -> None:
-        """Takes a spec with a `structure`, the hidden layers, and whether to normalise."""
+        """Takes a spec with a `structure`, hidden layers, and what is normalised and convolved."""
         super().__init__()
         if spec.structure is None:
             raise ValueError(f"{spec.name} has no structure")
-        leaves = tree.leaves(spec.structure)
+        parts = [part_of(leaf, pictures) for leaf in tree.leaves(spec.structure)]
+        rest = [part for part in parts if part.picture is None]
         stack = spec.frame_stack
-        self._images = [part_of(leaf) for leaf in leaves if is_image(leaf)]
-        self._floats = [part_of(leaf) for leaf in leaves if is_float(leaf)]
-        self._others = [
-            part_of(leaf) for leaf in leaves if not is_image(leaf) and not is_float(leaf)
-        ]
+        self._images = [part for part in parts if part.picture is not None]
+        self._floats = [part for part in rest if part.dtype.is_floating_point]
+        self._others = [part for part in rest if not part.dtype.is_floating_point]
         self.encoders = nn.ModuleList(
-            _encoder(part, stack, normalize=normalize) for part in self._images
+            _encoder(part.picture, stack, normalize=normalize)
+            for part in self._images
+            if part.picture is not None
         )
         num_floats = sum(part.size for part in self._floats)
         self.normalizer = ObservationNormalizer((num_floats,)) if normalize and num_floats else None
         self.integer_normalizers = nn.ModuleList(
-            ObservationNormalizer((part.size,)) if normalize and not part.choices else nn.Identity()
+            _number_normalizer(part, pictures) if normalize and not part.choices else nn.Identity()
             for part in self._others
         )
         numbers_V = num_floats + sum(part.width for part in self._others)
@@ -117,7 +121,7 @@ class StructuredTorso(nn.Module):
         return torch.cat([unpacked(rows, part).float() for part in self._floats], dim=2)
 
 
-def part_of(leaf: tree.Leaf) -> Part:
+def part_of(leaf: tree.Leaf, pictures: Kinds = "any") -> Part:
     """Returns what the network needs to know of a leaf."""
     is_bytes = leaf.kind == "box" and leaf.dtype == np.uint8
     return Part(
@@ -127,6 +131,7 @@ def part_of(leaf: tree.Leaf) -> Part:
         shape=leaf.shape,
         choices=leaf.choices,
         scale=1.0 / max(1.0, leaf.high) if is_bytes else 1.0,
+        picture=image_of(leaf, pictures),
     )
 
 
@@ -143,26 +148,29 @@ def numbers(part_NKD: Tensor, part: Part) -> Tensor:
     return part_NKD.float() * part.scale
 
 
-def is_image(leaf: tree.Leaf) -> bool:
-    """Whether a part goes through convolutions: bytes in [H, W] or [H, W, colours]."""
-    is_bytes: bool = leaf.kind == "box" and leaf.dtype == np.uint8
-    return is_bytes and len(leaf.shape) in (2, 3) and min(leaf.shape[:2]) >= _MIN_IMAGE
+def image_of(leaf: tree.Leaf, pictures: Kinds = "any") -> Picture | None:
+    """Returns the picture that goes through convolutions; None of smaller ones and of numbers."""
+    picture = picture_of(leaf, pictures)
+    return picture if picture is not None and picture.has(_MIN_IMAGE) else None
 
 
-def is_float(leaf: tree.Leaf) -> bool:
-    """Whether a part may be normalised."""
-    return leaf.kind == "box" and leaf.dtype.kind == "f"
-
-
-def _encoder(part: Part, stack: int, *, normalize: bool) -> ConvTorso:
-    height, width, *colours = part.shape
-    convs = NATURE_CONVS if min(height, width) >= _MIN_NATURE else SHALLOW_CONVS
+def _encoder(picture: Picture, stack: int, *, normalize: bool) -> ConvTorso:
+    shape, rows, high = picture
     return ConvTorso(
-        (stack * math.prod(colours), height, width),
-        convs,
+        picture.planes(stack),
+        NATURE_CONVS if picture.has(_MIN_NATURE) else SHALLOW_CONVS,
         IMAGE_FEATURES,
-        normalizer=PixelNormalizer(part.shape) if normalize else None,
+        normalizer=PixelNormalizer(shape, high=high, rows=rows) if normalize else None,
+        rows=rows,
+        high=high,
     )
+
+
+def _number_normalizer(part: Part, pictures: Kinds) -> ObservationNormalizer:
+    """Returns what normalises a part as `frame_normalizer` does one that is alone."""
+    if part.dtype == torch.uint8 and pictures == "any":
+        return PixelNormalizer((part.size,), high=1.0)  # `numbers` has scaled them
+    return ObservationNormalizer((part.size,))
 
 
 def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
@@ -174,6 +182,7 @@ def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
             config.hidden_sizes,
             activation=config.activation,
             normalize=config.normalize_observations,
+            pictures=config.pictures,
         )
 
     return assemble(torso, config.hidden_sizes[-1], spec, config)

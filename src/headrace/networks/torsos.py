@@ -2,10 +2,10 @@
 
 Shape suffixes: N = rows, K = stacked frames, C = channels (K times the colours), H and W = pixels.
 
-Images stay uint8 until a convolution needs them and are laid out channels last, which the kernels
-for bfloat16 want: several times faster than channels first. The 1/255 that maps pixels to [0, 1] is
-folded into the first weight where it is used: each integer up to 255 is exact in bfloat16, its
-255th is not.
+Images stay as they are until a convolution needs them and are laid out channels last, which the
+kernels for bfloat16 want: several times faster than channels first. The 1/255 that maps bytes to
+[0, 1] is folded into the first weight where it is used: each integer up to 255 is exact in
+bfloat16, its 255th is not.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def merge_channels(observation: Tensor) -> Tensor:
-    """Makes [N, C, H, W] of stacked frames [N, K, H, W] or [N, K, H, W, colours]."""
-    if observation.ndim == 5:
-        return observation.permute(0, 1, 4, 2, 3).flatten(1, 2)
-    return observation
+def merge_channels(observation: Tensor, rows: int = 0) -> Tensor:
+    """Makes [N, C, H, W] of stacked frames [N, K, *frame], whose heights are axis `rows`."""
+    return observation.movedim((2 + rows, 3 + rows), (-2, -1)).flatten(1, -3)
 
 
 def space_to_depth(image_NCHW: Tensor) -> Tensor:
@@ -71,12 +69,11 @@ def channels_last(image_NCHW: Tensor) -> Tensor:
 
 
 def stacked_constants(constants: Tensor, channels: int) -> Tensor:
-    """Repeats constants [2, H, W] or [2, H, W, colours] for every frame of a stack: [2, C, H, W].
+    """Repeats constants [2, colours, H, W] for every frame of a stack: [2, C, H, W].
 
     Colours of one frame lie together, as `merge_channels` lays them.
     """
-    frame = constants.unsqueeze(1) if constants.ndim == 3 else constants.permute(0, 3, 1, 2)
-    return frame.repeat(1, channels // frame.shape[1], 1, 1)
+    return constants.repeat(1, channels // constants.shape[1], 1, 1)
 
 
 def _in_blocks(constants: Tensor, channels: int) -> Tensor:
@@ -94,24 +91,28 @@ def _floats(
     channels: int,
     arrange: Arrange,
 ) -> Tensor:
-    """Converts bytes that `arrange` laid out; `channels` are the image's own."""
+    """Converts pixels that `arrange` laid out; `channels` are the image's own."""
     if normalizer is None:
         return image.to(dtype)
     return normalizer.normalized(image, normalizer.arranged(arrange, channels), dtype)
 
 
 class ImageConv(nn.Conv2d):
-    """`nn.Conv2d` of uint8 images scaled to [0, 1]; parameters and initialisation are its own.
+    """`nn.Conv2d` of images scaled to [0, 1]; parameters and initialisation are its own.
 
     A kernel of 8 with stride 4 equals a kernel of 2 with stride 1 after `space_to_depth`, which has
-    16 times the channels and so fills the matrix units.
+    16 times the channels and so fills the matrix units; of bytes that is done.
     """
 
+    high = 255.0
+    """The number in an image that stands for 1."""
+
     def forward(self, input: Tensor, normalizer: PixelNormalizer | None = None) -> Tensor:
-        """Convolves uint8 [N, C, H, W], scaled to [0, 1] or normalised."""
+        """Convolves [N, C, H, W] of any dtype, scaled to [0, 1] or normalised."""
         dtype = compute_dtype(self.weight)
-        weight = self.weight * (1.0 / 255.0) if normalizer is None else self.weight
-        if self._is_blocky and input.shape[2] % 4 == 0 and input.shape[3] % 4 == 0:
+        weight = self.weight * (1.0 / self.high) if normalizer is None else self.weight
+        in_blocks = input.shape[2] % 4 == 0 and input.shape[3] % 4 == 0
+        if self._is_blocky and in_blocks and input.dtype == torch.uint8:
             # Rearranging this tiny tensor at each use keeps the parameter an ordinary one.
             weight = weight.reshape(*weight.shape[:2], 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
             image = _floats(space_to_depth(input), dtype, normalizer, input.shape[1], _in_blocks)
@@ -125,6 +126,11 @@ class ImageConv(nn.Conv2d):
         return (self.kernel_size, self.stride, self.padding) == ((8, 8), (4, 4), (0, 0))
 
 
+def _set_high(stem: nn.Module, high: float) -> None:
+    assert isinstance(stem, ImageConv)
+    stem.high = high
+
+
 class ConvTorso(nn.Module):
     """Convolutions without padding, then one hidden layer: the "nature" and the shallow network."""
 
@@ -135,10 +141,21 @@ class ConvTorso(nn.Module):
         features: int,
         *,
         normalizer: PixelNormalizer | None = None,
+        rows: int = 0,
+        high: float = 255.0,
     ) -> None:
-        """Takes image_shape [C, H, W] and (channels, kernel, stride) per convolution."""
+        """Makes the layers.
+
+        Args:
+            image_shape: [C, H, W] of all frames of a stack together.
+            convs: Channels, kernel and stride of each convolution.
+            features: What the hidden layer gives.
+            normalizer: Of single frames; None to scale them to [0, 1].
+            rows: The axis of a frame that is its height; that of the width follows.
+            high: The number that becomes 1.
+        """
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer, self.rows = normalizer, rows
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         for index, (channels, kernel, stride) in enumerate(convs):
@@ -151,18 +168,19 @@ class ConvTorso(nn.Module):
         # all but equal, and value and policy learn little from them (docs/log.md).
         for layer in (*self.convs, self.hidden):
             orthogonal(layer, scale=math.sqrt(2.0))
+        _set_high(self.convs[0], high)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Encodes uint8 [N, K, H, W] or [N, K, H, W, colours]."""
+        """Encodes stacked frames [N, K, *frame], such as uint8 [N, K, H, W, colours]."""
         first, *others = self.convs
-        x = first(merge_channels(observation), self.normalizer).relu_()
+        x = first(merge_channels(observation, self.rows), self.normalizer).relu_()
         for conv in others:
             x = conv(x).relu_()
         return self.hidden(flatten_channels_last(x)).relu_()  # type: ignore[no-any-return]
 
     def observe(self, frames: Tensor) -> None:
-        """Merges single frames [..., H, W] or [..., H, W, colours] into the statistics, if any."""
+        """Merges single frames [..., *frame] into the statistics, if any."""
         if self.normalizer is not None:
             self.normalizer.observe(frames)
 
@@ -190,10 +208,12 @@ class DeepTorso(nn.Module):
         *,
         channels: Sequence[int] = DEEP_CHANNELS,
         normalizer: PixelNormalizer | None = None,
+        rows: int = 0,
+        high: float = 255.0,
     ) -> None:
-        """Takes image_shape [C, H, W] and the channels of every section."""
+        """Takes the channels of every section; the rest is as in `ConvTorso`."""
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer, self.rows = normalizer, rows
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         self.blocks = nn.ModuleList()
@@ -204,11 +224,12 @@ class DeepTorso(nn.Module):
             in_channels = width_out
             height, width = (height + 1) // 2, (width + 1) // 2
         self.hidden = nn.Linear(in_channels * height * width, features)
+        _set_high(self.convs[0], high)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Encodes uint8 [N, K, H, W] or [N, K, H, W, colours]."""
-        x = self.convs[0](merge_channels(observation), self.normalizer)
+        """Encodes stacked frames [N, K, *frame], such as uint8 [N, K, H, W, colours]."""
+        x = self.convs[0](merge_channels(observation, self.rows), self.normalizer)
         for index, blocks in enumerate(self.blocks):
             x = self.convs[index](x) if index else x
             x = blocks(F.max_pool2d(x, 3, stride=2, padding=1))

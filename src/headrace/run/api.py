@@ -22,6 +22,7 @@ from headrace.config import (
     ensure_typed,
     from_dict,
     merged,
+    of_a_run,
     parse_toml,
     to_toml,
 )
@@ -210,7 +211,7 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
             f"{kept[0]} belongs to the run and cannot change on --resume; "
             f"these can: {', '.join(sorted(FREE_ON_RESUME))}"
         )
-    values = parse_toml(run.read_config(), run.config_path)
+    values = of_a_run(parse_toml(run.read_config(), run.config_path))
     values = merged(values, kept_horizon(values, changes))
     return from_dict(merged(values, changes), trust_code=trust_code)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headrace import catalog, tree
+from headrace import catalog
 from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
@@ -38,6 +38,7 @@ from headrace.run.draws import own_draws
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
 from headrace.run.pools import make_pool
 from headrace.run.seeds import Use, derived_seed
+from headrace.run.seen import flattened, seen_as
 from headrace.run.share import WHOLE, Share
 from headrace.run.system import choose_precision
 from headrace.server.acting import Actor, initial_state
@@ -161,13 +162,14 @@ def network_name(config: RunConfig, spec: EnvSpec) -> str:
     if config.network.network != "auto":
         return config.network.network
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-    return getattr(rule, "network", None) or default_network(spec)
+    return getattr(rule, "network", None) or default_network(spec, config.network.pictures)
 
 
 def _notices(config: RunConfig, family: Any, spec: EnvSpec, algorithm: Algorithm) -> Iterator[str]:
     """Yields what a user should know of a run that begins, a line each."""
     yield from getattr(family, "notices", lambda *_: ())(config.env, config.environment)
     yield chosen(config, spec, algorithm.model)
+    yield from flattened(spec, config.network, network_name(config, spec))
     if getattr(algorithm, "on_policy", False) and not takes_turns(config):
         yield (
             f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
@@ -180,10 +182,8 @@ def chosen(config: RunConfig, spec: EnvSpec, model: Any) -> str:
 
     Such as "observation (4,) float32 → mlp 64-64, 9 155 parameters; settings: control".
     """
-    space, name = spec.observation_space, network_name(config, spec)
-    seen = f"{space.shape} {space.dtype}"
-    if spec.structure is not None:
-        seen = f"of {len(tree.leaves(spec.structure))} parts"
+    name = network_name(config, spec)
+    seen = seen_as(spec, config.network)
     if spec.frame_stack > 1:
         seen += f", {spec.frame_stack} in a stack"
     if name in ("mlp", "structured"):

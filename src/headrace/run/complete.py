@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 
-from headrace import catalog, presets, tree
+from headrace import catalog, pictures, presets
 from headrace.config import (
     DEFAULT_ALGORITHM,
     RunConfig,
@@ -26,7 +26,7 @@ from headrace.config import (
 from headrace.envs import gymnasium
 from headrace.errors import ConfigError
 from headrace.networks.models import default_network
-from headrace.networks.structured import is_image
+from headrace.networks.structured import image_of
 from headrace.pools.settings import WorkerConfig
 from headrace.run.trial import try_environment
 from headrace.specs import EnvSpec
@@ -122,12 +122,12 @@ def layer_below(given: Mapping[str, Any]) -> Layer:
     return Layer(name, values)
 
 
-def structure_of(spec: EnvSpec) -> tuple[str, str]:
+def structure_of(spec: EnvSpec, kinds: pictures.Kinds = "any") -> tuple[str, str]:
     """Says what a policy deals with: "image" or "vector", and "discrete" or "continuous"."""
     if spec.structure is not None:
-        sees_images = any(is_image(leaf) for leaf in tree.leaves(spec.structure))
+        sees_images = any(image_of(leaf, kinds) for leaf in pictures.parts_of(spec))
     else:
-        sees_images = default_network(spec) == "nature"
+        sees_images = default_network(spec, kinds) == "nature"
     is_continuous = isinstance(spec.action_space, gym.spaces.Box)
     return "image" if sees_images else "vector", "continuous" if is_continuous else "discrete"
 
@@ -141,7 +141,9 @@ def _by_structure(given: Mapping[str, Any], rule: str) -> Layer:
         # Made here below, it could take this process with it.
         try_environment(env, settings, timeout_s=WorkerConfig().start_timeout_s)
     spec = catalog.environment_family(env).spec(env, settings)
-    structure = structure_of(spec)
+    network = given.get("network")
+    only_bytes = isinstance(network, Mapping) and network.get("pictures") == "bytes"
+    structure = structure_of(spec, "bytes" if only_bytes else "any")
     name = presets.BY_STRUCTURE.get((rule, *structure), "")
     if name:
         values = presets.find(name).values

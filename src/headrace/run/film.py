@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,8 +12,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace import tree
 from headrace.algorithms.base import ActionMode
 from headrace.errors import ConfigError, HeadraceError
+from headrace.pictures import Picture, picture_of
 from headrace.run.policy import Policy
 from headrace.run.seeds import Use, derived_seed
 from headrace.telemetry.video import VideoWriter
@@ -145,7 +147,8 @@ class Player:
         observation, info = env.reset()
         picture = observation if view is None else view.reset()[0]
         reward, total = 0.0, 0.0
-        yield Scene(_pixels(picture), total, 0, last=False)
+        space = (env if view is None else view).observation_space
+        yield Scene(_pixels(picture, space), total, 0, last=False)
         for steps in range(1, _MOST_STEPS + 1):
             action, state = self._policy.act(
                 observation,
@@ -165,7 +168,8 @@ class Player:
             total += reward
             over = terminated or truncated
             self._under_way = not over
-            yield Scene(_pixels(picture), total, steps, last=over or steps == _MOST_STEPS)
+            shown = _pixels(picture, space)
+            yield Scene(shown, total, steps, last=over or steps == _MOST_STEPS)
             if over:
                 return
 
@@ -201,35 +205,39 @@ class Player:
         self._on_message(f"{why}; the pictures are of what the agent observes instead")
 
 
-def _pixels(observation: Any) -> NDArray[np.uint8]:
-    """Turns an observation into pixels: images as they are, numbers scaled to black and white.
+def _pixels(observation: Any, space: gym.Space[Any]) -> NDArray[np.uint8]:
+    """Turns an observation of `space` into pixels: images as they are, numbers scaled to 0..255.
 
     Of several parts it takes the first image; without one, all their numbers in a row.
     """
-    parts = _parts(observation)
-    images = [part for part in parts if _is_image(part)]
-    if images:
-        array = images[0]
-    else:
-        array = parts[0] if len(parts) == 1 else np.concatenate([part.ravel() for part in parts])
-    if array.ndim > 2 and not _is_image(array):  # such as a stack of frames: one below the other
-        array = array.reshape(-1, array.shape[-1])
-    array = np.atleast_2d(array)
-    if array.dtype == np.uint8:
-        return array
+    leaves = tree.leaves(space)
+    parts = [np.asarray(tree.part_of(leaf, observation)) for leaf in leaves]
+    for leaf, part in zip(leaves, parts, strict=True):
+        if picture := picture_of(leaf):
+            return _as_bytes(_drawn(part, picture), 0.0, picture.high)
+    array = parts[0] if len(parts) == 1 else np.concatenate([part.ravel() for part in parts])
+    array = np.atleast_2d(array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array)
     array = np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(array.min()), float(array.max())
-    return np.asarray((array - low) / max(high - low, 1e-9) * 255, np.uint8)
+    return _as_bytes(array, float(array.min()), float(array.max()))
 
 
-def _parts(observation: Any) -> list[NDArray[Any]]:
-    """Returns the arrays of an observation, nested or not."""
-    if not isinstance(observation, Mapping | tuple):
-        return [np.asarray(observation)]
-    inner = observation.values() if isinstance(observation, Mapping) else observation
-    return [array for part in inner for array in _parts(part)]
+def _drawn(part: NDArray[Any], picture: Picture) -> NDArray[Any]:
+    """Returns a picture as [H, W] or [H, W, 3], its channels one below the other if not RGB.
+
+    Of a stack of pictures in colour it is the newest.
+    """
+    rows = picture.rows
+    planes = np.moveaxis(part, (rows, rows + 1), (-2, -1))
+    colours = planes.shape[-3] if planes.ndim > 2 else 1
+    planes = planes.reshape(-1, *planes.shape[-2:])
+    if colours == 3:
+        return np.moveaxis(planes[-3:], 0, -1)
+    return planes.reshape(-1, planes.shape[-1])
 
 
-def _is_image(array: NDArray[Any]) -> bool:
-    grey_or_rgb = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    return array.dtype == np.uint8 and grey_or_rgb
+def _as_bytes(array: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Returns numbers from `low` to `high` as 0 to 255."""
+    if array.dtype == np.uint8 and (low, high) == (0.0, 255.0):
+        return array
+    scaled = (array.astype(np.float64) - low) / max(high - low, 1e-9) * 255
+    return np.asarray(np.nan_to_num(scaled).clip(0, 255), np.uint8)

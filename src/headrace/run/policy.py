@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
-from headrace.config import RunConfig, from_dict, parse_toml
+from headrace.config import RunConfig, from_dict, of_a_run, parse_toml
 from headrace.envs import gymnasium
 from headrace.envs.spaces import action_converter
 from headrace.errors import ConfigError
@@ -160,7 +160,8 @@ class Policy:
 
         Raises:
             ValueError: the observations are not as the environment's, or not as many as the state;
-                or there is NaN among them.
+                or there is NaN among them, or a number that their dtype cannot hold, such as 0.5
+                where the environment has bytes.
         """
         count = len(state.previous_action)
         frames, single = self._frames(observation, count)
@@ -191,7 +192,7 @@ class Policy:
         space = self.spec.observation_space
         if self._leaves and not _is_packed(observation, count, space.shape):
             return self._packed(observation, count)
-        frames = np.asarray(observation, space.dtype)
+        frames = tree.as_dtype(observation, space.dtype, "the observation")
         single = frames.shape == space.shape and count == 1
         if single:
             frames = frames[None]
@@ -251,7 +252,7 @@ def load(
     """
     gymnasium.forget()
     directory = RunDirectory.open(Path(run))
-    values = parse_toml(directory.read_config(), directory.config_path)
+    values = of_a_run(parse_toml(directory.read_config(), directory.config_path))
     config = from_dict(values, trust_code=trust_code)
     saved, warnings = saving.newest(directory, without=("replay",))
     if saved is None:
