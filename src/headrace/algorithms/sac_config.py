@@ -11,7 +11,8 @@ from headrace.algorithms.optimizers import OptimizerConfig, check_no_kl
 from headrace.errors import ConfigError
 
 
-def _default_optimizer() -> OptimizerConfig:
+def plain_adam() -> OptimizerConfig:
+    """Adam as published: no schedule, no clip."""
     return OptimizerConfig(
         optimizer="adam",
         learning_rate=3e-4,
@@ -21,7 +22,8 @@ def _default_optimizer() -> OptimizerConfig:
     )
 
 
-def _default_replay() -> ReplayConfig:
+def uniform_replay() -> ReplayConfig:
+    """A million transitions, all sampled alike, and an update for each."""
     return ReplayConfig(
         replay_capacity=1_000_000,
         replay_min=1_000,
@@ -62,9 +64,9 @@ class SacConfig:
     """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
     reward_scale: float = 1.0
     """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
-    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    optimizer: OptimizerConfig = field(default_factory=plain_adam)
     """How gradients become steps: for critics, actor and temperature, each on its own."""
-    replay: ReplayConfig = field(default_factory=_default_replay)
+    replay: ReplayConfig = field(default_factory=uniform_replay)
     """What is kept, and how it is sampled; a sequence is one transition."""
 
     def __post_init__(self) -> None:

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from headrace.errors import ConfigError
 from headrace.networks.torsos import Activation
 
-Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
-
 _POPART_STEP = 1e-3
-
-HEADS_OF = {
-    "policy_value": "policy",
-    "duelling": "values",
-    "action_value": "values",
-    "actor_critics": "critics",
-}
-"""Which network heads belong to: algorithms that can use one kind can use all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +17,11 @@ class NetworkConfig:
     network: str = "auto"
     """Name in the catalog, or "my_module:function"; auto: the algorithm's own (r2d2), or else
     nature for images, structured for observations of several parts, mlp for the rest."""
-    heads: Heads = "auto"
-    """What the network says of a row: a policy and a value; Q of every action, from duelling
-    streams (action_value: from one layer); a policy, and Q of a row and an action
-    (actor_critics). auto: what the algorithm needs."""
+    heads: str = "auto"
+    """What the network says of a row: policy_value, a policy and a value; duelling, Q of every
+    action from two streams; action_value, the same from one layer; actor_critics, a policy, and Q
+    of a row and an action; or a name of your own (register_heads). auto: what the algorithm
+    needs."""
     lstm_size: int | None = None
     """Width of the LSTM after the torso; 0 for none; None for the network's own, which is 512 for
     r2d2 and none for the others."""
@@ -39,6 +29,9 @@ class NetworkConfig:
     """Widths of the hidden layers of mlp, structured and critics."""
     activation: Activation = "relu"
     """Of those layers."""
+    layer_norm: bool = False
+    """Whether mlp, nature, impala_shallow, r2d2 and structured normalise what each hidden layer
+    says of a row, before its activation."""
     separate_value: bool = False
     """Whether the value has a torso of its own."""
     normalize_observations: bool = False
@@ -67,11 +60,16 @@ class NetworkConfig:
             raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")
+        if self.layer_norm and min(self.hidden_sizes) == 1:
+            raise ConfigError(
+                "layer_norm makes a constant of a layer of one unit, and hidden_sizes are "
+                f"{self.hidden_sizes}: say --no-layer-norm"
+            )
         if self.separate_value and self.lstm_size:
             raise ConfigError(
                 "separate_value goes with lstm_size 0: policy and value share the LSTM"
             )
-        if self.separate_value and self.has_action_values:
+        if self.separate_value and not self.has_policy_value:
             raise ConfigError(
                 f"separate_value goes with a policy and a value, not with heads {self.heads}: "
                 "say --no-separate-value"
@@ -87,6 +85,6 @@ class NetworkConfig:
             raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")
 
     @property
-    def has_action_values(self) -> bool:
-        """Whether the heads say Q of actions, not the value of a policy."""
-        return self.heads in ("duelling", "action_value", "actor_critics")
+    def has_policy_value(self) -> bool:
+        """Whether the heads say a policy and its value, as far as is known here."""
+        return self.heads in ("auto", "policy_value")

@@ -94,7 +94,7 @@ class PolicyValueNet(nn.Module):
             ConfigError: the config asks for action values.
         """
         super().__init__()
-        if config.has_action_values:
+        if not config.has_policy_value:
             raise ConfigError(
                 f"a PolicyValueNet cannot have heads {config.heads}: make your network with "
                 "headrace.networks.models.assemble, which picks the class by config.heads"
@@ -164,8 +164,68 @@ class PolicyValueNet(nn.Module):
         return torch.cat((features_UBF, reward_UB1, action_UBE), dim=-1)
 
 
-AnyNet = PolicyValueNet | ActionValueNet | ActorCriticsNet
-"""What the builders below give, by `NetworkConfig.heads`."""
+AnyNet = nn.Module
+"""What the builders below give, by `NetworkConfig.heads`: a network of `HEADS`."""
+
+
+class Heads(NamedTuple):
+    """One kind of heads."""
+
+    network: type[nn.Module]
+    """Class of the networks that have it. What can learn with heads can with all of this class."""
+    build: Callable[[Callable[[], nn.Module], int, EnvSpec, NetworkConfig], nn.Module]
+    """Makes one of (torso, features, spec, config), as `assemble` is given them."""
+
+
+def _policy_value(
+    torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
+) -> PolicyValueNet:
+    value_torso = torso() if config.separate_value else None
+    return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
+
+
+def _action_values(
+    torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
+) -> ActionValueNet:
+    return ActionValueNet(torso(), features, spec, config)
+
+
+HEADS = {
+    "policy_value": Heads(PolicyValueNet, _policy_value),
+    "duelling": Heads(ActionValueNet, _action_values),
+    "action_value": Heads(ActionValueNet, _action_values),
+    "actor_critics": Heads(ActorCriticsNet, ActorCriticsNet),
+}
+"""By name; `register_heads` adds to it."""
+_OURS = frozenset(HEADS)
+
+
+def register_heads(name: str, heads: Heads) -> None:
+    """Makes `name` one that an algorithm's `heads` may be, for every torso of the catalog.
+
+    The network is called and makes its state as `algorithms.base.Model` says. Registering a name
+    again replaces what it stood for.
+
+    Raises:
+        ConfigError: the name is one of headrace's own.
+    """
+    if name in (*_OURS, "auto"):
+        raise ConfigError(f"heads {name} are headrace's own: register yours by another name")
+    HEADS[name] = heads
+
+
+def heads_named(name: str) -> Heads:
+    """Returns the heads that a config or an algorithm names.
+
+    Raises:
+        ConfigError: there are none of that name.
+    """
+    if name not in HEADS:
+        raise ConfigError(
+            f"no heads named {name!r}; known: {', '.join(sorted(HEADS))}; "
+            "headrace.networks.register_heads adds others"
+        )
+    return HEADS[name]
 
 
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
@@ -206,13 +266,12 @@ def assemble(
         features: Length of what it gives per row.
         spec: What the heads are built from.
         config: Everything else.
+
+    Raises:
+        ConfigError: there are no such heads, or they do not fit the environment.
     """
-    if config.heads == "actor_critics":
-        return ActorCriticsNet(torso, features, spec, config)
-    if config.has_action_values:
-        return ActionValueNet(torso(), features, spec, config)
-    value_torso = torso() if config.separate_value else None
-    return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
+    heads = heads_named("policy_value" if config.heads == "auto" else config.heads)
+    return heads.build(torso, features, spec, config)
 
 
 def default_network(spec: EnvSpec) -> str:
@@ -229,7 +288,13 @@ def nature(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     shape = _image_shape(spec, "nature", 36)
 
     def torso() -> ConvTorso:
-        return ConvTorso(shape, NATURE_CONVS, features=512, normalizer=_pixels(spec, config))
+        return ConvTorso(
+            shape,
+            NATURE_CONVS,
+            features=512,
+            normalizer=_pixels(spec, config),
+            layer_norm=config.layer_norm,
+        )
 
     return assemble(torso, 512, spec, config)
 
@@ -239,7 +304,13 @@ def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     shape = _image_shape(spec, "impala_shallow", 20)
 
     def torso() -> ConvTorso:
-        return ConvTorso(shape, SHALLOW_CONVS, features=256, normalizer=_pixels(spec, config))
+        return ConvTorso(
+            shape,
+            SHALLOW_CONVS,
+            features=256,
+            normalizer=_pixels(spec, config),
+            layer_norm=config.layer_norm,
+        )
 
     return assemble(torso, 256, spec, config)
 
@@ -247,6 +318,7 @@ def impala_shallow(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
 def impala_deep(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """Fifteen convolutions in residual blocks and 256 features (IMPALA, figure 3, right)."""
     shape = _image_shape(spec, "impala_deep", 8)
+    _ensure_no_layer_norm("impala_deep", config)
     return assemble(
         lambda: DeepTorso(shape, features=256, normalizer=_pixels(spec, config)), 256, spec, config
     )
@@ -255,6 +327,7 @@ def impala_deep(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
 def football(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     """SEED RL's for Google Research Football: a fourth residual section, 256 features."""
     shape = _image_shape(spec, "football", 16)
+    _ensure_no_layer_norm("football", config)
 
     def torso() -> DeepTorso:
         return DeepTorso(
@@ -271,11 +344,25 @@ def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     scale = 1.0 / max(1.0, float(space.high.max())) if is_scaled else 1.0
     inputs, sizes = math.prod(spec.stacked_shape), config.hidden_sizes
     return assemble(
-        lambda: MlpTorso(inputs, sizes, scale=scale, activation=config.activation),
+        lambda: MlpTorso(
+            inputs,
+            sizes,
+            scale=scale,
+            activation=config.activation,
+            layer_norm=config.layer_norm,
+        ),
         sizes[-1],
         spec,
         config,
     )
+
+
+def _ensure_no_layer_norm(network: str, config: NetworkConfig) -> None:
+    if config.layer_norm:
+        raise ConfigError(
+            f"network {network} has residual blocks, which layer_norm is not made for: say "
+            "--no-layer-norm, or --network nature"
+        )
 
 
 def _pixels(spec: EnvSpec, config: NetworkConfig) -> PixelNormalizer | None:

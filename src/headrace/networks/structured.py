@@ -58,8 +58,17 @@ class StructuredTorso(nn.Module):
         *,
         activation: Activation = "relu",
         normalize: bool = False,
+        layer_norm: bool = False,
     ) -> None:
-        """Takes a spec with a `structure`, the hidden layers, and whether to normalise."""
+        """Takes a spec with a `structure`, the hidden layers, and what to normalise.
+
+        Args:
+            spec: Of the environment.
+            sizes: Of the hidden layers.
+            activation: Of these.
+            normalize: Whether observations are normalised by what was seen.
+            layer_norm: Whether hidden layers are.
+        """
         super().__init__()
         if spec.structure is None:
             raise ValueError(f"{spec.name} has no structure")
@@ -71,7 +80,8 @@ class StructuredTorso(nn.Module):
             part_of(leaf) for leaf in leaves if not is_image(leaf) and not is_float(leaf)
         ]
         self.encoders = nn.ModuleList(
-            _encoder(part, stack, normalize=normalize) for part in self._images
+            _encoder(part, stack, normalize=normalize, layer_norm=layer_norm)
+            for part in self._images
         )
         num_floats = sum(part.size for part in self._floats)
         self.normalizer = ObservationNormalizer((num_floats,)) if normalize and num_floats else None
@@ -81,7 +91,7 @@ class StructuredTorso(nn.Module):
         )
         numbers_V = num_floats + sum(part.width for part in self._others)
         inputs = IMAGE_FEATURES * len(self._images) + stack * numbers_V
-        self.mlp = MlpTorso(inputs, sizes, activation=activation)
+        self.mlp = MlpTorso(inputs, sizes, activation=activation, layer_norm=layer_norm)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes uint8 [N, K, nbytes]."""
@@ -154,7 +164,7 @@ def is_float(leaf: tree.Leaf) -> bool:
     return leaf.kind == "box" and leaf.dtype.kind == "f"
 
 
-def _encoder(part: Part, stack: int, *, normalize: bool) -> ConvTorso:
+def _encoder(part: Part, stack: int, *, normalize: bool, layer_norm: bool) -> ConvTorso:
     height, width, *colours = part.shape
     convs = NATURE_CONVS if min(height, width) >= _MIN_NATURE else SHALLOW_CONVS
     return ConvTorso(
@@ -162,6 +172,7 @@ def _encoder(part: Part, stack: int, *, normalize: bool) -> ConvTorso:
         convs,
         IMAGE_FEATURES,
         normalizer=PixelNormalizer(part.shape) if normalize else None,
+        layer_norm=layer_norm,
     )
 
 
@@ -174,6 +185,7 @@ def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
             config.hidden_sizes,
             activation=config.activation,
             normalize=config.normalize_observations,
+            layer_norm=config.layer_norm,
         )
 
     return assemble(torso, config.hidden_sizes[-1], spec, config)
