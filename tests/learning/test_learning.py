@@ -75,3 +75,15 @@ def test_sac_pushes_a_point_to_the_middle(sides: str, tmp_path: Path) -> None:
     devices = {"actor_device": "cpu", "critic_device": "cpu"} if sides == "two" else {}
     mean = play("sac-control", "pointmass", 1, tmp_path / "run", **devices)
     assert (mean - RANDOM_RETURN) / (BEST_RETURN - RANDOM_RETURN) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_pqn_balances_a_pole(seed: int, tmp_path: Path) -> None:
+    assert play("pqn-control", "CartPole-v1", seed, tmp_path / "run") >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_td3_swings_a_pendulum_up(seed: int, tmp_path: Path) -> None:
+    assert play("td3-control", "Pendulum-v1", seed, tmp_path / "run") >= -200
