@@ -204,7 +204,8 @@ def test_what_a_resumed_run_may_change_is_a_setting() -> None:
 def test_every_setting_that_is_a_text_is_known_to_reach_out_or_not() -> None:
     """A new address, file or account belongs into `REACHING_OUT`; a text of another kind here."""
     inward = {
-        *("env", "algorithm", "preset", "out", "env_kwargs", "network"),  # of the run for good
+        *("env", "algorithm", "preset", "out", "env_kwargs"),  # of the run for good
+        *("network", "heads"),
         *("device", "actor_device", "critic_device", "learner_devices", "inference_devices"),
     }
     for env, rule in itertools.product(("catch", "ALE/x", "CartPole-v1"), catalog.ALGORITHMS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,6 +165,17 @@ def test_the_checker_can_fail(module: str, source: str, complaint: str) -> None:
 )
 def test_the_checker_lets_good_imports_pass(module: str, source: str) -> None:
     assert faults(module, source) == []
+
+
+ASKED = re.compile(r"\b(?:get|has)attr\(\s*(?:\w+\.)*_?(?:algorithm|rule)\s*,")
+"""Looks for an attribute that a learning rule may have: all that one may say stands in its base."""
+
+
+def test_nothing_looks_for_attributes_of_a_learning_rule() -> None:
+    for line in ('getattr(rule, "x", None)', 'hasattr(self._algorithm, "x")'):
+        assert ASKED.search(line)
+    asking = [name for name, path in modules() if ASKED.search(path.read_text())]
+    assert asking == []
 
 
 @pytest.mark.parametrize(

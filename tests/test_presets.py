@@ -10,8 +10,10 @@ import pytest
 from headrace import preset
 from headrace.algorithms.impala import ImpalaConfig
 from headrace.algorithms.ppo import PpoConfig
+from headrace.algorithms.pqn import PqnConfig
 from headrace.algorithms.r2d2 import R2d2Config
 from headrace.algorithms.sac import SacConfig
+from headrace.algorithms.td3 import Td3Config
 from headrace.config import RunConfig, from_dict, merged, to_dict
 from headrace.envs.atari import AtariConfig
 from headrace.errors import ConfigError
@@ -130,6 +132,9 @@ EXAMPLES = {
     "sac-mujoco": "HalfCheetah-v5",
     "sac-control": "Pendulum-v1",
     "sac-throughput": "HalfCheetah-v5",
+    "td3-control": "Pendulum-v1",
+    "td3-continuous": "HalfCheetah-v5",
+    "pqn-control": "CartPole-v1",
     "football": "envpool:gfootball/11_vs_11_easy_stochastic-v1",
 }
 
@@ -141,6 +146,7 @@ def test_every_preset_is_a_whole_config_and_says_where_it_is_from(name: str) -> 
         pytest.importorskip("envpool")
     config = preset(name, env)
     kinds = {"ppo": PpoConfig, "r2d2": R2d2Config, "dqn": R2d2Config, "sac": SacConfig}
+    kinds |= {"pqn": PqnConfig, "td3": Td3Config}
     assert isinstance(config.learning, kinds.get(name.partition("-")[0], ImpalaConfig))
     assert find(name).summary.endswith(".")
     assert find(name).source

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 STARTED_S = time.monotonic()  # when a process of ours began, as near as can be told
 
 _PUBLIC = {  # imported when first used: `import headrace` is quick. Types stand in __init__.pyi
+    "Algorithm": "headrace.algorithms.base",
     "ConfigError": "headrace.errors",
     "HeadraceError": "headrace.errors",
     "Policy": "headrace.run.policy",

@@ -1,5 +1,6 @@
 """The public names as type checkers see them; __init__.py imports each when it is first used."""
 
+from headrace.algorithms.base import Algorithm
 from headrace.config import RunConfig
 from headrace.errors import ConfigError, HeadraceError, TrainingDiverged
 from headrace.run.api import preset, train
@@ -12,6 +13,7 @@ __version__: str
 STARTED_S: float
 
 __all__ = [
+    "Algorithm",
     "ConfigError",
     "HeadraceError",
     "Policy",

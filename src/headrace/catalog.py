@@ -13,8 +13,10 @@ from headrace.imports import has_no, import_named
 ALGORITHMS = {
     "impala": "headrace.algorithms.impala:Impala",
     "ppo": "headrace.algorithms.ppo:Ppo",
+    "pqn": "headrace.algorithms.pqn:Pqn",
     "r2d2": "headrace.algorithms.r2d2:R2d2",
     "sac": "headrace.algorithms.sac:Sac",
+    "td3": "headrace.algorithms.td3:Td3",
 }
 NETWORKS = {
     "football": "headrace.networks.models:football",

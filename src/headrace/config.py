@@ -7,6 +7,7 @@ lays one over the other and `from_dict` checks the result, naming what is unknow
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import shlex
 import tomllib
@@ -20,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import tomli_w
 
 from headrace import catalog
+from headrace.algorithms.base import Algorithm
 from headrace.errors import ConfigError
 from headrace.length import Length
 from headrace.networks.models import NetworkConfig
@@ -268,10 +270,27 @@ _STAYING_IN = frozenset(
 """Settings in those sections that matter only once one of the others is set."""
 
 
+def algorithm_class(name: str, *, trust_code: bool = True) -> type[Algorithm]:
+    """Returns the class of an algorithm: of the catalog, or a user's "my_module:MyAlgorithm".
+
+    Raises:
+        ConfigError: there is none, it is code that is not trusted, or it is no `Algorithm`.
+    """
+    found = catalog.resolve("algorithm", catalog.ALGORITHMS, name, trust_code=trust_code)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(
+            f"algorithm {name!r} is no headrace.Algorithm: let it be a class that derives from that"
+        )
+    if inspect.isabstract(found):
+        lacking = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"algorithm {name!r} does not define {lacking}: see headrace.Algorithm")
+    return found
+
+
 def section_types(env: str, algorithm: str, *, trust_code: bool = True) -> dict[str, type[Any]]:
     """Returns the config types of the two sections that depend on what was chosen."""
     family = catalog.environment_family(env, trust_code=trust_code)
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm, trust_code=trust_code)
+    rule = algorithm_class(algorithm, trust_code=trust_code)
     return {"environment": family.config_type, "learning": rule.config_type}
 
 
@@ -298,8 +317,7 @@ def completed(config: RunConfig, *, trust_code: bool = True) -> RunConfig:
 def takes_turns(config: RunConfig) -> bool:
     """Whether server and learner take turns in one thread, every environment answered at once."""
     if config.turns == "auto" and config.inference == "server":
-        rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-        return config.lockstep or bool(getattr(rule, "on_policy", False))
+        return config.lockstep or algorithm_class(config.algorithm).on_policy
     return config.lockstep or config.turns == "on"
 
 

@@ -115,3 +115,15 @@ def test_what_lies_behind_a_clock_is_worth_what_is_allowed_there(
     with torch.no_grad():
         value_11A = model(shown, model.initial_state(1))[0].value
     assert value_11A[0, 0, 0].item() == pytest.approx(-10.0, abs=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_pqn_balances_a_pole(seed: int, tmp_path: Path) -> None:
+    assert play("pqn-control", "CartPole-v1", seed, tmp_path / "run") >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_td3_swings_a_pendulum_up(seed: int, tmp_path: Path) -> None:
+    assert play("td3-control", "Pendulum-v1", seed, tmp_path / "run") >= -200

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from headrace import RunConfig, train
-from headrace.algorithms.base import ALONE
+from headrace.algorithms.base import Algorithm
+from headrace.algorithms.impala import Impala
 from headrace.config import from_dict, merged
 from headrace.errors import ConfigError, PeerLost
 from headrace.learner import checkpoint
@@ -285,12 +286,9 @@ def find_spec(config: RunConfig) -> Any:
 
 
 def test_a_rule_that_learns_alone_is_refused() -> None:
-    class Alone:
-        learners = ALONE
-
-    ensure_shares(Alone())
-    with pytest.raises(ConfigError, match="object does not average its gradients"):
-        ensure_shares(object())
+    ensure_shares(Impala)
+    with pytest.raises(ConfigError, match="Algorithm does not average its gradients"):
+        ensure_shares(Algorithm)
 
 
 def test_environments_are_those_of_one_learner_and_so_are_their_actions() -> None:

@@ -144,7 +144,7 @@ def test_exploration_comes_down_where_a_worker_acts(tmp_path: Path) -> None:
     end, copy = SharedWeights(learned, block), WeightsCopy(acting, block)
     ladder = learner.exploration(4)  # type: ignore[attr-defined]
     for version, progress in enumerate((0.0, 0.25, 0.5, 1.0)):
-        learner._anneal(progress)  # type: ignore[attr-defined]
+        learner._epsilon.advance(progress)  # type: ignore[attr-defined]
         end.publish(learned, version)
         assert copy.pull() == version
         left = max(0.0, 1.0 - 2.0 * progress)

@@ -41,6 +41,9 @@ class Sums:
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         return (torch.zeros(batch, 1),)
 
+    def annealed(self, model: Any, epsilon: Tensor) -> Tensor:
+        return epsilon
+
     def act(
         self, model: Any, inputs: PolicyInput, recurrent: tuple[Tensor, ...], **_: Any
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:

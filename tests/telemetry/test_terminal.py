@@ -7,9 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
+from headrace.algorithms.base import POLICY_METRICS, VALUES_METRICS, ShownMetrics
+from headrace.algorithms.sac import Sac
 from headrace.length import Length
+from headrace.telemetry import terminal
 from headrace.telemetry.panel import render
-from headrace.telemetry.terminal import open_display, plain_line
+from headrace.telemetry.terminal import open_display
 from headrace.telemetry.wording import Row
 
 FULL: dict[str, float | int | str] = {
@@ -59,10 +62,18 @@ class Clock:
         return self.now_s
 
 
-def drawn(row: Row, width: int = 80, length: Length = LENGTH) -> list[str]:
+def drawn(
+    row: Row, width: int = 80, length: Length = LENGTH, metrics: ShownMetrics = POLICY_METRICS
+) -> list[str]:
     console = Console(file=io.StringIO(), width=width, record=True)
-    console.print(render("impala ALE/Pong-v5", row, length, 468.7))
+    console.print(render("impala ALE/Pong-v5", row, length, 468.7, metrics.panel))
     return console.export_text().splitlines()
+
+
+def plain_line(
+    row: Row, length: Length, eta_s: float, metrics: ShownMetrics = POLICY_METRICS
+) -> str:
+    return terminal.plain_line(row, length, eta_s, metrics.line)
 
 
 def test_table_shows_every_number_whole_at_80_columns() -> None:
@@ -154,12 +165,12 @@ def test_a_run_with_a_replay_shows_what_it_has_and_not_what_it_has_not() -> None
         "samples_per_insert": 3.875,
         "loss/td_error_mean": 0.0625,
     }
-    table = "\n".join(drawn(row))
+    table = "\n".join(drawn(row, metrics=VALUES_METRICS))
     for text in ("sequences in the replay", "14.0 k", "3.875", "TD error", "0.0625"):
         assert text in table
     for text in ("policy lag", "policy loss", "entropy"):
         assert text not in table
-    line = plain_line(row, Length(1000), 1.0)
+    line = plain_line(row, Length(1000), 1.0, VALUES_METRICS)
     assert "TD error 0.0625" in line
     assert "replay 14.0 k" in line
 
@@ -171,9 +182,20 @@ def test_critics_show_what_they_learn() -> None:
         "loss/entropy": -3.25,
         "temperature": 0.125,
     }
-    table = "\n".join(drawn(row))
+    table = "\n".join(drawn(row, metrics=Sac.shown))
     for text in ("critics' loss", "0.0625", "-3.25", "temperature", "0.125"):
         assert text in table
+
+
+def test_an_algorithm_names_the_metrics_that_are_shown() -> None:
+    own = ShownMetrics(panel=(("wits {}", "own/wits"),), line=("wits {}", "own/wits"))
+    row: Row = {"env_frames": 500, "own/wits": 0.25, "loss/policy": 0.75}
+    table = "\n".join(drawn(row, metrics=own))
+    line = plain_line(row, Length(1000), 1.0, own)
+    for text in (table, line):
+        assert "wits" in text
+        assert "0.25" in text
+        assert "0.75" not in text
 
 
 def test_table_stays_readable_on_a_wide_terminal() -> None:
@@ -189,7 +211,7 @@ def test_plain_line_leaves_out_what_is_unknown() -> None:
 def test_plain_lines_come_at_most_once_per_interval_and_the_last_always() -> None:
     clock, stream = Clock(), io.StringIO()
     with open_display(
-        Length(1000), "catch", stream=stream, plain_interval_s=5, now_s=clock
+        Length(1000), "catch", POLICY_METRICS, stream=stream, plain_interval_s=5, now_s=clock
     ) as display:
         for now_s, env_frames in ((0, 0), (4.9, 100), (5, 200), (6, 250), (7, 300)):
             clock.now_s = now_s
@@ -208,7 +230,7 @@ def test_plain_lines_come_at_most_once_per_interval_and_the_last_always() -> Non
 def test_eta_follows_the_pace_since_the_first_row_also_after_a_resume() -> None:
     clock, stream = Clock(), io.StringIO()
     with open_display(
-        Length(1000), "catch", stream=stream, plain_interval_s=0, now_s=clock
+        Length(1000), "catch", POLICY_METRICS, stream=stream, plain_interval_s=0, now_s=clock
     ) as display:
         display.update({"env_frames": 400, "env_frames_per_s": 6})
         clock.now_s = 10
@@ -229,7 +251,7 @@ def test_what_is_ahead_is_shown_of_frames_and_minutes() -> None:
 def test_eta_is_at_most_what_the_clock_has_left() -> None:
     clock, stream = Clock(), io.StringIO()
     with open_display(
-        Length(1000, 8.0), "catch", stream=stream, plain_interval_s=0, now_s=clock
+        Length(1000, 8.0), "catch", POLICY_METRICS, stream=stream, plain_interval_s=0, now_s=clock
     ) as display:
         display.update({"env_frames": 0, "elapsed_s": 180})
         display.update({"env_frames": 0, "env_frames_per_s": 10, "elapsed_s": 180})
@@ -243,7 +265,9 @@ def test_eta_is_at_most_what_the_clock_has_left() -> None:
 def test_live_table_is_redrawn_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     clock, stream = Clock(), io.StringIO()
-    with open_display(Length(1000), "catch", stream=stream, live=True, now_s=clock) as display:
+    with open_display(
+        Length(1000), "catch", POLICY_METRICS, stream=stream, live=True, now_s=clock
+    ) as display:
         for now_s in (0.0, 0.5, 0.9, 1.0):
             clock.now_s = now_s
             display.update({"env_frames": int(now_s * 100)})
@@ -255,7 +279,7 @@ def test_live_table_is_redrawn_at_most_once_a_second(monkeypatch: pytest.MonkeyP
 
 def test_stream_without_unicode_still_gets_its_lines() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    with open_display(Length(10), "ünder", stream=stream) as display:
+    with open_display(Length(10), "ünder", POLICY_METRICS, stream=stream) as display:
         display.update({"env_frames": 5})
     assert b"5/10 frames" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
@@ -263,7 +287,7 @@ def test_stream_without_unicode_still_gets_its_lines() -> None:
 @pytest.mark.parametrize("live", [False, True])
 def test_what_is_said_moves_no_cursor_and_poses_as_no_line_of_ours(live: bool) -> None:
     stream = io.StringIO()
-    with open_display(LENGTH, "title\x1b[2J", stream=stream, live=live) as display:
+    with open_display(LENGTH, "title\x1b[2J", POLICY_METRICS, stream=stream, live=live) as display:
         display.message("a\nb\x1b[31m\rc\x1b[2J")
         display.update(FULL)
     assert "a\n    b\\rc\\x1b[2J\n" in stream.getvalue().replace("\r\n", "\n")

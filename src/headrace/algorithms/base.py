@@ -7,12 +7,13 @@ An algorithm is a config, `act` and `update`: no process, clock or file. The sys
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.errors import ConfigError
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
@@ -109,6 +110,9 @@ class ReplaySpec:
     learned_steps: int
     """Steps of each sequence that go through the gradient."""
     settings: ReplayConfig
+    judges_new: bool = False
+    """Whether new sequences are sampled by the algorithm's `initial_priority`; else by the largest
+    priority so far."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride_steps <= self.sequence_steps:
@@ -188,6 +192,13 @@ class OneLearner:
 ALONE = OneLearner()
 
 
+@runtime_checkable
+class Averaging(Protocol):
+    """A part of a network whose statistics are those of all learners: the system sets them."""
+
+    learners: Learners
+
+
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Takes what is done again and again on fixed tensors; returns how to do it again, and the tensors
 that it always writes."""
@@ -205,35 +216,104 @@ class Model(Protocol):
         """Zero recurrent state for `batch` environments."""
 
 
-class Algorithm(Protocol):
-    """A learning rule, made with (model, config, *, spec: EnvSpec, precision: torch.dtype).
+Shown = tuple[str, str]
+"""A metric as a display shows it: a label of a few words, and its name, such as loss/policy."""
 
-    It may say more of itself, by attributes that the system looks for:
+_STEP: tuple[Shown, ...] = (("gradient norm", "gradient_norm"), ("learning rate", "learning_rate"))
+_LOSS: tuple[Shown, ...] = (("loss", "loss/total"), *_STEP)
 
-    - `on_policy` (class): True if server and learner should take turns.
-    - `heads`, `network` (class): the heads it needs, and the network that "auto" stands for.
-    - `beside`: a `Beside`, which the system may replace by one that has a thread.
-    - `learners`: the `Learners`, which the system may replace by several: the rule then averages
-      its gradients and statistics over them. A rule without it learns alone.
-    - `draw_apart(seed)`: seeds what it draws in updates, by the run's seed; further learners draw
-      by others.
-    - `target_model`: a second network, compiled where `model` is.
-    - `compile(capture, *, graphs)`: makes the whole update one graph, in place of `model`, or
-      without `graphs` takes that back; on a GPU `capture` records it (see `Capture`).
-      `worth_compiling(config, agent_steps) -> bool` (static): whether it should on a CPU too.
-    - `place(actor, critics)`: moves its two sides to devices of their own.
-    - `exploration(num_envs) -> Tensor [num_envs]`: epsilon of each environment that trains.
-    - `annealed(model, epsilon) -> Tensor [N]`: those as they are now, by what the learner has
-      written into a buffer of the model.
-    - `normalizes_values` (class): True if it tells a network's `PopArtHead` of its targets.
-    - `eval_epsilon`: epsilon of the environments that play beside training.
-    - `initial_priority(batch) -> Tensor [B]`: of sequences that are new in a replay, from what the
-      policy that acted said; the batch has no observations.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownMetrics:
+    """Which of its metrics an algorithm shows in a terminal; all go into the run's files."""
+
+    panel: tuple[Shown, ...]
+    """In the live table, in order: at most 6."""
+    line: Shown
+    """In the plain line."""
+
+
+POLICY_METRICS = ShownMetrics(
+    panel=(
+        ("policy loss", "loss/policy"),
+        ("value loss", "loss/value"),
+        ("entropy, nats", "loss/entropy"),
+        *_STEP,
+    ),
+    line=("loss", "loss/policy"),
+)
+"""Of what learns a policy and its value."""
+VALUES_METRICS = ShownMetrics(
+    panel=(
+        ("loss", "loss/total"),
+        ("TD error", "loss/td_error_mean"),
+        ("value", "value_mean"),
+        *_STEP,
+    ),
+    line=("TD error", "loss/td_error_mean"),
+)
+"""Of what learns values of actions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoSettings:
+    """Of an algorithm that has no settings of its own."""
+
+
+class Algorithm(ABC):
+    """A learning rule. The system knows no other thing about it than what stands here.
+
+    It is made with `(model, config, *, spec: EnvSpec, precision: torch.dtype)`: the network, an
+    instance of its `config_type`, what the environment says of itself, and the dtype of arithmetic
+    in updates. Own ones subclass this (`headrace.Algorithm`), and define `act`, `update`,
+    `state_dict` and `load_state_dict`; all else has a default.
+
+    What changes while a run goes on is a function of the `progress` that `update` is given
+    (`headrace.schedules`). What acts learns of it by buffers of the model alone (`annealed`).
     """
 
-    experience: ExperienceSpec
-    model: torch.nn.Module
+    config_type: ClassVar[type[Any]] = NoSettings
+    """Its settings: a frozen dataclass. Each becomes a flag, and its docstring the help."""
+    heads: ClassVar[str] = "policy_value"
+    """Heads of the network that it needs: a name in `headrace.networks.HEADS`, to which
+    `register_heads` adds."""
+    network: ClassVar[str | None] = None
+    """Network that "auto" stands for; None for what suits the observations."""
+    on_policy: ClassVar[bool] = False
+    """Whether server and learner take turns unless the user says otherwise."""
+    normalizes_values: ClassVar[bool] = False
+    """Whether it tells a network's `PopArtHead` of its targets."""
+    averages_gradients: ClassVar[bool] = False
+    """Whether it averages gradients and statistics over its `learners`: else it learns alone."""
+    compiles_whole: ClassVar[bool] = False
+    """Whether its `compile` makes the whole update one graph, which other learners cannot join."""
+    has_two_sides: ClassVar[bool] = False
+    """Whether it can `place` actor and critics apart."""
+    shown: ClassVar[ShownMetrics] = ShownMetrics(panel=_LOSS, line=_LOSS[0])
+    """Which of its metrics a terminal shows."""
 
+    def __init__(self, model: nn.Module, experience: ExperienceSpec) -> None:
+        """Takes the network that learns, and how the stream of steps is to be cut."""
+        self.model = model
+        self.experience = experience
+        self.target_model: nn.Module | None = None
+        """A second network of updates, compiled where `model` is."""
+        self.eval_epsilon = 0.0
+        """Share of random actions of the environments that play beside training."""
+        self.beside: Beside = in_turn
+        """Where work of an update may go on beside it; the system may put a thread there."""
+        self._learners: Learners = ALONE
+
+    @property
+    def learners(self) -> Learners:
+        """Who learns together; the system may set several where `averages_gradients`."""
+        return self._learners
+
+    @learners.setter
+    def learners(self, learners: Learners) -> None:
+        self._learners = learners
+
+    @abstractmethod
     def act(
         self,
         model: Model,
@@ -249,14 +329,66 @@ class Algorithm(Protocol):
         `epsilon` is one share of random actions for all, or one for each, [N].
         """
 
+    @abstractmethod
     def update(self, batch: Batch, *, progress: float) -> Update:
         """Learns from one batch. `progress` is the share of the run that is done, in [0, 1]."""
 
-    def warm_up(self, batch: Batch) -> None:
-        """Runs what `update` compiles and chooses kernels for, without learning from `batch`."""
-
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights that a resumed run needs."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
+
+    def warm_up(self, batch: Batch) -> None:  # noqa: B027 - nothing is a default
+        """Runs what `update` compiles and chooses kernels for, without learning from `batch`."""
+
+    def exploration(self, num_envs: int) -> Tensor | None:
+        """Epsilon [num_envs] float32 of each environment that trains; None where it has none."""
+        return None
+
+    def annealed(self, model: Any, epsilon: Tensor) -> Tensor:
+        """Those [N] as they are now, by what the learner wrote into a buffer of `model`."""
+        return epsilon
+
+    def initial_priority(self, batch: Batch) -> Tensor:
+        """Priorities [B] of sequences that are new in a replay, where `ReplaySpec` says so.
+
+        The batch has `value` and `action_value` of the policy that acted, and no observations.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says no priority of new sequences")
+
+    def draw_apart(self, seed: int) -> None:  # noqa: B027 - nothing is a default
+        """Seeds what it draws in updates: by the run's seed, in further learners by others."""
+
+    @classmethod
+    def worth_compiling(cls, config: Any, agent_steps: int) -> bool:
+        """Whether a run of so many steps gains by `compile` on a CPU; on a GPU all do."""
+        return False
+
+    def compile(self, capture: Capture | None = None, *, graphs: bool = True) -> None:
+        """Compiles what updates call, or without `graphs` takes that back.
+
+        Here it is the networks, one by one. Where `compiles_whole` it is the update; on a GPU
+        `capture` records it.
+        """
+        for network in (self.model, self.target_model):
+            if network is not None:
+                compile_network(network, graphs=graphs)
+
+    def place(self, actor: torch.device, critics: torch.device) -> None:
+        """Moves its two sides to devices of their own.
+
+        Raises:
+            ConfigError: it has no two sides.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no two sides to learn apart: leave out --actor-device and "
+            "--critic-device, or use --algorithm sac"
+        )
+
+
+def compile_network(network: nn.Module, *, graphs: bool) -> None:
+    """Has calls of a network compiled, or takes that back."""
+    network.compile(dynamic=False, disable=not graphs)

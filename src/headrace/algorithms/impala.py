@@ -27,7 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
+from headrace.algorithms.base import (
+    POLICY_METRICS,
+    ActionMode,
+    Algorithm,
+    ExperienceSpec,
+    Learners,
+    Model,
+)
 from headrace.algorithms.minibatches import (
     Step,
     check_end,
@@ -169,11 +176,13 @@ class _Output(NamedTuple):
     value_UB: Tensor
 
 
-class Impala:
+class Impala(Algorithm):
     """Acts by sampling the policy; learns by V-trace."""
 
     config_type = ImpalaConfig
     normalizes_values = True
+    averages_gradients = True
+    shown = POLICY_METRICS
 
     def __init__(
         self,
@@ -191,12 +200,12 @@ class Impala:
             spec: Of the environment: its actions say what kind of policy the model's output is.
             precision: dtype of the torso's arithmetic in updates; weights stay float32.
         """
-        self.model = model
-        self.experience = ExperienceSpec(
+        experience = ExperienceSpec(
             unroll_steps=config.unroll_steps,
             batch_unrolls=config.batch_unrolls,
             passes=config.passes,
         )
+        super().__init__(model, experience)
         self._config = config
         self._precision = precision
         first = next(model.parameters())

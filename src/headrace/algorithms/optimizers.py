@@ -33,9 +33,10 @@ _LEAST_FACTOR, _LARGEST_FACTOR = 0.01, 10.0  # 1e-5 to 1e-2 for 1e-3, as rsl_rl 
 class OptimizerConfig:
     """How gradients become steps."""
 
-    optimizer: Literal["adam", "muon", "rmsprop", "rmsprop_tf"] = "adam"
-    """Names the optimizer: adam; muon for weights of hidden layers and adam for the rest; rmsprop,
-    PyTorch's (eps outside the root); or rmsprop_tf, TensorFlow 1's (inside)."""
+    optimizer: Literal["adam", "muon", "radam", "rmsprop", "rmsprop_tf"] = "adam"
+    """Names the optimizer: adam; radam, which holds back while its mean square is uncertain; muon
+    for weights of hidden layers and adam for the rest; rmsprop, PyTorch's (eps outside the root);
+    or rmsprop_tf, TensorFlow 1's (inside)."""
     learning_rate: float = 6e-4
     """Sets the largest step size; warm-up and schedule multiply it."""
     learning_rate_schedule: Literal["constant", "linear", "cosine", "kl"] = "linear"
@@ -190,6 +191,14 @@ def make_optimizer(
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.optimizer_eps,
             fused=True,
+        )
+    if config.optimizer == "radam":
+        return torch.optim.RAdam(
+            params,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.optimizer_eps,
+            foreach=True,
         )
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(

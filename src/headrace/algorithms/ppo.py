@@ -25,7 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
-from headrace.algorithms.base import ActionMode, ExperienceSpec, Learners, Model
+from headrace.algorithms.base import (
+    POLICY_METRICS,
+    ActionMode,
+    Algorithm,
+    ExperienceSpec,
+    Learners,
+    Model,
+)
 from headrace.algorithms.minibatches import (
     Step,
     check_end,
@@ -139,12 +146,14 @@ class Samples(NamedTuple):
     value: Tensor  # [R, C] before the update
 
 
-class Ppo:
+class Ppo(Algorithm):
     """Acts by sampling the policy; learns by the clipped surrogate objective."""
 
     config_type = PpoConfig
     on_policy = True
     normalizes_values = True
+    averages_gradients = True
+    shown = POLICY_METRICS
 
     def __init__(
         self,
@@ -165,12 +174,12 @@ class Ppo:
         Raises:
             ConfigError: minibatches of equal size cannot be made.
         """
-        self.model = model
-        self.experience = ExperienceSpec(
+        experience = ExperienceSpec(
             unroll_steps=config.unroll_steps,
             batch_unrolls=config.batch_unrolls,
             passes=config.epochs,
         )
+        super().__init__(model, experience)
         self._config = config
         self._precision = precision
         device = next(model.parameters()).device

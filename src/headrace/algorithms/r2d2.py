@@ -23,21 +23,20 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms import sequences
+from headrace.algorithms.acting import act_by_values, one_choice
 from headrace.algorithms.base import (
-    ALONE,
+    VALUES_METRICS,
     ActionMode,
-    Beside,
+    Algorithm,
     ExperienceSpec,
-    Learners,
     Model,
     ReplaySpec,
-    in_turn,
 )
+from headrace.algorithms.exploration import AnnealedEpsilon
 from headrace.algorithms.optimizers import (
     clipped_step,
     hidden_weights,
@@ -46,16 +45,13 @@ from headrace.algorithms.optimizers import (
     make_optimizer,
 )
 from headrace.algorithms.r2d2_config import R2d2Config
-from headrace.errors import ConfigError
 from headrace.networks.modes import frozen, in_eval_mode
 from headrace.networks.normalizer import Observer
-from headrace.ops.distributions import Categorical
-from headrace.ops.exploration import epsilon_greedy, epsilon_ladder
+from headrace.ops.exploration import epsilon_ladder
 from headrace.ops.priorities import sequence_priority
 from headrace.ops.rewards import transform_reward
 from headrace.ops.value_scale import rescale, unrescale
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
-from headrace.schedules import remaining
 from headrace.specs import EnvSpec
 
 __all__ = ["R2d2", "R2d2Config"]
@@ -88,12 +84,15 @@ class SequenceLoss(NamedTuple):
     priority_B: Tensor  # [B] float32 > 0, in the rescaled unit
 
 
-class R2d2:
+class R2d2(Algorithm):
     """Acts epsilon-greedily; learns n-step double-Q targets from sequences."""
 
     config_type = R2d2Config
     heads = "duelling"
     network = "r2d2"
+    averages_gradients = True
+    shown = VALUES_METRICS
+    target_model: nn.Module
 
     def __init__(
         self,
@@ -114,19 +113,11 @@ class R2d2:
         Raises:
             ConfigError: actions are not one discrete choice.
         """
-        space = spec.action_space
-        if not isinstance(space, gym.spaces.Discrete):
-            raise ConfigError(
-                f"{spec.name}: r2d2 needs one discrete choice of action, not {space}: use "
-                "--algorithm impala or ppo"
-            )
+        self._distribution = one_choice("r2d2", spec)
         is_recurrent = bool(cast(Any, model).initial_state(1))
         if not is_recurrent:  # nothing to warm up
             config = dataclasses.replace(config, burn_in_steps=0)
-        self.model = model
-        self.target_model = frozen(copy.deepcopy(model))
-        self.eval_epsilon = config.eval_epsilon
-        self.experience = ExperienceSpec(
+        experience = ExperienceSpec(
             unroll_steps=_piece_steps(config, is_recurrent=is_recurrent),
             batch_unrolls=config.batch_unrolls,
             replay=ReplaySpec(
@@ -135,27 +126,25 @@ class R2d2:
                 burn_in_steps=config.burn_in_steps,
                 learned_steps=config.unroll_steps,
                 settings=config.replay,
+                judges_new=True,
             ),
         )
+        super().__init__(model, experience)
+        self.target_model = frozen(copy.deepcopy(model))
+        self.eval_epsilon = config.eval_epsilon
         self._config = config
         self._precision = precision
         self._device_type = next(model.parameters()).device.type
-        self._distribution = Categorical(int(space.n))
         self._optimizer = make_optimizer(
             model.parameters(), config.optimizer, hidden=hidden_weights(model)
         )
-        self._exploration_left: Tensor | None = None
-        if config.epsilon_schedule != "constant":
-            self._exploration_left = getattr(model, "exploration_left", None)
-            if self._exploration_left is None:
-                raise ConfigError(
-                    "epsilon_schedule needs a network with a buffer exploration_left, as "
-                    "headrace.networks.models.assemble makes it: say --epsilon-schedule constant"
-                )
-            self._anneal(0.0)
+        self._epsilon = AnnealedEpsilon(
+            model,
+            config.epsilon_schedule,
+            initial=config.initial_epsilon,
+            decay=config.epsilon_decay,
+        )
         self._updates = 0
-        self.beside: Beside = in_turn
-        self.learners: Learners = ALONE
 
     def exploration(self, num_envs: int) -> Tensor:
         """Epsilon of each environment that trains, float32 [num_envs]."""
@@ -164,16 +153,7 @@ class R2d2:
 
     def annealed(self, model: Any, epsilon: Tensor) -> Tensor:
         """Epsilon [N] of environments now, of those that they come to."""
-        if self._exploration_left is None:
-            return epsilon
-        first = torch.full_like(epsilon, self._config.initial_epsilon)
-        return torch.lerp(epsilon, first, model.exploration_left)
-
-    def _anneal(self, progress: float) -> None:
-        """Writes down, for whoever acts, how far exploration has come."""
-        if self._exploration_left is not None:
-            share = min(1.0, progress / self._config.epsilon_decay)
-            self._exploration_left.fill_(remaining(self._config.epsilon_schedule, share))
+        return self._epsilon.at(model, epsilon)
 
     def act(
         self,
@@ -185,25 +165,16 @@ class R2d2:
         generator: torch.Generator | None = None,
         epsilon: float | Tensor = 0.0,
     ) -> tuple[PolicyStep, tuple[Tensor, ...]]:
-        """Takes the best action that is allowed, but for a share `epsilon` of random ones.
-
-        Modes "sample" and "epsilon" are the same; "greedy" is without the share.
-        """
-        output, recurrent = model(inputs, recurrent)
-        value_NA: Tensor = output.value[0]
-        choice = epsilon_greedy(
-            value_NA,
-            None if mode == "greedy" else epsilon,
-            mask_NA=None if inputs.action_mask is None else inputs.action_mask[0],
+        """Acts epsilon-greedily; see `act_by_values`."""
+        return act_by_values(
+            model,
+            inputs,
+            recurrent,
+            mode=mode,
             generator=generator,
+            epsilon=epsilon,
+            in_reward_unit=self._unscaled,
         )
-        step = PolicyStep(
-            action=choice.action_N,
-            log_prob=choice.log_prob_N,
-            value=self._unscaled(sequences.chosen(value_NA, choice.best_N)),
-            action_value=self._unscaled(sequences.chosen(value_NA, choice.action_N)),
-        )
-        return step, recurrent
 
     def loss(self, batch: Batch) -> SequenceLoss:
         """Returns the loss of a batch, its parts, and what to sample the sequences by."""
@@ -257,7 +228,7 @@ class R2d2:
         if isinstance(self.model, Observer):  # last: the loss saw by the statistics of before
             learned = batch.inputs.observation[config.burn_in_steps :][: config.unroll_steps]
             self.model.observe(learned[:, :, -1])
-        self._anneal(progress)
+        self._epsilon.advance(progress)
         self._updates += 1
         age = self._updates % config.target_update_interval
         if age == 0:
@@ -268,8 +239,8 @@ class R2d2:
         metrics["gradient_norm"] = norm
         metrics["learning_rate"] = torch.tensor(learning_rate)
         metrics["target_age"] = torch.tensor(float(age))
-        if self._exploration_left is not None:
-            metrics["exploration_left"] = self._exploration_left.clone()
+        if self._epsilon.left is not None:
+            metrics["exploration_left"] = self._epsilon.left.clone()
         finite = torch.isfinite(total.detach()) & torch.isfinite(norm)
         return Update(metrics, finite, priority_B)
 
@@ -302,7 +273,7 @@ class R2d2:
             "optimizer": self._optimizer.state_dict(),
             "target": dict(self.target_model.state_dict()),
             "updates": self._updates,
-            "exploration_left": self._exploration_left,
+            "exploration_left": self._epsilon.left,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -310,9 +281,7 @@ class R2d2:
         load_optimizer(self._optimizer, state["optimizer"])
         self.target_model.load_state_dict(state["target"])
         self._updates = state["updates"]
-        left = state.get("exploration_left")  # runs of 0.1 have none
-        if self._exploration_left is not None and left is not None:
-            self._exploration_left.copy_(left)
+        self._epsilon.load(state.get("exploration_left"))  # runs of 0.1 have none
 
     def _burned_in(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
         """State of a network before the first learned row, from the one that was stored."""

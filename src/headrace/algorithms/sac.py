@@ -19,41 +19,40 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.acting import act_by_policy
 from headrace.algorithms.base import (
     ActionMode,
-    Beside,
+    Algorithm,
     Capture,
-    ExperienceSpec,
     Learners,
     Model,
     ReplayConfig,
-    ReplaySpec,
-    in_turn,
+    ShownMetrics,
 )
 from headrace.algorithms.optimizers import OptimizerConfig, check_no_kl, learning_rate_at
 from headrace.algorithms.sac_orders import Order, Sequential, Simultaneous
 from headrace.algorithms.sac_update import ActorSide, CriticSide, Draws, Inputs, Learned
-from headrace.algorithms.transitions import Transition, transitions
+from headrace.algorithms.transitions import (
+    LEAST_PRIORITY,
+    Transition,
+    experience_of,
+    seen_by,
+    sides_of,
+)
 from headrace.errors import ConfigError
 from headrace.networks.actor_critics import ActorCriticsNet
 from headrace.networks.modes import frozen
-from headrace.ops.rewards import transform_reward
-from headrace.ops.squashed_normal import SquashedNormal
 from headrace.records import Batch, PolicyInput, PolicyStep, Update
 from headrace.specs import EnvSpec
 
-_PIECE_STEPS = 16  # a piece of experience costs as much to hand over as ten steps
-_LEAST_PRIORITY = 1e-6
-"""Added to all priorities: a transition without an error must not be lost for good."""
 _WORTH_COMPILING = 20_000  # updates: compiling takes half a minute, an update then half the time
 
 
-def _default_optimizer() -> OptimizerConfig:
+def plain_adam() -> OptimizerConfig:
+    """Adam as published: no schedule, no clip."""
     return OptimizerConfig(
         optimizer="adam",
         learning_rate=3e-4,
@@ -63,7 +62,8 @@ def _default_optimizer() -> OptimizerConfig:
     )
 
 
-def _default_replay() -> ReplayConfig:
+def uniform_replay() -> ReplayConfig:
+    """A million transitions, all sampled alike, and an update for each."""
     return ReplayConfig(
         replay_capacity=1_000_000,
         replay_min=1_000,
@@ -108,9 +108,9 @@ class SacConfig:
     code of the IMPALA authors)."""
     reward_scale: float = 1.0
     """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
-    optimizer: OptimizerConfig = field(default_factory=_default_optimizer)
+    optimizer: OptimizerConfig = field(default_factory=plain_adam)
     """How gradients become steps: for critics, actor and temperature, each on its own."""
-    replay: ReplayConfig = field(default_factory=_default_replay)
+    replay: ReplayConfig = field(default_factory=uniform_replay)
     """What is kept, and how it is sampled; a sequence is one transition."""
 
     def __post_init__(self) -> None:
@@ -133,11 +133,25 @@ class SacConfig:
             )
 
 
-class Sac:
+class Sac(Algorithm):
     """Acts by sampling the policy; learns soft Q, and the policy that makes most of it."""
 
     config_type = SacConfig
     heads = "actor_critics"
+    averages_gradients = True
+    compiles_whole = True
+    has_two_sides = True
+    shown = ShownMetrics(
+        panel=(
+            ("critics' loss", "loss/critic"),
+            ("TD error", "loss/td_error_mean"),
+            ("value", "value_mean"),
+            ("entropy, nats", "loss/entropy"),
+            ("temperature", "temperature"),
+        ),
+        line=("TD error", "loss/td_error_mean"),
+    )
+    model: ActorCriticsNet
 
     def __init__(
         self,
@@ -158,36 +172,14 @@ class Sac:
         Raises:
             ConfigError: actions are not continuous, or the model has no critics.
         """
-        space = spec.action_space
-        if not isinstance(space, gym.spaces.Box):
-            raise ConfigError(
-                f"{spec.name}: sac needs continuous actions, not {space}: use --algorithm r2d2, "
-                "impala or ppo"
-            )
-        if not isinstance(model, ActorCriticsNet):
-            raise ConfigError(
-                f"sac needs a headrace.networks.actor_critics.ActorCriticsNet, not a "
-                f"{type(model).__name__}: leave out --heads, and build networks of your own with "
-                "headrace.networks.models.assemble"
-            )
+        model, self._policy = sides_of("sac", model, spec)
         model.set_products(precision)
-        self.model = model
-        self.target_critics = frozen(copy.deepcopy(model.critics))
-        self.experience = ExperienceSpec(
-            unroll_steps=_PIECE_STEPS,
-            batch_unrolls=config.batch_unrolls,
-            replay=ReplaySpec(
-                sequence_steps=config.n_steps,
-                stride_steps=1,
-                burn_in_steps=0,
-                learned_steps=1,
-                settings=config.replay,
-            ),
-            updates_per_call=config.updates_per_call,
+        super().__init__(
+            model,
+            experience_of(config, steps=config.n_steps, updates_per_call=config.updates_per_call),
         )
-        self.beside: Beside = in_turn
+        self.target_critics = frozen(copy.deepcopy(model.critics))
         self._config = config
-        self._policy = SquashedNormal(tuple(space.low.tolist()), tuple(space.high.tolist()))
         self._device = next(model.parameters()).device
         self._updates = 0
         self._generator = torch.Generator(self._device)
@@ -209,8 +201,8 @@ class Sac:
         """Draws its noise by this seed."""
         self._generator.manual_seed(seed)
 
-    @staticmethod
-    def worth_compiling(config: SacConfig, agent_steps: int) -> bool:
+    @classmethod
+    def worth_compiling(cls, config: SacConfig, agent_steps: int) -> bool:
         """Whether a run of so many steps takes so many updates that compiling pays."""
         per_step = config.replay.samples_per_insert / config.batch_unrolls
         return not per_step or per_step * agent_steps >= _WORTH_COMPILING
@@ -273,13 +265,7 @@ class Sac:
 
     def transition(self, batch: Batch) -> Transition:
         """Makes transitions of a batch, as the networks see them."""
-        config = self._config
-        reward_TB = transform_reward(config.reward_scale * batch.reward, config.reward_transform)
-        raw = transitions(batch, reward_TB, discount=config.discount)
-        return raw._replace(
-            observation=self.model.rows(raw.observation),
-            next_observation=self.model.rows(raw.next_observation),
-        )
+        return seen_by(self.model, batch, self._config)
 
     def draw(self, batch: int) -> Draws:
         """Draws what updates of `batch` transitions in all need."""
@@ -325,7 +311,7 @@ class Sac:
         priority_B = None
         if self._config.replay.priority_exponent:
             td_error_B = torch.cat([one.critics.td_error for one in results]).to(self._device)
-            priority_B = td_error_B * transition.known + _LEAST_PRIORITY
+            priority_B = td_error_B * transition.known + LEAST_PRIORITY
         return Update(metrics, finite, priority_B)
 
     def warm_up(self, batch: Batch) -> None:

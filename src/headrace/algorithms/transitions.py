@@ -10,12 +10,23 @@ final observations.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from headrace.algorithms.base import ExperienceSpec, ReplayConfig, ReplaySpec
+from headrace.errors import ConfigError
+from headrace.networks.actor_critics import ActorCriticsNet
+from headrace.ops.rewards import RewardTransform, transform_reward
+from headrace.ops.squashed_normal import SquashedNormal
 from headrace.records import Batch
+from headrace.specs import EnvSpec
+
+_PIECE_STEPS = 16  # a piece of experience costs as much to hand over as ten steps
+LEAST_PRIORITY = 1e-6
+"""Added to all priorities: a transition without an error must not be lost for good."""
 
 
 class Transition(NamedTuple):
@@ -28,6 +39,76 @@ class Transition(NamedTuple):
     discount: Tensor  # [B] float32 of the value behind: 0 where the episode terminated
     next_observation: Tensor  # [B, K, ...]
     known: Tensor  # [B] bool: False where the clock ended it and the final observation is lacking
+
+
+class Settings(Protocol):
+    """Settings that rules of transitions share."""
+
+    @property
+    def batch_unrolls(self) -> int:
+        """B."""
+
+    @property
+    def discount(self) -> float:
+        """Gamma."""
+
+    @property
+    def reward_transform(self) -> RewardTransform:
+        """What is done to a scaled reward."""
+
+    @property
+    def reward_scale(self) -> float:
+        """Factor on raw rewards."""
+
+    @property
+    def replay(self) -> ReplayConfig:
+        """What is kept."""
+
+
+def sides_of(rule: str, model: nn.Module, spec: EnvSpec) -> tuple[ActorCriticsNet, SquashedNormal]:
+    """Returns the network of an actor and critics, and the policy that its actor says.
+
+    Raises:
+        ConfigError: actions are not continuous, or the model has no critics.
+    """
+    space = spec.action_space
+    if not isinstance(space, gym.spaces.Box):
+        raise ConfigError(
+            f"{spec.name}: {rule} needs continuous actions, not {space}: use --algorithm r2d2, "
+            "impala or ppo"
+        )
+    if not isinstance(model, ActorCriticsNet):
+        raise ConfigError(
+            f"{rule} needs a headrace.networks.actor_critics.ActorCriticsNet, not a "
+            f"{type(model).__name__}: leave out --heads, and build networks of your own with "
+            "headrace.networks.models.assemble"
+        )
+    return model, SquashedNormal(tuple(space.low.tolist()), tuple(space.high.tolist()))
+
+
+def experience_of(config: Settings, *, steps: int, updates_per_call: int = 1) -> ExperienceSpec:
+    """Says that transitions of so many steps are wanted, from every step."""
+    return ExperienceSpec(
+        unroll_steps=_PIECE_STEPS,
+        batch_unrolls=config.batch_unrolls,
+        replay=ReplaySpec(
+            sequence_steps=steps,
+            stride_steps=1,
+            burn_in_steps=0,
+            learned_steps=1,
+            settings=config.replay,
+        ),
+        updates_per_call=updates_per_call,
+    )
+
+
+def seen_by(model: ActorCriticsNet, batch: Batch, config: Settings) -> Transition:
+    """Makes transitions of a batch, with observations as the networks see them."""
+    reward_TB = transform_reward(config.reward_scale * batch.reward, config.reward_transform)
+    raw = transitions(batch, reward_TB, discount=config.discount)
+    return raw._replace(
+        observation=model.rows(raw.observation), next_observation=model.rows(raw.next_observation)
+    )
 
 
 def transitions(batch: Batch, reward_TB: Tensor, *, discount: float) -> Transition:

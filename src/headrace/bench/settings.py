@@ -12,8 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from headrace import catalog
-from headrace.config import RunConfig
+from headrace.config import RunConfig, algorithm_class
 from headrace.errors import ConfigError
 from headrace.run.complete import complete
 
@@ -111,8 +110,7 @@ def run_config(
 
 def has_replay(algorithm: str) -> bool:
     """Whether an algorithm learns from a replay."""
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, algorithm)
-    return "replay" in rule.config_type.__dataclass_fields__
+    return "replay" in algorithm_class(algorithm).config_type.__dataclass_fields__
 
 
 def learning_settings(

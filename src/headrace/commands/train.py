@@ -18,7 +18,7 @@ from headrace.commands.settings import (
     typed_again,
 )
 from headrace.commands.tune import say_beginning, say_trial
-from headrace.config import flags_again, foreign_code, to_dict
+from headrace.config import algorithm_class, flags_again, foreign_code, to_dict
 from headrace.errors import ConfigError
 from headrace.length import clock_from
 from headrace.run import api
@@ -115,7 +115,8 @@ def _train(
     prepared = api.prepare(**arguments)
     config, path = prepared.config, prepared.directory.path
     title = f"{config.env} · {config.algorithm} · {path}"
-    with open_display(config.length, title) as display:
+    shown = algorithm_class(config.algorithm).shown
+    with open_display(config.length, title, shown) as display:
         hooks = Hooks(
             on_row=display.update,
             on_update=lambda *_: None,

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from headrace.errors import ConfigError
 from headrace.networks.torsos import Activation
 from headrace.pictures import Kinds
 
-Heads = Literal["auto", "policy_value", "duelling", "action_value", "actor_critics"]
-
 _POPART_STEP = 1e-3
-
-HEADS_OF = {
-    "policy_value": "policy",
-    "duelling": "values",
-    "action_value": "values",
-    "actor_critics": "critics",
-}
-"""Which network heads belong to: algorithms that can use one kind can use all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +19,11 @@ class NetworkConfig:
     """Names the network: one of the catalog, or "my_module:function". auto takes the algorithm's
     own (r2d2), or else nature for images, structured for observations of several parts, mlp for the
     rest."""
-    heads: Heads = "auto"
+    heads: str = "auto"
     """Says what the network tells of a row: a policy and a value (policy_value); Q of every action,
-    from duelling streams (duelling) or one layer (action_value); or a policy, and Q of a row and an
-    action (actor_critics). auto takes what the algorithm needs."""
+    from duelling streams (duelling) or one layer (action_value); a policy, and Q of a row and an
+    action (actor_critics); or heads of your own (register_heads). auto takes what the algorithm
+    needs."""
     lstm_size: int | None = None
     """Sets the width of the LSTM after the torso, in units; 0 takes no LSTM. None takes the
     network's own, which is 512 for r2d2 and none for the others."""
@@ -45,6 +35,9 @@ class NetworkConfig:
     """Sets the widths of the hidden layers of mlp, structured and critics, in units."""
     activation: Activation = "relu"
     """Sets the activation of the hidden layers of mlp, structured and critics."""
+    layer_norm: bool = False
+    """Normalises what each hidden layer of mlp, nature, impala_shallow, r2d2 and structured says of
+    a row, before its activation."""
     separate_value: bool = False
     """Gives the value a torso of its own."""
     normalize_observations: bool = False
@@ -73,11 +66,16 @@ class NetworkConfig:
             raise ConfigError(f"lstm_size must be 0 (no LSTM) or more, not {self.lstm_size}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ConfigError(f"hidden_sizes must be one or more widths, not {self.hidden_sizes}")
+        if self.layer_norm and min(self.hidden_sizes) == 1:
+            raise ConfigError(
+                "layer_norm makes a constant of a layer of one unit, and hidden_sizes are "
+                f"{self.hidden_sizes}: say --no-layer-norm"
+            )
         if self.separate_value and self.lstm_size:
             raise ConfigError(
                 "separate_value goes with lstm_size 0: policy and value share the LSTM"
             )
-        if self.separate_value and self.has_action_values:
+        if self.separate_value and not self.has_policy_value:
             raise ConfigError(
                 f"separate_value goes with a policy and a value, not with heads {self.heads}: "
                 "say --no-separate-value"
@@ -93,6 +91,6 @@ class NetworkConfig:
             raise ConfigError("num_critics must be at least 1, and critic_dropout in [0, 1)")
 
     @property
-    def has_action_values(self) -> bool:
-        """Whether the heads say Q of actions, not the value of a policy."""
-        return self.heads in ("duelling", "action_value", "actor_critics")
+    def has_policy_value(self) -> bool:
+        """Whether the heads say a policy and its value, as far as is known here."""
+        return self.heads in ("auto", "policy_value")

@@ -100,7 +100,7 @@ class PolicyValueNet(nn.Module):
             ConfigError: the config asks for action values.
         """
         super().__init__()
-        if config.has_action_values:
+        if not config.has_policy_value:
             raise ConfigError(
                 f"a PolicyValueNet cannot have heads {config.heads}: make your network with "
                 "headrace.networks.models.assemble, which picks the class by config.heads"
@@ -170,8 +170,68 @@ class PolicyValueNet(nn.Module):
         return torch.cat((features_UBF, reward_UB1, action_UBE), dim=-1)
 
 
-AnyNet = PolicyValueNet | ActionValueNet | ActorCriticsNet
-"""What the builders below give, by `NetworkConfig.heads`."""
+AnyNet = nn.Module
+"""What the builders below give, by `NetworkConfig.heads`: a network of `HEADS`."""
+
+
+class Heads(NamedTuple):
+    """One kind of heads."""
+
+    network: type[nn.Module]
+    """Class of the networks that have it. What can learn with heads can with all of this class."""
+    build: Callable[[Callable[[], nn.Module], int, EnvSpec, NetworkConfig], nn.Module]
+    """Makes one of (torso, features, spec, config), as `assemble` is given them."""
+
+
+def _policy_value(
+    torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
+) -> PolicyValueNet:
+    value_torso = torso() if config.separate_value else None
+    return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
+
+
+def _action_values(
+    torso: Callable[[], nn.Module], features: int, spec: EnvSpec, config: NetworkConfig
+) -> ActionValueNet:
+    return ActionValueNet(torso(), features, spec, config)
+
+
+HEADS = {
+    "policy_value": Heads(PolicyValueNet, _policy_value),
+    "duelling": Heads(ActionValueNet, _action_values),
+    "action_value": Heads(ActionValueNet, _action_values),
+    "actor_critics": Heads(ActorCriticsNet, ActorCriticsNet),
+}
+"""By name; `register_heads` adds to it."""
+_OURS = frozenset(HEADS)
+
+
+def register_heads(name: str, heads: Heads) -> None:
+    """Makes `name` one that an algorithm's `heads` may be, for every torso of the catalog.
+
+    The network is called and makes its state as `algorithms.base.Model` says. Registering a name
+    again replaces what it stood for.
+
+    Raises:
+        ConfigError: the name is one of headrace's own.
+    """
+    if name in (*_OURS, "auto"):
+        raise ConfigError(f"heads {name} are headrace's own: register yours by another name")
+    HEADS[name] = heads
+
+
+def heads_named(name: str) -> Heads:
+    """Returns the heads that a config or an algorithm names.
+
+    Raises:
+        ConfigError: there are none of that name.
+    """
+    if name not in HEADS:
+        raise ConfigError(
+            f"no heads named {name!r}; known: {', '.join(sorted(HEADS))}; "
+            "headrace.networks.register_heads adds others"
+        )
+    return HEADS[name]
 
 
 def lower_precision(model: nn.Module, dtype: torch.dtype) -> None:
@@ -212,13 +272,12 @@ def assemble(
         features: Length of what it gives per row.
         spec: What the heads are built from.
         config: Everything else.
+
+    Raises:
+        ConfigError: there are no such heads, or they do not fit the environment.
     """
-    if config.heads == "actor_critics":
-        return ActorCriticsNet(torso, features, spec, config)
-    if config.has_action_values:
-        return ActionValueNet(torso(), features, spec, config)
-    value_torso = torso() if config.separate_value else None
-    return PolicyValueNet(torso(), features, spec, config, value_torso=value_torso)
+    heads = heads_named("policy_value" if config.heads == "auto" else config.heads)
+    return heads.build(torso, features, spec, config)
 
 
 def default_network(spec: EnvSpec, pictures: Kinds = "any") -> str:
@@ -262,7 +321,13 @@ def mlp(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     scale = 1.0 / max(1.0, float(space.high.max())) if is_scaled else 1.0
     inputs, sizes = math.prod(spec.stacked_shape), config.hidden_sizes
     return assemble(
-        lambda: MlpTorso(inputs, sizes, scale=scale, activation=config.activation),
+        lambda: MlpTorso(
+            inputs,
+            sizes,
+            scale=scale,
+            activation=config.activation,
+            layer_norm=config.layer_norm,
+        ),
         sizes[-1],
         spec,
         config,
@@ -286,6 +351,7 @@ def _convolutional(
             normalizer=_pixels(picture, config),
             rows=picture.rows,
             high=picture.high,
+            layer_norm=config.layer_norm,
         )
 
     return assemble(torso, features, spec, config)
@@ -293,6 +359,7 @@ def _convolutional(
 
 def _residual(name: str, channels: Sequence[int], spec: EnvSpec, config: NetworkConfig) -> AnyNet:
     picture = _picture(name, spec, config)
+    _ensure_no_layer_norm(name, config)
 
     def torso() -> DeepTorso:
         return DeepTorso(
@@ -305,6 +372,14 @@ def _residual(name: str, channels: Sequence[int], spec: EnvSpec, config: Network
         )
 
     return assemble(torso, 256, spec, config)
+
+
+def _ensure_no_layer_norm(network: str, config: NetworkConfig) -> None:
+    if config.layer_norm:
+        raise ConfigError(
+            f"network {network} has residual blocks, which layer_norm is not made for: say "
+            "--no-layer-norm, or --network nature"
+        )
 
 
 def _pixels(picture: Picture, config: NetworkConfig) -> PixelNormalizer | None:

@@ -60,9 +60,19 @@ class StructuredTorso(nn.Module):
         *,
         activation: Activation = "relu",
         normalize: bool = False,
+        layer_norm: bool = False,
         pictures: Kinds = "any",
     ) -> None:
-        """Takes a spec with a `structure`, hidden layers, and what is normalised and convolved."""
+        """Takes a spec with a `structure`, the hidden layers, and what to normalise.
+
+        Args:
+            spec: Of the environment.
+            sizes: Of the hidden layers.
+            activation: Of these.
+            normalize: Whether observations are normalised by what was seen.
+            layer_norm: Whether hidden layers are.
+            pictures: What is convolved.
+        """
         super().__init__()
         if spec.structure is None:
             raise ValueError(f"{spec.name} has no structure")
@@ -73,7 +83,7 @@ class StructuredTorso(nn.Module):
         self._floats = [part for part in rest if part.dtype.is_floating_point]
         self._others = [part for part in rest if not part.dtype.is_floating_point]
         self.encoders = nn.ModuleList(
-            _encoder(part.picture, stack, normalize=normalize)
+            _encoder(part.picture, stack, normalize=normalize, layer_norm=layer_norm)
             for part in self._images
             if part.picture is not None
         )
@@ -85,7 +95,7 @@ class StructuredTorso(nn.Module):
         )
         numbers_V = num_floats + sum(part.width for part in self._others)
         inputs = IMAGE_FEATURES * len(self._images) + stack * numbers_V
-        self.mlp = MlpTorso(inputs, sizes, activation=activation)
+        self.mlp = MlpTorso(inputs, sizes, activation=activation, layer_norm=layer_norm)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes uint8 [N, K, nbytes]."""
@@ -154,13 +164,14 @@ def image_of(leaf: tree.Leaf, pictures: Kinds = "any") -> Picture | None:
     return picture if picture is not None and picture.has(_MIN_IMAGE) else None
 
 
-def _encoder(picture: Picture, stack: int, *, normalize: bool) -> ConvTorso:
+def _encoder(picture: Picture, stack: int, *, normalize: bool, layer_norm: bool) -> ConvTorso:
     shape, rows, high = picture
     return ConvTorso(
         picture.planes(stack),
         NATURE_CONVS if picture.has(_MIN_NATURE) else SHALLOW_CONVS,
         IMAGE_FEATURES,
         normalizer=PixelNormalizer(shape, high=high, rows=rows) if normalize else None,
+        layer_norm=layer_norm,
         rows=rows,
         high=high,
     )
@@ -183,6 +194,7 @@ def structured(spec: EnvSpec, config: NetworkConfig) -> AnyNet:
             activation=config.activation,
             normalize=config.normalize_observations,
             pictures=config.pictures,
+            layer_norm=config.layer_norm,
         )
 
     return assemble(torso, config.hidden_sizes[-1], spec, config)

@@ -141,6 +141,7 @@ class ConvTorso(nn.Module):
         features: int,
         *,
         normalizer: PixelNormalizer | None = None,
+        layer_norm: bool = False,
         rows: int = 0,
         high: float = 255.0,
     ) -> None:
@@ -151,11 +152,14 @@ class ConvTorso(nn.Module):
             convs: Channels, kernel and stride of each convolution.
             features: What the hidden layer gives.
             normalizer: Of single frames; None to scale them to [0, 1].
+            layer_norm: Whether channels and pixels are normalised together after every layer, with
+                a gain per channel.
             rows: The axis of a frame that is its height; that of the width follows.
             high: The number that becomes 1.
         """
         super().__init__()
         self.normalizer, self.rows = normalizer, rows
+        self.norms = nn.ModuleList()
         in_channels, height, width = image_shape
         self.convs = nn.ModuleList()
         for index, (channels, kernel, stride) in enumerate(convs):
@@ -166,6 +170,9 @@ class ConvTorso(nn.Module):
         self.hidden = nn.Linear(in_channels * height * width, features)
         # Games change few pixels: at PyTorch's smaller start, the features of any two frames are
         # all but equal, and value and policy learn little from them (docs/log.md).
+        if layer_norm:
+            self.norms.extend(nn.GroupNorm(1, channels) for channels, _, _ in convs)
+            self.norms.append(nn.LayerNorm(features))
         for layer in (*self.convs, self.hidden):
             orthogonal(layer, scale=math.sqrt(2.0))
         _set_high(self.convs[0], high)
@@ -174,10 +181,13 @@ class ConvTorso(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """Encodes stacked frames [N, K, *frame], such as uint8 [N, K, H, W, colours]."""
         first, *others = self.convs
-        x = first(merge_channels(observation, self.rows), self.normalizer).relu_()
-        for conv in others:
-            x = conv(x).relu_()
-        return self.hidden(flatten_channels_last(x)).relu_()  # type: ignore[no-any-return]
+        x = self._normal(first(merge_channels(observation, self.rows), self.normalizer), 0).relu_()
+        for index, conv in enumerate(others):
+            x = self._normal(conv(x), index + 1).relu_()
+        return self._normal(self.hidden(flatten_channels_last(x)), len(self.convs)).relu_()
+
+    def _normal(self, x: Tensor, layer: int) -> Tensor:
+        return self.norms[layer](x) if len(self.norms) else x
 
     def observe(self, frames: Tensor) -> None:
         """Merges single frames [..., *frame] into the statistics, if any."""
@@ -258,6 +268,7 @@ class MlpTorso(nn.Module):
         *,
         scale: float = 1.0,
         activation: Activation = "relu",
+        layer_norm: bool = False,
     ) -> None:
         """Takes the length of one stacked observation, hidden sizes and a factor for the input."""
         super().__init__()
@@ -267,6 +278,7 @@ class MlpTorso(nn.Module):
         """Of the matrix products between hidden layers; sums and all else are float32."""
         layers = [nn.Linear(a, b) for a, b in pairwise((inputs, *sizes))]
         self.layers = nn.ModuleList(layers)
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes if layer_norm)
         if activation == "tanh":
             for layer in layers:
                 orthogonal(layer, scale=math.sqrt(2.0))
@@ -280,6 +292,8 @@ class MlpTorso(nn.Module):
                     x = low_product(x, layer.weight.t(), self.products) + layer.bias
                 else:
                     x = layer(x)
+                if len(self.norms):
+                    x = self.norms[index](x)
                 x = x.tanh_() if self.activation == "tanh" else x.relu_()
         return x
 

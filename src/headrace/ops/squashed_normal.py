@@ -82,7 +82,7 @@ class SquashedNormal:
         """Draws what is uniform between the bounds after the squash."""
         like = mean_and_log_std(self.masked(parameters, mask).float())[0]
         squashed = torch.empty_like(like).uniform_(-1.0, 1.0, generator=generator)
-        return squashed.clamp(-_UNIFORM_EDGE, _UNIFORM_EDGE).atanh()
+        return unsquashed(squashed)
 
     def log_prob(self, parameters: Tensor, action: Tensor) -> Tensor:
         """Log-density of tanh(action), in nats, summed over components."""
@@ -119,6 +119,11 @@ def mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Splits [..., 2 D] into mean and log standard deviation, the latter clamped."""
     mean, log_std = parameters.chunk(2, dim=-1)
     return mean, log_std.clamp(*LOG_STD_RANGE)
+
+
+def unsquashed(action: Tensor) -> Tensor:
+    """Returns the u whose tanh is `action`, or the nearest to it that is finite."""
+    return action.clamp(-_UNIFORM_EDGE, _UNIFORM_EDGE).atanh()
 
 
 def log_slope(action: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ UNASKED = (
     (f"catch|recall|(envpool:)?{_CLASSIC}", "r2d2-control"),
     (f"(envpool:)?{_MUJOCO}", "sac-mujoco"),
     (f"pointmass|(envpool:)?{_CONTINUOUS}", "sac-control"),
+    (f"pointmass|(envpool:)?{_CONTINUOUS}", "td3-control"),
+    (f"catch|(envpool:)?{_CLASSIC}", "pqn-control"),
 )
 """What `headrace train ENV` takes where no --preset is given: the first whose names (a regular
 expression) and whose algorithm fit."""
@@ -101,6 +103,9 @@ BY_STRUCTURE = {
     ("r2d2", "image", "discrete"): "r2d2-images",
     ("sac", "vector", "continuous"): "sac-continuous",
     ("sac", "image", "continuous"): "sac-images",
+    ("td3", "vector", "continuous"): "td3-continuous",
+    ("pqn", "vector", "discrete"): "pqn-control",
+    ("pqn", "image", "discrete"): "pqn-images",
 }
 """What it takes where none of `UNASKED` fits: by algorithm, observations and actions."""
 

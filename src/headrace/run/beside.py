@@ -28,12 +28,11 @@ def more_threads(parts: Parts, *, lockstep: bool = False, learners: int = 1) -> 
     core they would. Where the machine's cores are of several `learners`, an algorithm of two sides
     gets no thread: both share gradients, which must come in one order.
     """
-    algorithm: Any = parts.algorithm
-    feed, compute = parts.feed, parts.compute
+    algorithm, feed, compute = parts.algorithm, parts.feed, parts.compute
     # What is compiled by networks would compile anew in each thread that calls it.
-    by_networks = compute.compiled and not hasattr(algorithm, "compile")
+    by_networks = compute.compiled and not algorithm.compiles_whole
     serves = compute.device.type == "cpu" and not by_networks and usable_cores() > learners
-    if not serves or not hasattr(algorithm, "beside"):
+    if not serves:
         yield
         return
     with ThreadPoolExecutor(
@@ -46,7 +45,7 @@ def more_threads(parts: Parts, *, lockstep: bool = False, learners: int = 1) -> 
         def beside(work: Callable[[], Any]) -> Callable[[], Any]:
             return threads.submit(work).result
 
-        if learners == 1 or not hasattr(algorithm, "place"):
+        if learners == 1 or not algorithm.has_two_sides:
             algorithm.beside = beside
         if isinstance(feed, ReplayFeed) and not lockstep:
             feed.beside = beside

@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from headrace import catalog
 from headrace.algorithms.base import Algorithm
-from headrace.config import RunConfig, takes_turns
+from headrace.config import RunConfig, algorithm_class, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.device_unrolls import DeviceUnrolls
 from headrace.experience.fifo import Slots
 from headrace.experience.unrolls import UnrollTable
 from headrace.learner.feeds import Feed
-from headrace.networks.action_values import ActionValueNet
-from headrace.networks.actor_critics import ActorCriticsNet
-from headrace.networks.config import HEADS_OF
 from headrace.networks.heads import popart_head
-from headrace.networks.models import PolicyValueNet, default_network, lower_precision
+from headrace.networks.models import HEADS, default_network, heads_named, lower_precision
 from headrace.networks.modes import frozen
 from headrace.run.acting_source import ActingSource, make_acting_source
 from headrace.run.compute import (
@@ -110,16 +107,15 @@ def make_model(
         ConfigError: it does not fit the environment, or is no network.
     """
     name = network_name(config, spec)
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-    wanted: Any = getattr(rule, "heads", "policy_value")
+    rule = algorithm_class(config.algorithm, trust_code=trust_code)
     network = config.network
     if network.heads == "auto":
-        network = dataclasses.replace(network, heads=wanted)
-    if HEADS_OF[network.heads] != HEADS_OF[wanted]:
+        network = dataclasses.replace(network, heads=rule.heads)
+    if heads_named(network.heads).network is not heads_named(rule.heads).network:
         raise ConfigError(
-            f"{config.algorithm} needs heads {wanted}, not {network.heads}: leave out --heads"
+            f"{config.algorithm} needs heads {rule.heads}, not {network.heads}: leave out --heads"
         )
-    if network.normalize_values and not getattr(rule, "normalizes_values", False):
+    if network.normalize_values and not rule.normalizes_values:
         raise ConfigError(
             f"{config.algorithm} does not learn normalised values: say --no-normalize-values, or "
             "--algorithm impala or ppo"
@@ -144,9 +140,8 @@ def make_model(
             f"network {name} has no value that can be normalised: build it with "
             "headrace.networks.models.assemble, or say --no-normalize-values"
         )
-    kinds = {"policy": PolicyValueNet, "values": ActionValueNet, "critics": ActorCriticsNet}
-    del kinds[HEADS_OF[network.heads]]
-    if isinstance(model, tuple(kinds.values())):
+    kinds = {heads.network for heads in HEADS.values()} - {heads_named(network.heads).network}
+    if isinstance(model, tuple(kinds)):
         raise ConfigError(
             f"network {name} is a {type(model).__name__}, and {config.algorithm} needs heads "
             f"{network.heads}: build it with headrace.networks.models.assemble, which gives any"
@@ -161,8 +156,9 @@ def network_name(config: RunConfig, spec: EnvSpec) -> str:
     """
     if config.network.network != "auto":
         return config.network.network
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-    return getattr(rule, "network", None) or default_network(spec, config.network.pictures)
+    return algorithm_class(config.algorithm).network or default_network(
+        spec, config.network.pictures
+    )
 
 
 def _notices(config: RunConfig, family: Any, spec: EnvSpec, algorithm: Algorithm) -> Iterator[str]:
@@ -170,7 +166,7 @@ def _notices(config: RunConfig, family: Any, spec: EnvSpec, algorithm: Algorithm
     yield from getattr(family, "notices", lambda *_: ())(config.env, config.environment)
     yield chosen(config, spec, algorithm.model)
     yield from flattened(spec, config.network, network_name(config, spec))
-    if getattr(algorithm, "on_policy", False) and not takes_turns(config):
+    if algorithm.on_policy and not takes_turns(config):
         yield (
             f"{config.algorithm} assumes that the policy which acts is the one that learns: see "
             "policy_lag in the metrics; --turns on, or --algorithm impala, which corrects for it"
@@ -206,10 +202,9 @@ def make_algorithm(
     trust_code: bool = True,
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
-    algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
-    if draw_apart := getattr(algorithm, "draw_apart", None):
-        draw_apart(derived_seed(config.seed, Use.UPDATES))
+    rule: Callable[..., Algorithm] = algorithm_class(config.algorithm, trust_code=trust_code)
+    algorithm = rule(model, config.learning, spec=spec, precision=precision)
+    algorithm.draw_apart(derived_seed(config.seed, Use.UPDATES))
     return algorithm
 
 
@@ -374,7 +369,7 @@ def _evaluation(
     device = next(server_model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(derived_seed(config.seed, Use.EVALUATION_ACTIONS, resume_count))
-    epsilon = getattr(algorithm, "eval_epsilon", 0.0)
+    epsilon = algorithm.eval_epsilon
     return Seat(
         make_pool(
             config,
@@ -400,9 +395,9 @@ def _evaluation(
 
 def exploration(algorithm: Algorithm, num_envs: int, share: Share = WHOLE) -> Tensor | None:
     """Returns the epsilon of each environment that trains here, if the algorithm knows any."""
-    ladder: Callable[[int], Tensor] | None = getattr(algorithm, "exploration", None)
+    ladder = algorithm.exploration(share.size * num_envs)
     first = share.rank * num_envs
-    return None if ladder is None else ladder(share.size * num_envs)[first:][:num_envs]
+    return None if ladder is None else ladder[first:][:num_envs]
 
 
 def _acting(

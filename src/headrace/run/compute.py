@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from headrace import catalog
-from headrace.algorithms.base import Algorithm
-from headrace.config import RunConfig, takes_turns
+from headrace.algorithms.base import Algorithm, compile_network
+from headrace.config import RunConfig, algorithm_class, takes_turns
 from headrace.errors import ConfigError
 from headrace.networks.modes import frozen
 from headrace.resources import usable_cores
@@ -75,13 +74,11 @@ def choose_compute(config: RunConfig, spec: EnvSpec, *, learners: int = 1) -> Co
 
 def _pays_on_cpu(config: RunConfig, spec: EnvSpec) -> bool:
     """Whether the algorithm gains more from graphs in this run than it takes to make them."""
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-    worth: Callable[..., bool] | None = getattr(rule, "worth_compiling", None)
-    if worth is None or config.lockstep or not has_compiler():
-        return False
     if config.total_minutes is not None and config.total_minutes < _WORTH_MINUTES:
         return False
-    return worth(config.learning, config.total_frames // spec.action_repeat)
+    rule = algorithm_class(config.algorithm)
+    steps = config.total_frames // spec.action_repeat
+    return not config.lockstep and rule.worth_compiling(config.learning, steps) and has_compiler()
 
 
 def _most_threads(config: RunConfig, cores: int) -> int:
@@ -152,13 +149,7 @@ def multiply_adds(algorithm: Algorithm, spec: EnvSpec) -> int:
 def place_sides(config: RunConfig, algorithm: Algorithm) -> None:
     """Moves actor and critics apart, if that is wanted."""
     if config.actor_device:
-        move: Callable[..., None] | None = getattr(algorithm, "place", None)
-        if move is None:
-            raise ConfigError(
-                f"{config.algorithm} has no two sides to learn apart: leave out --actor-device and "
-                "--critic-device, or use --algorithm sac"
-            )
-        move(choose_device(config.actor_device), choose_device(config.critic_device))
+        algorithm.place(choose_device(config.actor_device), choose_device(config.critic_device))
 
 
 def compile_update(
@@ -172,16 +163,9 @@ def compile_update(
     if graphs and any(each.device.type == "cpu" for one in models for each in one.parameters()):
         _look_at_cpu()
     on_gpu = device.type == "cuda"
-    whole: Callable[..., None] | None = getattr(algorithm, "compile", None)
-    networks = [server_model]
-    if whole is None:
-        networks += [algorithm.model, getattr(algorithm, "target_model", None)]
-    else:
-        whole(cuda_capture(None) if on_gpu and graphs else None, graphs=graphs)
-        networks = networks if on_gpu else []  # a small network acts as fast without
-    for network in networks:
-        if network is not None:
-            network.compile(dynamic=False, disable=not graphs)
+    algorithm.compile(cuda_capture(None) if on_gpu and graphs else None, graphs=graphs)
+    if on_gpu or not algorithm.compiles_whole:  # whose small network acts as fast without
+        compile_network(server_model, graphs=graphs)
 
 
 def _look_at_cpu() -> None:

@@ -256,9 +256,9 @@ def make_feed(
 def first_priority(algorithm: Algorithm) -> Callable[[Batch], Tensor] | None:
     """Returns what says the priority of new sequences; None where all are sampled alike."""
     replay = algorithm.experience.replay
-    if replay is None or replay.settings.priority_exponent == 0:
+    if replay is None or replay.settings.priority_exponent == 0 or not replay.judges_new:
         return None
-    return getattr(algorithm, "initial_priority", None)
+    return algorithm.initial_priority
 
 
 def _has_room(nbytes: int, free: int | None) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import safetensors.torch
 
-from headrace.algorithms.base import Learners
+from headrace.algorithms.base import Algorithm, Averaging, Learners
 from headrace.config import RunConfig
 from headrace.errors import ConfigError
 from headrace.learner.feeds import ReplayFeed
@@ -169,27 +169,27 @@ def share_learning(parts: Parts, group: Group) -> None:
     Raises:
         ConfigError: the algorithm averages none.
     """
-    algorithm: Any = parts.algorithm
-    ensure_shares(algorithm)
+    algorithm = parts.algorithm
+    ensure_shares(type(algorithm))
     learners: Learners = group
     algorithm.learners = learners
     for module in algorithm.model.modules():
-        if hasattr(module, "learners"):
+        if isinstance(module, Averaging):
             module.learners = learners
     if isinstance(parts.feed, ReplayFeed):
         parts.feed.replay.scales_weights = False
 
 
-def ensure_shares(algorithm: Any) -> None:
+def ensure_shares(rule: type[Algorithm]) -> None:
     """Refuses an algorithm that learns alone.
 
     Raises:
         ConfigError: it does.
     """
-    if not hasattr(algorithm, "learners"):
+    if not rule.averages_gradients:
         raise ConfigError(
-            f"{type(algorithm).__name__} does not average its gradients over several learners "
-            "(headrace.algorithms.base.Learners): leave out --learner-devices"
+            f"{rule.__name__} does not average its gradients over several learners "
+            "(`averages_gradients` of headrace.Algorithm): leave out --learner-devices"
         )
 
 
@@ -198,7 +198,7 @@ def spread_state(parts: Parts, group: Group, *, seed: int) -> None:
 
     `seed` is of this session: what a learner draws for its share begins elsewhere in each.
     """
-    algorithm: Any = parts.algorithm
+    algorithm = parts.algorithm
     data = None
     if group.rank == 0:
         training, skeleton = flatten(algorithm.state_dict())
@@ -223,8 +223,7 @@ def spread_state(parts: Parts, group: Group, *, seed: int) -> None:
     }
     algorithm.model.load_state_dict(named["weights/"])
     algorithm.load_state_dict(unflatten(named["training/"], _skeleton(data)))
-    if hasattr(algorithm, "draw_apart"):
-        algorithm.draw_apart(derived_seed(seed, Use.RANK_UPDATES, group.rank))
+    algorithm.draw_apart(derived_seed(seed, Use.RANK_UPDATES, group.rank))
 
 
 def _skeleton(data: bytes) -> Any:

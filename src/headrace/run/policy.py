@@ -106,7 +106,7 @@ class Policy:
 
     def judged_mode(self) -> tuple[ActionMode, float]:
         """Returns the mode and the epsilon with which agents of this algorithm are judged."""
-        epsilon = float(getattr(self._algorithm, "eval_epsilon", 0.0))
+        epsilon = self._algorithm.eval_epsilon
         return ("epsilon" if epsilon else "greedy"), epsilon
 
     def actor(self, mode: ActionMode, epsilon: float) -> Actor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace import catalog
-from headrace.config import RunConfig
+from headrace.config import RunConfig, algorithm_class
 from headrace.errors import ConfigError
 from headrace.records import PolicyState, PolicyStep
 from headrace.resources import usable_cores
@@ -233,8 +233,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _whole_update(config: RunConfig) -> bool:
-    rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm)
-    return hasattr(rule, "compile")
+    return algorithm_class(config.algorithm).compiles_whole
 
 
 def _compile(config: RunConfig) -> Any:

@@ -94,9 +94,8 @@ class Actor:
             epsilon: [N] float32 share of random actions of each, which the algorithm may anneal;
                 None for the actor's own.
         """
-        annealed = getattr(self.algorithm, "annealed", None)
-        if epsilon is not None and annealed is not None:
-            epsilon = annealed(self.model, epsilon)
+        if epsilon is not None:
+            epsilon = self.algorithm.annealed(self.model, epsilon)
         stack = torch.cat([state.stack[:, 1:], observation.unsqueeze(1)], dim=1)
         inputs = PolicyInput(
             observation=stack.unsqueeze(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.algorithms.base import Shown
 from headrace.length import Length
 from headrace.telemetry.wording import (
     MISSING,
@@ -40,36 +42,17 @@ _SPEEDS = (
     ("samples learned", "samples", "update_frame_rate_hz"),
 )
 
-_STEP = (("gradient norm", "gradient_norm"), ("learning rate", "learning_rate"))
-_OF_A_POLICY = (
-    ("policy loss", "loss/policy"),
-    ("value loss", "loss/value"),
-    ("entropy, nats", "loss/entropy"),
-    *_STEP,
-)
-_OF_VALUES = (
-    ("loss", "loss/total"),
-    ("TD error", "loss/td_error_mean"),
-    ("value", "value_mean"),
-    *_STEP,
-)
-_OF_CRITICS = (
-    ("critics' loss", "loss/critic"),
-    ("TD error", "loss/td_error_mean"),
-    ("value", "value_mean"),
-    ("entropy, nats", "loss/entropy"),
-    ("temperature", "temperature"),
-)
 
-
-def render(title: str, row: Row, length: Length, eta_s: float) -> RenderableType:
-    """Draws one row as a panel."""
+def render(
+    title: str, row: Row, length: Length, eta_s: float, shown: Sequence[Shown]
+) -> RenderableType:
+    """Draws one row as a panel; `shown` are the metrics of what learns."""
     columns = Table.grid(expand=True, padding=(0, 2))
     columns.add_column(ratio=1)
     columns.add_column(ratio=1)
     columns.add_row(_throughput(row), _episodes(row))
     columns.add_row("", "")
-    columns.add_row(_learning(row), _run(row))
+    columns.add_row(_learning(row, shown), _run(row))
     precision = row.get("precision", MISSING)
     panel = Panel(
         Group(_progress_line(row, length, eta_s), "", columns, "", _pipeline(row)),
@@ -145,10 +128,9 @@ def _episodes(row: Row) -> Table:
     return table
 
 
-def _learning(row: Row) -> Table:
+def _learning(row: Row, shown: Sequence[Shown]) -> Table:
     table = _section("Learning", "")
-    of_rule = _OF_VALUES if "replay_sequences" in row else _OF_A_POLICY
-    for label, name in _OF_CRITICS if "loss/critic" in row else of_rule:
+    for label, name in shown:
         table.add_row(label, plain(number(row, name)))
     return table
 

@@ -16,6 +16,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.live import Live
 
+from headrace.algorithms.base import Shown, ShownMetrics
 from headrace.length import Length
 from headrace.run_files import escaped, escaped_lines
 from headrace.telemetry.panel import done, far, render
@@ -38,6 +39,7 @@ class Display(Protocol):
 def open_display(
     length: Length,
     title: str,
+    metrics: ShownMetrics,
     *,
     stream: TextIO | None = None,
     live: bool | None = None,
@@ -49,6 +51,7 @@ def open_display(
     Args:
         length: where the run ends.
         title: what is trained, in a few words.
+        metrics: those of what learns that are shown.
         stream: where to write; standard output by default.
         live: a table that redraws itself (True) or plain lines (False); by default a table where
             `stream` is a terminal that can redraw and show it.
@@ -62,14 +65,14 @@ def open_display(
     progress = _Progress(length, now_s)
     display: _LiveDisplay | _PlainDisplay
     if not live:
-        display = _PlainDisplay(stream, title, progress, plain_interval_s)
+        display = _PlainDisplay(stream, title, metrics, progress, plain_interval_s)
         try:
             yield display
         finally:
             display.draw()
         return
     with Live(console=console, auto_refresh=False) as region:
-        display = _LiveDisplay(region, title, progress)
+        display = _LiveDisplay(region, title, metrics, progress)
         try:
             yield display
         finally:
@@ -121,15 +124,23 @@ class _Progress:
 class _PlainDisplay:
     """One short ASCII line per update, for files, pipes and CI."""
 
-    def __init__(self, stream: TextIO, title: str, progress: _Progress, interval_s: float) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        title: str,
+        metrics: ShownMetrics,
+        progress: _Progress,
+        interval_s: float,
+    ) -> None:
         self._stream = stream
+        self._metric = metrics.line
         self._progress = progress
         self._interval_s = interval_s
         self._line = ""
         self.message(title)
 
     def update(self, row: Row) -> None:
-        self._line = plain_line(row, self._progress.length, self._progress.eta_s(row))
+        self._line = plain_line(row, self._progress.length, self._progress.eta_s(row), self._metric)
         if self._progress.is_due(self._interval_s):
             self.draw()
 
@@ -149,9 +160,12 @@ class _PlainDisplay:
 class _LiveDisplay:
     """A table that redraws itself in place."""
 
-    def __init__(self, region: Live, title: str, progress: _Progress) -> None:
+    def __init__(
+        self, region: Live, title: str, metrics: ShownMetrics, progress: _Progress
+    ) -> None:
         self._region = region
         self._title = title
+        self._shown = metrics.panel
         self._progress = progress
         self._row: Row = {}
         self._eta_s = math.nan
@@ -165,15 +179,20 @@ class _LiveDisplay:
         """Draws the newest row."""
         if not self._row:
             return
-        table = render(self._title, self._row, self._progress.length, self._eta_s)
+        length = self._progress.length
+        table = render(self._title, self._row, length, self._eta_s, self._shown)
         self._region.update(table, refresh=True)
 
     def message(self, text: str) -> None:
         self._region.console.print(escaped_lines(text), markup=False)
 
 
-def plain_line(row: Row, length: Length, eta_s: float) -> str:
-    """Says in one line how far the run is and how well it does; leaves out what is not known."""
+def plain_line(row: Row, length: Length, eta_s: float, metric: Shown) -> str:
+    """Says in one line how far the run is and how well it does; leaves out what is not known.
+
+    `metric` is the one of what learns.
+    """
+    label, name = metric
     parts = [f"{far(row, length, '/')} ({share(done(row, length))})"]
     for pattern, value in (
         ("{} frames/s", short(number(row, "env_frames_per_s"))),
@@ -183,8 +202,7 @@ def plain_line(row: Row, length: Length, eta_s: float) -> str:
         ("best {}", plain(number(row, "return_max"))),
         ("evaluation {}", plain(number(row, "eval_return_mean"))),
         ("episodes {}", short(number(row, "episodes"))),
-        ("loss {}", plain(number(row, "loss/policy"))),
-        ("TD error {}", plain(number(row, "loss/td_error_mean"))),
+        (f"{label} {{}}", plain(number(row, name))),
         ("lag {}", plain(number(row, "policy_lag_mean"))),
         ("replay {}", short(number(row, "replay_sequences"))),
         ("cores {}", fixed(number(row, "cpu_load"))),
@@ -195,5 +213,5 @@ def plain_line(row: Row, length: Length, eta_s: float) -> str:
         ("bottleneck {}", str(row.get("bottleneck", MISSING))),
     ):
         if value != MISSING:
-            parts.append(pattern.format(value))
+            parts.append(pattern.replace("{}", value))
     return "  ".join(parts).replace(MISSING, "-")
