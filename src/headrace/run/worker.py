@@ -175,14 +175,16 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
     )
     bounds = settings["groups"]
     first, end = bounds[0][0], bounds[-1][1]
+    seed = generation_seed(settings["seed"], settings["generation"])
     env = family.make(
         settings["env"],
         config,
         num_envs=end - first,
         batch_size=end - first,
         threads=1,
-        seed=generation_seed(settings["seed"], settings["generation"]),
+        seed=seed,
         first_env=settings.get("first_env", 0) + first,
+        **(own_draws_of(seed) if settings.get("draws_apart") else {}),
     )
     ensure_same_spec(env.spec, settings.get("spec"))
     plan = layout(env.spec, settings["num_envs"])
@@ -202,6 +204,14 @@ def generation_seed(seed: int, generation: int) -> int:
     if not generation:
         return seed
     return derived_seed(seed, Use.RESTART, generation)
+
+
+def own_draws_of(seed: int) -> dict[str, int]:
+    """Returns what has Gymnasium environments of a pool draw apart, in whatever process they are.
+
+    For `make`; that of another family does not know it.
+    """
+    return {"draws_seed": derived_seed(seed, Use.ENVIRONMENT_DRAWS)}
 
 
 def as_tuples(value: Any) -> Any:
