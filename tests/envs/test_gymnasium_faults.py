@@ -82,7 +82,7 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
     "flag none": ("terminated", None, "step returned terminated = None, which is not a bool: ret"),
     "flag half": ("truncated", 0.5, "step returned truncated = 0.5, which is not a bool: return"),
     "flag nan": ("terminated", float("nan"), "step returned terminated = nan, which is not a bool"),
-    "flag two": ("terminated", np.int64(2), "returned terminated = np.int64(2), which is not a bool"),
+    "flag two": ("terminated", np.int64(2), "terminated = np.int64(2), which is not a bool"),
     "old step": ("step", (GOOD, 0.0, False, {}), "step must return (observation, reward, terminat"),
     "no step": ("step", None, "truncated, info), not None"),
     "raises": ("step", raises(ValueError("lost a wheel")), "step raised ValueError: lost a wheel"),

@@ -8,14 +8,14 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.apart import Apart
 from headrace.envs import packages
 from headrace.envs.checks import Translated, error_text
 from headrace.envs.global_draws import seed_spaces
@@ -156,14 +156,28 @@ def _batch(
 
 def forget() -> None:
     """Has every environment asked anew: a class may have been changed since, in a notebook."""
-    _tried.cache_clear()
+    _TRIED.clear()
 
 
-@lru_cache(maxsize=64)
+def believe(name: str, config: GymnasiumConfig, spec: EnvSpec, notices: Sequence[str]) -> None:
+    """Takes the word of another process, which has tried the environment: none is made here."""
+    _TRIED[name, config] = spec, tuple(notices)
+
+
+_TRIED: dict[tuple[str, GymnasiumConfig], tuple[EnvSpec, tuple[str, ...]]] = {}
+
+
 def _tried(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
+    """Returns the spec and the notices of an environment, which is tried but once."""
+    if (name, config) not in _TRIED:
+        _TRIED[name, config] = _try(name, config)
+    return _TRIED[name, config]
+
+
+def _try(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
     """Makes one environment and steps it, so that what is wrong is said before anything starts."""
     rng = np.random.default_rng(0)
-    with packages.quietly():
+    with Apart(), packages.quietly():
         try:
             batch = GYMNASIUM.make(name, config, num_envs=1, batch_size=1, threads=1, seed=0)
             step = batch.reset()

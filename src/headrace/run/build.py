@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headrace import catalog, tree
 from headrace.algorithms.base import Algorithm
+from headrace.apart import Apart
 from headrace.config import RunConfig, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.device_unrolls import DeviceUnrolls
@@ -126,7 +127,7 @@ def make_model(
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
-    with own_draws(derived_seed(config.seed, Use.NETWORK)):
+    with own_draws(derived_seed(config.seed, Use.NETWORK)), Apart():
         try:
             model = builder(spec, network)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -207,7 +208,8 @@ def make_algorithm(
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
     rule = catalog.resolve("algorithm", catalog.ALGORITHMS, config.algorithm, trust_code=trust_code)
-    algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
+    with Apart():
+        algorithm: Algorithm = rule(model, config.learning, spec=spec, precision=precision)
     if draw_apart := getattr(algorithm, "draw_apart", None):
         draw_apart(derived_seed(config.seed, Use.UPDATES))
     return algorithm

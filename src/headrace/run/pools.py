@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from headrace import catalog
+from headrace.apart import Apart
 from headrace.config import RunConfig, takes_turns
 from headrace.envs.gymnasium import GymnasiumFamily
 from headrace.errors import ConfigError
@@ -79,21 +80,23 @@ def make_pool(
         )
         return pool
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
-    envs = family.make(
-        config.env,
-        settings,
-        num_envs=num_envs,
-        batch_size=batch_size,
-        threads=threads,
-        seed=seed,
-        **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
-        **(own_draws_of(seed) if draws_apart else {}),
-    )
-    kind = "inline" if kind == "shm" else kind
-    pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
-    if isinstance(pool, InlinePool):
+    with Apart() as apart:
+        envs = family.make(
+            config.env,
+            settings,
+            num_envs=num_envs,
+            batch_size=batch_size,
+            threads=threads,
+            seed=seed,
+            **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
+            **(own_draws_of(seed) if draws_apart else {}),
+        )
+    if kind in ("inline", "shm"):
+        pool = InlinePool(envs, batch_size=batch_size, apart=apart)
         pool.on_message = on_message
-    return pool
+        return pool
+    native: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
+    return native
 
 
 def inference_batch(config: RunConfig) -> int:

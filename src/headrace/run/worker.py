@@ -225,11 +225,9 @@ def main() -> None:
     """Takes the settings from the parent and works until it leaves."""
     end = WorkerEnd.open()
     settings = end.settings
+    streams = sys.stdout, sys.stderr  # which environments may exchange
     hosted = make_hosted(settings)
-    sys.stdout, sys.stderr = (
-        NamedOutput(sys.stdout, [hosted.env]),
-        NamedOutput(sys.stderr, [hosted.env]),
-    )
+    sys.stdout, sys.stderr = (NamedOutput(stream, [hosted.env]) for stream in streams)
     run_worker(
         end,
         hosted,
