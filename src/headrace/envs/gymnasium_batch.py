@@ -89,6 +89,7 @@ class GymnasiumBatch:
         self.num_envs = len(envs)
         self._envs = list(envs)
         self._own = Own(contextvars.copy_context()) if own is None else own
+        self._run = self._own.run if self._own.draws else self._own.context.run
         self._sharing = Sharing()
         self._bind(None)
         self._checks = Checks(name, first_env=first_env, strictness=strictness)
@@ -177,7 +178,8 @@ class GymnasiumBatch:
         envs = out.env_id.tolist()
         self._whose = envs
         self._results = []
-        self._run("step", self._take_steps, envs, self._to_actions(action))
+        with self._translated["step"]:
+            self._run(self._take_steps, envs, self._to_actions(action))
         try:
             observations, rewards, ended_well, cut, last_infos = zip(*self._results, strict=True)
         except (TypeError, ValueError) as error:
@@ -208,7 +210,7 @@ class GymnasiumBatch:
     def close(self) -> None:
         """Closes the environments."""
         for env in self._envs:
-            self._own.run(env.close)
+            self._run(env.close)
 
     def _bind(self, masks: Sequence[Callable[[], Any]] | None) -> None:
         """Chooses what is called for a step and for a reset of each copy."""
@@ -217,11 +219,6 @@ class GymnasiumBatch:
         if masks is not None:
             steps, resets = (list(map(_with_mask, calls, masks)) for calls in (steps, resets))
         self._steps, self._resets = self._own.around(steps), self._own.around(resets)
-
-    def _run(self, call: Call, work: Callable[..., None], *arguments: Any) -> None:
-        """Runs what calls the environments."""
-        with self._translated[call]:
-            self._own.run(work, *arguments)
 
     def _take_steps(self, envs: Sequence[int], actions: Sequence[Any]) -> None:
         """Steps copies, one after the other."""
@@ -251,7 +248,8 @@ class GymnasiumBatch:
         self._whose = envs
         results: list[Any] = []
         self._results = results
-        self._run("reset", self._take_resets, envs)
+        with self._translated["reset"]:
+            self._run(self._take_resets, envs)
         for env, result in zip(envs, results, strict=True):
             if (
                 not isinstance(result, tuple)
@@ -291,7 +289,8 @@ class GymnasiumBatch:
     def _first_info(self, info: Mapping[str, Any], mask: Callable[[], Any]) -> Mapping[str, Any]:
         """Returns the info of the first reset with the mask, for which nobody had asked yet."""
         self._results = []
-        self._run("reset", lambda: self._results.append(kept(mask())))
+        with self._translated["reset"]:
+            self._run(lambda: self._results.append(kept(mask())))
         return {**info, "action_mask": self._results[0]}
 
     def _masks(
