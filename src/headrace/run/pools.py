@@ -91,12 +91,13 @@ def make_pool(
             **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
             **(own_draws_of(seed) if draws_apart else {}),
         )
-    if kind in ("inline", "shm"):
-        pool = InlinePool(envs, batch_size=batch_size, apart=apart)
+    kind = "inline" if kind == "shm" else kind
+    pool = catalog.resolve("pool", catalog.POOLS, kind)(
+        envs, batch_size=batch_size, **({"apart": apart} if kind == "inline" else {})
+    )
+    if isinstance(pool, InlinePool):
         pool.on_message = on_message
-        return pool
-    native: Pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
-    return native
+    return pool
 
 
 def inference_batch(config: RunConfig) -> int:
