@@ -11,12 +11,13 @@ which ask the system; and GPUs.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -94,3 +95,34 @@ def put_back() -> Iterator[None]:
         _numpy.set_bit_generator(numpy)
         if torch is not None:
             torch.default_generator.set_state(state)
+
+
+class Own(NamedTuple):
+    """What is the environments' own while their code runs, and not the process's."""
+
+    context: contextvars.Context
+    """Where numpy keeps what is an error to it: theirs to choose for their code, not for ours."""
+    draws: Sequence[GlobalDraws] = ()
+    """Global random states of each copy, if they have their own."""
+
+    @classmethod
+    def of(cls, num_envs: int, *, first_env: int, draws_seed: int | None) -> Own:
+        """Returns what copies begin with; without a seed they draw as the process does."""
+        context = contextvars.copy_context()
+        if draws_seed is None:
+            return cls(context)
+        words = np.random.SeedSequence(draws_seed).generate_state(first_env + num_envs)
+        return cls(context, [GlobalDraws(int(word)) for word in words[first_env:]])
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls what runs code of the environments."""
+        if not self.draws:
+            return self.context.run(work, *arguments)
+        with put_back():
+            return self.context.run(work, *arguments)
+
+    def around(self, calls: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+        """Returns what calls one for each copy, within `run`."""
+        if not self.draws:
+            return list(calls)
+        return [own.around(call) for own, call in zip(self.draws, calls, strict=True)]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from headrace.apart import Apart
 from headrace.envs import packages
 from headrace.envs.checks import Translated, error_text
-from headrace.envs.global_draws import seed_spaces
-from headrace.envs.gymnasium_batch import GymnasiumBatch, Own
+from headrace.envs.global_draws import Own, seed_spaces
+from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
 from headrace.imports import has_no, import_named

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrace import tree
 from headrace.envs.checks import Call, Checks, Strictness, Translated, parts_of, show
-from headrace.envs.global_draws import GlobalDraws, put_back
+from headrace.envs.global_draws import Own
 from headrace.envs.returned import Sharing, kept
 from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
 from headrace.errors import ConfigError, EnvironmentFault
@@ -26,37 +26,6 @@ from headrace.steps import EnvStep, EpisodeInfo
 
 FindMask = Callable[[Any, Mapping[str, Any]], Any]
 """From the observation and the info of a copy to its action mask."""
-
-
-class Own(NamedTuple):
-    """What is the environments' own while their code runs, and not the process's."""
-
-    context: contextvars.Context
-    """Where numpy keeps what is an error to it: theirs to choose for their code, not for ours."""
-    draws: Sequence[GlobalDraws] = ()
-    """Global random states of each copy, if they have their own."""
-
-    @classmethod
-    def of(cls, num_envs: int, *, first_env: int, draws_seed: int | None) -> Own:
-        """Returns what copies begin with; without a seed they draw as the process does."""
-        context = contextvars.copy_context()
-        if draws_seed is None:
-            return cls(context)
-        words = np.random.SeedSequence(draws_seed).generate_state(first_env + num_envs)
-        return cls(context, [GlobalDraws(int(word)) for word in words[first_env:]])
-
-    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls what runs code of the environments."""
-        if not self.draws:
-            return self.context.run(work, *arguments)
-        with put_back():
-            return self.context.run(work, *arguments)
-
-    def around(self, calls: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
-        """Returns what calls one for each copy, within `run`."""
-        if not self.draws:
-            return list(calls)
-        return [own.around(call) for own, call in zip(self.draws, calls, strict=True)]
 
 
 class GymnasiumBatch:
