@@ -33,7 +33,7 @@ LAYERS = (
     ("records", "specs"),
     ("steps",),
     ("tree", "rows", "length", "schedules", "imports", "run_files", "resources"),
-    ("errors",),
+    ("errors", "apart"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 

@@ -8,6 +8,8 @@ import os
 import sys
 from types import ModuleType
 
+from headrace.apart import Apart
+
 
 def import_named(name: str) -> ModuleType:
     """Imports a module that the user named, or code that is trusted.
@@ -21,7 +23,10 @@ def import_named(name: str) -> ModuleType:
         # Without an origin it is a bare folder of that name somewhere, which hides nothing.
         if (found is None or found.origin is None) and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
-    return importlib.import_module(name)
+    if name in sys.modules or top == __package__:
+        return importlib.import_module(name)
+    with Apart():
+        return importlib.import_module(name)
 
 
 def has_no(module: ModuleType, attribute: str) -> str:

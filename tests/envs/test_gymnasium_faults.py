@@ -1,5 +1,6 @@
 """Every way in which an environment can break its promise gives one sentence that names it."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from headrace.envs.checks import Strictness
 from headrace.envs.gymnasium_batch import GymnasiumBatch
+from headrace.envs.wrappers import ActionRepeat
 from headrace.errors import EnvironmentFault
 
 GOOD = np.array([0.25, 0.5, 0.75], np.float32)
@@ -70,9 +72,17 @@ ALWAYS: dict[str, tuple[str, Any, str]] = {
     "reward text": ("reward", "1.0", "step returned the reward '1.0', which is not a"),
     "reward none": ("reward", None, "step returned the reward None, which is not a finite number"),
     "reward array": ("reward", array(1, 2), "step returned the reward [1., 2.], which is not a"),
+    "reward list": ("reward", [1.0, 2.0], "step returned the reward [1.0, 2.0], which is not a"),
+    "reward complex": ("reward", 1j, "step returned the reward 1j, which is not a finite number"),
+    "reward object": ("reward", object, "step returned the reward <object object"),
+    "reward huge": ("reward", 1e300, "step returned the reward 1e+300, which is not a finite"),
     "reward nan": ("reward", float("nan"), "step returned the reward nan, which is not a finite"),
     "flag": ("terminated", "no", "step returned terminated = 'no', which is not a bool"),
     "flag array": ("truncated", array(1, 2), "step returned truncated = [1., 2.], which is not"),
+    "flag none": ("terminated", None, "step returned terminated = None, which is not a bool: ret"),
+    "flag half": ("truncated", 0.5, "step returned truncated = 0.5, which is not a bool: return"),
+    "flag nan": ("terminated", float("nan"), "step returned terminated = nan, which is not a bool"),
+    "flag two": ("terminated", np.int64(2), "terminated = np.int64(2), which is not a bool"),
     "old step": ("step", (GOOD, 0.0, False, {}), "step must return (observation, reward, terminat"),
     "no step": ("step", None, "truncated, info), not None"),
     "raises": ("step", raises(ValueError("lost a wheel")), "step raised ValueError: lost a wheel"),
@@ -156,6 +166,14 @@ BEARABLE: dict[str, tuple[str, Any, str, list[float]]] = {
         "an observation of float64, but its space says float32", [0.5, 0.5, 0],
     ),
     "flag": ("truncated", 1, "truncated = 1, which is not a bool", [0.25, 0.5, 0.75]),
+    "flag array": (
+        "truncated", np.array([True]), "truncated = [ True], which is not a bool",
+        [0.25, 0.5, 0.75],
+    ),
+    "reward array": (
+        "reward", array(2.5), "the reward [2.5] of shape (1,), which is not a number",
+        [0.25, 0.5, 0.75],
+    ),
 }  # fmt: skip
 
 
@@ -169,8 +187,11 @@ def test_what_can_be_lived_with_is_said_once_or_refused(kind: str) -> None:
     assert len(batch.notices) == 1
     assert sentence in batch.notices[0]
     assert batch.notices[0].startswith("environment 12 (Flaky-v0): ")
-    np.testing.assert_array_equal(seen.observation[2] if kind != "flag" else shown, shown)
-    assert bool(seen.truncated[2]) == (kind == "flag")
+    np.testing.assert_array_equal(
+        (seen.final_observation if seen.reset[2] else seen.observation)[2], shown
+    )
+    assert bool(seen.truncated[2]) == (what == "truncated")
+    assert seen.reward.tolist() == [0.0, 0.0, 2.5 if what == "reward" else 0.0, 0.0]
 
     strict = make("strict", **{what: value})
     strict.reset()
@@ -182,6 +203,34 @@ def test_what_can_be_lived_with_is_said_once_or_refused(kind: str) -> None:
     off.reset()
     step(off)
     assert not off.notices
+
+
+@pytest.mark.parametrize(
+    "value", [2, True, np.bool_(True), np.float16(2), np.int8(2), np.array(2.0)]
+)
+def test_rewards_of_every_kind_of_number_are_right(value: Any) -> None:
+    batch = make("strict", reward=value)
+    batch.reset()
+    assert step(batch).reward.tolist() == [0.0, 0.0, float(value), 0.0]
+    assert not batch.notices
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.array(True)])
+def test_flags_of_numpy_are_right(value: Any) -> None:
+    batch = make("strict", terminated=value)
+    batch.reset()
+    assert step(batch).terminated.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("value", ["1.0", None, [1.0]])
+def test_what_is_no_number_is_not_added_up(value: Any) -> None:
+    env = ActionRepeat(Flaky(reward=value), 4)
+    batch = GymnasiumBatch([env], name="Flaky-v0", seed=0)
+    batch.reset()
+    with pytest.raises(
+        EnvironmentFault, match=rf"the reward {re.escape(repr(value))}, which is not"
+    ):
+        batch.step(np.zeros(1, np.int32), np.zeros(1, np.int64))
 
 
 @pytest.mark.parametrize("kind", ["short", "none", "reward text", "old step", "raises"])

@@ -113,7 +113,7 @@ def _train(
 ) -> None:
     """Trains; `messages` are shown and logged before, `logged` is logged alone."""
     prepared = api.prepare(**arguments)
-    config, path = prepared.config, prepared.directory.path
+    config, path = prepared.config, prepared.directory.typed
     title = f"{config.env} · {config.algorithm} · {path}"
     shown = algorithm_class(config.algorithm).shown
     with open_display(config.length, title, shown) as display:
@@ -135,9 +135,7 @@ def _train(
         unit = "frames" if by_frames else "minutes"
         end, more = "done", f" --total-{unit} MORE --schedule-{unit} MORE"
     trust = ["--trust-code"] if any(foreign_code(to_dict(config))) else []
-    again = " ".join([str(result.run), *trust, *flags_again(config)])
+    again = " ".join([str(path), *trust, *flags_again(config)])
     print(f"{end}; go on with: headrace train --resume {again}{more}")
-    print(
-        f"evaluate and film: headrace eval {' '.join([str(result.run), *trust])} --video agent.mp4"
-    )
-    print(f"curves: tensorboard --logdir {result.run}")
+    print(f"evaluate and film: headrace eval {' '.join([str(path), *trust])} --video agent.mp4")
+    print(f"curves: tensorboard --logdir {path}")

@@ -5,6 +5,7 @@ All rows are looked at together; only when something is wrong is the row looked 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -143,36 +144,44 @@ class Checks:
         """
         array = _scalars(values)
         if array is not None:
-            out[...] = array
-            if self._strictness == "off" or _all_finite(out):
-                return
-        for env, value in zip(envs, values, strict=True):
-            one = _scalars([value])
-            if one is None or not np.isfinite(one.astype(np.float32)).all():
+            with contextlib.suppress(FloatingPointError, RuntimeWarning):  # it is looked at below
+                out[...] = array
+                if self._strictness == "off" or _all_finite(out):
+                    return
+        for row, (env, value) in enumerate(zip(envs, values, strict=True)):
+            one = _scalar(value)
+            with np.errstate(over="ignore"):
+                number = np.float32(np.nan if one is None else one)
+            if one is None or not (np.isfinite(number) or self._strictness == "off"):
                 raise self.fault(
                     env,
                     f"step returned the reward {show(value)}, which is not a finite number: "
                     "return one, such as 1.0, or float(reward)",
                 )
-        raise self.fault(envs[0], "step returned a reward that is not a number")
+            if np.ndim(value):
+                text = f"step returned the reward {show(value)} of shape {np.shape(value)}"
+                self._notice(env, "shape of rewards", f"{text}, which is not a number")
+            out[row] = number
 
     def flags(self, name: str, values: Sequence[Any], envs: Sequence[int]) -> NDArray[np.bool_]:
         """Returns terminated or truncated as bool [N].
 
         Raises:
-            EnvironmentFault: one is neither a bool nor a number.
+            EnvironmentFault: one is neither a bool, nor 0 or 1.
         """
         array = _scalars(values)
         if array is not None and array.dtype == np.bool_:
             return array
-        for env, value in zip(envs, values, strict=True):
-            one = _scalars([value])
+        flags = np.empty(len(values), np.bool_)
+        for row, (env, value) in enumerate(zip(envs, values, strict=True)):
+            one = _scalar(value)
             text = f"step returned {name} = {show(value)}, which is not a bool"
-            if one is None:
-                raise self.fault(env, text)
-            if one.dtype != np.bool_:
+            if one is None or one not in (0, 1):
+                raise self.fault(env, f"{text}: return True or False")
+            if one.dtype != np.bool_ or np.ndim(value):
                 self._notice(env, f"{name} dtype", text)
-        return np.array(values, np.bool_)
+            flags[row] = one
+        return flags
 
     def masks(
         self, masks: Sequence[Any], choices: Sequence[int], envs: Sequence[int]
@@ -184,7 +193,7 @@ class Checks:
                 choice.
         """
         size = sum(choices)
-        found = np.empty((len(masks), size), np.bool_)
+        found = np.empty((len(envs), size), np.bool_)
         for row, (env, given) in enumerate(zip(envs, masks, strict=True)):
             mask = given
             if isinstance(mask, tuple | list) and mask and np.ndim(mask[0]):
@@ -392,6 +401,17 @@ def _scalars(values: Sequence[Any]) -> NDArray[Any] | None:
     except (ValueError, TypeError):
         return None
     return array if array.ndim == 1 and array.dtype.kind in "fiub" else None
+
+
+def _scalar(value: Any) -> NDArray[Any] | None:
+    """Returns one number or bool as an array [], also of an array that has one; None else."""
+    if isinstance(value, list | tuple):
+        return None
+    try:
+        array = np.array(value)
+    except (ValueError, TypeError):
+        return None
+    return array.reshape(()) if array.size == 1 and array.dtype.kind in "fiub" else None
 
 
 def _all_finite(array: NDArray[Any]) -> bool:

@@ -8,16 +8,17 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.apart import Apart
 from headrace.envs import packages
 from headrace.envs.checks import Translated, error_text
+from headrace.envs.global_draws import Own, seed_spaces
 from headrace.envs.gymnasium_batch import GymnasiumBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
@@ -63,10 +64,22 @@ class GymnasiumFamily:
         threads: int,
         seed: int,
         first_env: int = 0,
+        draws_seed: int | None = None,
     ) -> GymnasiumBatch:
-        """Makes `num_envs` copies, which are stepped one after the other in the caller's thread."""
-        envs = [wrapped(_make(name, config), config, name) for _ in range(num_envs)]
-        return _batch(name, config, envs, seed=seed, first_env=first_env)
+        """Makes `num_envs` copies, which are stepped one after the other in the caller's thread.
+
+        With `draws_seed` each has global random states of its own, which begin there.
+        """
+        own = Own.of(num_envs, first_env=first_env, draws_seed=draws_seed)
+
+        def make() -> Env:
+            return wrapped(_make(name, config), config, name)
+
+        makers = own.around([make] * num_envs)
+        envs: list[Env] = own.run(lambda: [make() for make in makers])
+        if own.draws:
+            seed_spaces(envs, [draws.seed for draws in own.draws])
+        return _batch(name, config, envs, seed=seed, first_env=first_env, own=own)
 
     def make_view(self, name: str, config: GymnasiumConfig, *, seed: int) -> GymnasiumBatch | None:
         """Makes one copy whose observations are its rendered frames; None if it has none.
@@ -76,18 +89,26 @@ class GymnasiumFamily:
         """
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # else MuJoCo wants a window
-        with packages.quietly():
-            env = _make(name, config)
-            modes = env.metadata.get("render_modes") or ()
-            if env.render_mode != "rgb_array":
-                env.close()
-                if "rgb_array" not in modes or not _takes_render_mode(name):
-                    return None
-                env = _make(name, config, render_mode="rgb_array")
-        with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
-            _simplify_mujoco(env)
-            env = Rendered(wrapped(env, config, name))
-        return _batch(name, config, [env], seed=seed, first_env=0)
+        own = Own.of(1, first_env=0, draws_seed=None)
+        env: Env | None = own.run(_drawing, name, config)
+        if env is None:
+            return None
+        return _batch(name, config, [env], seed=seed, first_env=0, own=own)
+
+
+def _drawing(name: str, config: GymnasiumConfig) -> Env | None:
+    """Makes an environment that shows its rendered frames; None if it has none."""
+    with packages.quietly():
+        env = _make(name, config)
+        modes = env.metadata.get("render_modes") or ()
+        if env.render_mode != "rgb_array":
+            env.close()
+            if "rgb_array" not in modes or not _takes_render_mode(name):
+                return None
+            env = _make(name, config, render_mode="rgb_array")
+    with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
+        _simplify_mujoco(env)
+        return Rendered(wrapped(env, config, name))
 
 
 def _simplify_mujoco(env: Env) -> None:
@@ -113,7 +134,13 @@ GYMNASIUM = GymnasiumFamily()
 
 
 def _batch(
-    name: str, config: GymnasiumConfig, envs: list[Env], *, seed: int, first_env: int
+    name: str,
+    config: GymnasiumConfig,
+    envs: list[Env],
+    *,
+    seed: int,
+    first_env: int,
+    own: Own | None = None,
 ) -> GymnasiumBatch:
     return GymnasiumBatch(
         envs,
@@ -123,22 +150,36 @@ def _batch(
         strictness=config.strictness,
         frame_stack=config.frame_stack,
         action_repeat=config.frame_skip,
+        own=own,
     )
 
 
 def forget() -> None:
     """Has every environment asked anew: a class may have been changed since, in a notebook."""
-    _tried.cache_clear()
+    _TRIED.clear()
 
 
-@lru_cache(maxsize=64)
+def believe(name: str, config: GymnasiumConfig, spec: EnvSpec, notices: Sequence[str]) -> None:
+    """Takes the word of another process, which has tried the environment: none is made here."""
+    _TRIED[name, config] = spec, tuple(notices)
+
+
+_TRIED: dict[tuple[str, GymnasiumConfig], tuple[EnvSpec, tuple[str, ...]]] = {}
+
+
 def _tried(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
+    """Returns the spec and the notices of an environment, which is tried but once."""
+    if (name, config) not in _TRIED:
+        _TRIED[name, config] = _try(name, config)
+    return _TRIED[name, config]
+
+
+def _try(name: str, config: GymnasiumConfig) -> tuple[EnvSpec, tuple[str, ...]]:
     """Makes one environment and steps it, so that what is wrong is said before anything starts."""
     rng = np.random.default_rng(0)
-    with packages.quietly():
+    with Apart(), packages.quietly():
         try:
-            env = wrapped(_make(name, config), config, name)
-            batch = _batch(name, config, [env], seed=0, first_env=0)
+            batch = GYMNASIUM.make(name, config, num_envs=1, batch_size=1, threads=1, seed=0)
             step = batch.reset()
             for _ in range(_TRIED_STEPS):
                 action = random_action(batch.spec, step.action_mask, rng)

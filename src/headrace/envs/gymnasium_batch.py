@@ -1,10 +1,12 @@
 """Gymnasium environments of one kind as a `BatchEnv`: a plain loop, arrays afterwards.
 
-The loop does nothing but call `step`; what is rare (ends, errors, prints) is looked at after it.
+The loop does nothing but call `step`, and keep what another copy could change; what is rare (ends,
+errors, prints) is looked at after it.
 """
 
 from __future__ import annotations
 
+import contextvars
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,13 +17,15 @@ from numpy.typing import NDArray
 
 from headrace import tree
 from headrace.envs.checks import Call, Checks, Strictness, Translated, parts_of, show
+from headrace.envs.global_draws import Own
+from headrace.envs.returned import Sharing, kept
 from headrace.envs.spaces import action_converter, action_space, observation_space, without_text
 from headrace.errors import ConfigError, EnvironmentFault
 from headrace.specs import ActionSpace, EnvSpec
 from headrace.steps import EnvStep, EpisodeInfo
 
-FindMask = Callable[[int, Any, Mapping[str, Any]], Any]
-"""From the place of a copy, its observation and its info, to its action mask."""
+FindMask = Callable[[Any, Mapping[str, Any]], Any]
+"""From the observation and the info of a copy to its action mask."""
 
 _NO_FINAL_MASK = (
     "the info of a step that truncates an episode has no action_mask: every action counts as "
@@ -46,8 +50,11 @@ class GymnasiumBatch:
         strictness: Strictness = "normal",
         frame_stack: int = 1,
         action_repeat: int = 1,
+        own: Own | None = None,
     ) -> None:
         """Takes the environments, which it owns, and resets the first: its info has the mask.
+
+        `own` is what they were made with.
 
         Raises:
             ConfigError: spaces that are not supported.
@@ -55,7 +62,10 @@ class GymnasiumBatch:
         """
         self.num_envs = len(envs)
         self._envs = list(envs)
-        self._steps = [env.step for env in envs]
+        self._own = Own(contextvars.copy_context()) if own is None else own
+        self._run = self._own.run if self._own.draws else self._own.context.run
+        self._sharing = Sharing()
+        self._bind(None)
         self._checks = Checks(name, first_env=first_env, strictness=strictness)
         self.notices = self._checks.notices
         """What is wrong with the environments but can be lived with, one sentence each."""
@@ -81,8 +91,12 @@ class GymnasiumBatch:
         for dropped in without_text(space)[1]:
             self.notices.append(f"{name}: {dropped!r} of the observation is text and is left out")
         first = self._reset([0])
-        self._first: tuple[list[Any], list[Mapping[str, Any]]] | None = first
         self._find_mask = self._where_masks_are(actions, *(part[0] for part in first))
+        if self._find_mask is None and (methods := self._mask_methods(actions)):
+            self._bind(methods)
+            self._find_mask = _mask_in_info
+            first[1][0] = self._first_info(first[1][0], methods[0])
+        self._first: tuple[list[Any], list[Mapping[str, Any]]] | None = first
         has_mask = self._find_mask is not None
         self.spec = EnvSpec(
             name=name,
@@ -138,16 +152,13 @@ class GymnasiumBatch:
         """
         envs = out.env_id.tolist()
         self._whose = envs
-        results: list[Any] = []
-        self._results = results
-        append, steps = results.append, self._steps
+        self._results = []
         with self._translated["step"]:
-            for env, own_action in zip(envs, self._to_actions(action), strict=True):
-                append(steps[env](own_action))
+            self._run(self._take_steps, envs, self._to_actions(action))
         try:
-            observations, rewards, ended_well, cut, last_infos = zip(*results, strict=True)
+            observations, rewards, ended_well, cut, last_infos = zip(*self._results, strict=True)
         except (TypeError, ValueError) as error:
-            raise self._wrong_result(results, envs) from error
+            raise self._wrong_result(self._results, envs) from error
         self._checks.rewards(rewards, envs, out.reward)
         self._gather(observations, envs, "step", out.observation)
         if _all_false(ended_well) and _all_false(cut):
@@ -176,18 +187,46 @@ class GymnasiumBatch:
     def close(self) -> None:
         """Closes the environments."""
         for env in self._envs:
-            env.close()
+            self._run(env.close)
+
+    def _bind(self, masks: Sequence[Callable[[], Any]] | None) -> None:
+        """Chooses what is called for a step and for a reset of each copy."""
+        steps: list[Callable[..., Any]] = [env.step for env in self._envs]
+        resets: list[Callable[..., Any]] = [env.reset for env in self._envs]
+        if masks is not None:
+            steps, resets = (list(map(_with_mask, calls, masks)) for calls in (steps, resets))
+        self._steps, self._resets = self._own.around(steps), self._own.around(resets)
+
+    def _take_steps(self, envs: Sequence[int], actions: Sequence[Any]) -> None:
+        """Steps copies, one after the other."""
+        append, steps = self._results.append, self._steps
+        if len(envs) == 1 or not self._sharing.possible:
+            for env, own_action in zip(envs, actions, strict=True):
+                append(steps[env](own_action))
+            return
+        shown = []
+        for env, own_action in zip(envs, actions, strict=True):
+            result = steps[env](own_action)
+            shown.append(result)
+            append(kept(result))
+        self._sharing.watch(shown)
+
+    def _take_resets(self, envs: Sequence[int]) -> None:
+        """Resets copies; what they show is kept, since it may have to wait for others."""
+        shown, seeds = [], self._seeds
+        for env in envs:
+            result = self._resets[env](seed=seeds[env] if seeds else None)
+            shown.append(result)
+            self._results.append(kept(result))
+        self._sharing.watch(shown)
 
     def _reset(self, envs: Sequence[int]) -> tuple[list[Any], list[Mapping[str, Any]]]:
         """Resets copies, with their seeds if it is the first time."""
-        seeds = self._seeds
         self._whose = envs
         results: list[Any] = []
         self._results = results
-        append = results.append
         with self._translated["reset"]:
-            for env in envs:
-                append(self._envs[env].reset(seed=seeds[env] if seeds else None))
+            self._run(self._take_resets, envs)
         for env, result in zip(envs, results, strict=True):
             if (
                 not isinstance(result, tuple)
@@ -201,32 +240,42 @@ class GymnasiumBatch:
     def _where_masks_are(
         self, actions: ActionSpace, observation: Any, info: Mapping[str, Any]
     ) -> FindMask | None:
-        """Returns what finds the mask of a copy: in its info, its observation, or by asking it.
+        """Returns what finds the mask of a copy, in its info or its observation.
 
-        That is info["action_mask"] (Gymnasium's own environments), a part "action_mask" of a Dict
-        (PettingZoo, RLlib), or a method action_masks() (sb3-contrib). None where there is none.
+        That is info["action_mask"] (Gymnasium's own environments), or a part "action_mask" of a
+        Dict (PettingZoo, RLlib). None where there is none.
         """
         if isinstance(actions, gym.spaces.Box):
             return None
         if "action_mask" in info:
-            return lambda _, __, info: info.get("action_mask")
+            return _mask_in_info
         if isinstance(observation, Mapping) and "action_mask" in observation:
-            return lambda _, observation, __: observation["action_mask"]
+            return lambda observation, _: observation["action_mask"]
+        return None
+
+    def _mask_methods(self, actions: ActionSpace) -> list[Callable[[], Any]] | None:
+        """Returns the method `action_masks` of every copy, as sb3-contrib has it, if they do."""
+        if isinstance(actions, gym.spaces.Box):
+            return None
         try:
             methods = [env.get_wrapper_attr("action_masks") for env in self._envs]
         except AttributeError:
             return None
-        if not all(map(callable, methods)):
-            return None
-        return lambda env, _, __: methods[env]()
+        return methods if all(map(callable, methods)) else None
+
+    def _first_info(self, info: Mapping[str, Any], mask: Callable[[], Any]) -> Mapping[str, Any]:
+        """Returns the info of the first reset with the mask, for which nobody had asked yet."""
+        self._results = []
+        with self._translated["reset"]:
+            self._run(lambda: self._results.append(kept(mask())))
+        return {**info, "action_mask": self._results[0]}
 
     def _masks(
         self, envs: Sequence[int], observations: Sequence[Any], infos: Sequence[Any]
     ) -> NDArray[np.bool_]:
         """Returns what every copy allows now, [N, A]."""
-        find = self._find_mask
-        assert find is not None
-        found = [find(*row) for row in zip(envs, observations, infos, strict=True)]
+        assert self._find_mask is not None
+        found = list(map(self._find_mask, observations, infos))
         return self._checks.masks(found, self.spec.action_choices, envs)
 
     def _write_final_masks(
@@ -245,7 +294,7 @@ class GymnasiumBatch:
         assert self._find_mask is not None
         out.final_action_mask[rows] = True
         for row in (row for row in rows if out.truncated[row]):
-            mask = self._find_mask(envs[row], observations[row], infos[row])
+            mask = self._find_mask(observations[row], infos[row])
             if mask is not None:
                 choices = self.spec.action_choices
                 out.final_action_mask[row] = self._checks.masks([mask], choices, [envs[row]])[0]
@@ -348,6 +397,22 @@ class GymnasiumBatch:
                 what = "observation, reward, terminated, truncated, info"
                 return self._checks.fault(env, f"step must return ({what}), not {show(result)}")
         return self._checks.fault(envs[0], "step returned what cannot be read")
+
+
+def _mask_in_info(_: Any, info: Mapping[str, Any]) -> Any:
+    return info.get("action_mask")
+
+
+def _with_mask(call: Callable[..., Any], mask: Callable[[], Any]) -> Callable[..., Any]:
+    """Returns a `step` or `reset` that puts into the info what a method says is allowed."""
+
+    def masked(*arguments: Any, **keywords: Any) -> Any:
+        result = call(*arguments, **keywords)
+        if not isinstance(result, tuple) or not isinstance(result[-1], Mapping):
+            return result  # which is refused
+        return (*result[:-1], {**result[-1], "action_mask": mask()})
+
+    return masked
 
 
 def _all_false(values: tuple[Any, ...]) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from headrace import tree
 from headrace.envs.checks import Strictness
+from headrace.envs.returned import kept
 from headrace.errors import ConfigError
 from headrace.pictures import Picture, picture_of
 
@@ -104,12 +105,14 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         """Makes up to `times` steps; shows what the last one showed."""
-        observation, total, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        total = kept(reward)  # the environment may write the next one into the same array
         for _ in range(self._times - 1):
-            if terminated or truncated:
+            # What is no number cannot be added up; it is refused for what it is.
+            if terminated or truncated or not hasattr(reward, "__float__"):
                 break
             observation, reward, terminated, truncated, info = self.env.step(action)
-            total = total + reward  # type: ignore[operator]  # checked as a sum
+            total = total + reward if hasattr(reward, "__float__") else reward
         return observation, total, terminated, truncated, info
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.algorithms.base import Algorithm
+from headrace.apart import Apart
 from headrace.errors import TrainingDiverged
 from headrace.learner.feeds import Feed, ReplayFeed
 from headrace.learner.group import Group
@@ -66,6 +67,7 @@ class Learner:
         self.lag_counts = torch.zeros(LAG_BINS, dtype=torch.int64, device=device)
         self._weights = weights
         self._group = group
+        self._apart = Apart(keeps=False)  # the algorithm, or the network, may be the user's
         self._statistics = running_statistics(algorithm.model)
         self._held: Batch | None = None
         # On a GPU the check is read one update later, when it has long been computed.
@@ -105,7 +107,8 @@ class Learner:
             return None
         if self._group is not None and batch.weight is not None:
             batch = batch._replace(weight=batch.weight / self._group.largest(batch.weight.amax()))
-        update = self.algorithm.update(batch, progress=progress)
+        with self._apart.light:
+            update = self.algorithm.update(batch, progress=progress)
         self._check(update.finite)
         if self._group is not None:
             self._group.average(self._statistics)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.apart import Apart
 from headrace.envs.base import BatchEnv, Closable
 from headrace.errors import PeerLost
 from headrace.pools.batcher import Batcher
@@ -31,20 +32,26 @@ class InlinePool:
         env: BatchEnv,
         *,
         batch_size: int,
+        apart: Apart | None = None,
     ) -> None:
-        """Starts the environments, and gives `batch_size` rows of them at a time."""
+        """Starts the environments, and gives `batch_size` rows of them at a time.
+
+        What they change of this process stays theirs, within `apart` if they were made there.
+        """
         check_batch(batch_size, env.num_envs)
         self.spec = env.spec
         self.num_envs = env.num_envs
         self.max_batch = batch_size
         self.restorable = hasattr(env, "snapshot") and hasattr(env, "restore")
         self._env: BatchEnv | None = env
+        self._apart = Apart() if apart is None else apart
         self._lent = np.empty(0, dtype=np.int32)  # environments received and not replied to
         self.on_message: Callable[[str], None] = lambda _: None
         """Told what the environments notice about themselves while they step."""
         self._notices: Sequence[str] = getattr(env, "notices", ())
         self._told = len(self._notices)  # these are known from trying one
-        first = env.reset()
+        with self._apart:
+            first = env.reset()
         self._table: dict[str, NDArray[Any]] = {
             name: np.empty_like(getattr(first, name)) for name in _PER_ROW
         }
@@ -91,7 +98,9 @@ class InlinePool:
         if not len(self._lent):
             raise RuntimeError("reply came twice: receive a batch first")
         check_action(action, len(self._lent), self.spec.action_space)
-        self._store(env.step(self._lent, action))
+        with self._apart.light:
+            step = env.step(self._lent, action)
+        self._store(step)
         for notice in self._notices[self._told :]:
             self.on_message(notice)
             self._told += 1
@@ -101,7 +110,8 @@ class InlinePool:
     def close(self) -> None:
         """Lets the environments go."""
         if self._env is not None and isinstance(self._env, Closable):
-            self._env.close()
+            with self._apart:
+                self._env.close()
         self._env = None
 
     def snapshot(self) -> dict[str, NDArray[np.generic]]:

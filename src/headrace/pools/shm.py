@@ -66,6 +66,8 @@ class WorkerEnvs:
     seed: int
     first_env: int = 0
     """Number of the first one within the run, where there are others elsewhere."""
+    draws_apart: bool = False
+    """Whether each has global random states of its own."""
 
 
 def blocks_of(
@@ -270,6 +272,7 @@ class ShmPool:
             "settings": self._recipe.settings,
             "seed": self._recipe.seed,
             "first_env": self._recipe.first_env,
+            "draws_apart": self._recipe.draws_apart,
             "num_envs": self.num_envs,
             "groups": self._groups[worker],
             "worker": worker,

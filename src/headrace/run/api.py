@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from headrace.apart import Apart, known
 from headrace.config import (
     FREE_ON_RESUME,
     RunConfig,
@@ -142,7 +143,7 @@ def start(
         logger.info(without_token(text))
         hooks.on_message(text)
 
-    with log_to(prepared.directory.log_path):
+    with known(), log_to(prepared.directory.log_path):
         on_cluster = bool(prepared.config.cluster.cluster)
         here = partial(run_training, clock_s=clock_s)
         drive = _cluster().run_on_cluster if on_cluster else here
@@ -191,9 +192,9 @@ def train(
     gymnasium.forget()
     prepared = prepare(config, resume=resume, changes=changes, trust_code=trust_code)
     hooks = Hooks(
-        on_row=on_row or (lambda _: None),
-        on_update=on_update or (lambda *_: None),
-        on_checkpoint=on_checkpoint or (lambda _: None),
+        on_row=_put_back(on_row),
+        on_update=_put_back(on_update),
+        on_checkpoint=_put_back(on_checkpoint),
         on_message=lambda _: None,
     )
     return start(prepared, hooks, clock_s=clock_s)
@@ -214,6 +215,18 @@ def resumed_config(run: RunDirectory, changes: Mapping[str, Any], *, trust_code:
     values = of_a_run(parse_toml(run.read_config(), run.config_path))
     values = merged(values, kept_horizon(values, changes))
     return from_dict(merged(values, changes), trust_code=trust_code)
+
+
+def _put_back(hook: Callable[..., None] | None) -> Callable[..., None]:
+    """Returns a function of the caller's that leaves torch as it was: it runs amid training."""
+    apart = Apart(keeps=False)
+
+    def called(*arguments: Any) -> None:
+        if hook is not None:
+            with apart.light:
+                hook(*arguments)
+
+    return called
 
 
 def _cluster() -> Any:

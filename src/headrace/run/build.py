@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headrace import catalog
 from headrace.algorithms.base import Algorithm
+from headrace.apart import Apart
 from headrace.config import RunConfig, algorithm_class, takes_turns
 from headrace.errors import ConfigError
 from headrace.experience.device_unrolls import DeviceUnrolls
@@ -123,7 +124,7 @@ def make_model(
     builder: Callable[..., Any] = catalog.resolve(
         "network", catalog.NETWORKS, name, trust_code=trust_code
     )
-    with own_draws(derived_seed(config.seed, Use.NETWORK)):
+    with own_draws(derived_seed(config.seed, Use.NETWORK)), Apart():
         try:
             model = builder(spec, network)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -203,7 +204,8 @@ def make_algorithm(
 ) -> Algorithm:
     """Builds the learning rule around `model`."""
     rule: Callable[..., Algorithm] = algorithm_class(config.algorithm, trust_code=trust_code)
-    algorithm = rule(model, config.learning, spec=spec, precision=precision)
+    with Apart():
+        algorithm = rule(model, config.learning, spec=spec, precision=precision)
     algorithm.draw_apart(derived_seed(config.seed, Use.UPDATES))
     return algorithm
 

@@ -59,6 +59,7 @@ def film(
     Raises:
         ConfigError: the file cannot be written.
     """
+    path = path.absolute()  # environments may change the folder
     with Player(
         policy, seed=derived_seed(policy.config.seed, Use.FILM), on_message=on_message
     ) as player:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headrace import catalog, tree
 from headrace.algorithms.base import ActionMode, Algorithm
+from headrace.apart import Apart, known
 from headrace.config import RunConfig, from_dict, of_a_run, parse_toml
 from headrace.envs import gymnasium
 from headrace.envs.spaces import action_converter
@@ -27,6 +28,7 @@ from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
 from headrace.networks.modes import frozen
 from headrace.pools.base import Pool
+from headrace.pools.inline import InlinePool
 from headrace.pools.single import PoolEnv
 from headrace.records import PolicyState
 from headrace.run import saving
@@ -83,10 +85,13 @@ class Policy:
         """Returns a twin of `make_env(seed)` that shows what a person would see, or None."""
         family = catalog.environment_family(self.config.env)
         settings = family.evaluation(self.config.environment)
-        view = family.make_view(self.config.env, settings, seed=seed)
+        with Apart() as apart:
+            view = family.make_view(self.config.env, settings, seed=seed)
         if view is None:
             return None
-        kind = "inline" if family.pool == "shm" else family.pool
+        if family.pool in ("inline", "shm"):
+            return PoolEnv(InlinePool(view, batch_size=1, apart=apart))
+        kind = family.pool
         return PoolEnv(catalog.resolve("pool", catalog.POOLS, kind)(view, batch_size=1))
 
     def make_pool(
@@ -250,6 +255,11 @@ def load(
     Raises:
         ConfigError: there is no run or no whole checkpoint, or it names code that is not trusted.
     """
+    with known():
+        return _load(run, trust_code=trust_code, device=device, precision=precision)
+
+
+def _load(run: str | Path, *, trust_code: bool, device: str, precision: str) -> Policy:
     gymnasium.forget()
     directory = RunDirectory.open(Path(run))
     values = of_a_run(parse_toml(directory.read_config(), directory.config_path))

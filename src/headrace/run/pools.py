@@ -8,13 +8,16 @@ from collections.abc import Callable
 import torch
 
 from headrace import catalog
+from headrace.apart import Apart
 from headrace.config import RunConfig, takes_turns
+from headrace.envs.gymnasium import GymnasiumFamily
 from headrace.errors import ConfigError
 from headrace.pools.base import Pool
 from headrace.pools.inline import InlinePool
 from headrace.pools.shm import WorkerEnvs
 from headrace.resources import usable_cores
 from headrace.run.device_pool import make_device_pool
+from headrace.run.worker import own_draws_of
 
 
 def make_pool(
@@ -55,6 +58,7 @@ def make_pool(
         )
     if kind == "grpc" and (evaluation or in_process):
         kind = family.pool  # who judges plays here, and who acts elsewhere has his own
+    draws_apart = config.lockstep and isinstance(family, GymnasiumFamily)
     if kind in ("grpc", "shm") and not in_process:
         recipe = WorkerEnvs(
             env=config.env,
@@ -63,6 +67,7 @@ def make_pool(
             num_envs=num_envs,
             seed=seed,
             first_env=first_env,
+            draws_apart=draws_apart,
         )
         remote = {"remote": config.remote} if kind == "grpc" else {}
         pool: Pool = catalog.resolve("pool", catalog.POOLS, kind)(
@@ -75,17 +80,21 @@ def make_pool(
         )
         return pool
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
-    envs = family.make(
-        config.env,
-        settings,
-        num_envs=num_envs,
-        batch_size=batch_size,
-        threads=threads,
-        seed=seed,
-        **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
-    )
+    with Apart() as apart:
+        envs = family.make(
+            config.env,
+            settings,
+            num_envs=num_envs,
+            batch_size=batch_size,
+            threads=threads,
+            seed=seed,
+            **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
+            **(own_draws_of(seed) if draws_apart else {}),
+        )
     kind = "inline" if kind == "shm" else kind
-    pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size)
+    pool = catalog.resolve("pool", catalog.POOLS, kind)(
+        envs, batch_size=batch_size, **({"apart": apart} if kind == "inline" else {})
+    )
     if isinstance(pool, InlinePool):
         pool.on_message = on_message
     return pool

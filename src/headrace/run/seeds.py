@@ -43,6 +43,8 @@ class Use(IntEnum):
     """What an algorithm draws in updates: shuffles, noise."""
     POLICY_RESET = 19
     """Environments of a loaded policy that a reset makes anew."""
+    ENVIRONMENT_DRAWS = 20
+    """Global random states of environments, in lockstep; by the seed of their pool."""
 
 
 def derived_seed(seed: int, use: Use, *parts: int) -> int:

@@ -4,10 +4,12 @@
       status   <-- {"good": true} ------------------        spec was made: the first steps went well
                <-- {"refused": sentence} -----------        or not, and the family says why
       dump     <-- a stack, by faulthandler ---------       of a crash, or of a hang when asked
+      spec     <-- spec and notices, as a pickle ----       of a Gymnasium environment
 
 What makes a process exit, crash or hang would take the whole command along without a word; here it
 costs the child, and the parent has a sentence to say. The stack has a file of its own: output may
-be dropped while an environment is tried, and of output only the tail is kept.
+be dropped while an environment is tried, and of output only the tail is kept. The spec is taken
+from the child, so that no code of the environment need run here for it.
 
 The child imports no torch, so that a trial takes little longer than the environment itself.
 """
@@ -18,14 +20,18 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
+import pickle
 import select
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from headrace import catalog
-from headrace.envs import packages
+from headrace.apart import Apart
+from headrace.envs import gymnasium, packages
+from headrace.envs.gymnasium import GymnasiumFamily
+from headrace.envs.wrappers import GymnasiumConfig
 from headrace.errors import ConfigError, EnvironmentFault, PeerLost
 from headrace.pools.memory import anonymous_file
 from headrace.pools.processes import WorkerEnd, WorkerProcess
@@ -75,22 +81,37 @@ def try_environment(
     if family.pool != "shm":
         return
     config = family.config_type() if environment_config is None else environment_config
-    with anonymous_file() as dump:
+    with anonymous_file() as dump, anonymous_file() as found:
         settings = {
             "env": env,
             "settings": dataclasses.asdict(config),
             "dump_fd": dump.fileno(),
+            "spec_fd": found.fileno(),
         }
         trial = _Trial(
-            "headrace.run.trial", settings, name=f"trial of {env}", pass_fds=(dump.fileno(),)
+            "headrace.run.trial",
+            settings,
+            name=f"trial of {env}",
+            pass_fds=(dump.fileno(), found.fileno()),
         )
         try:
             fault = _fault(trial, dump.fileno(), timeout_s, now_s)
         finally:
             # After an answer it may leave in peace; nothing is to be had of a child that hangs.
             trial.close(5.0 if trial.answer else 0.0)
-    if fault:
-        raise ConfigError(fault if "refused" in (trial.answer or ()) else f"{env} {fault}")
+        if fault:
+            raise ConfigError(fault if "refused" in (trial.answer or ()) else f"{env} {fault}")
+        if isinstance(family, GymnasiumFamily):
+            _believe(env, config, found)
+
+
+def _believe(env: str, config: GymnasiumConfig, found: IO[bytes]) -> None:
+    """Takes the spec from the child; where that could not say it, it is asked for again here."""
+    found.seek(0)
+    # Spaces may be of the environment's own classes, whose modules are imported for them.
+    with Apart(), contextlib.suppress(Exception):
+        spec, notices = pickle.load(found)
+        gymnasium.believe(env, config, spec, notices)
 
 
 def _fault(trial: _Trial, dump_fd: int, timeout_s: float, now_s: Callable[[], float]) -> str | None:
@@ -164,7 +185,9 @@ def main() -> None:
     """Tries the environment that the parent names, and says how it went."""
     end = WorkerEnd.open()
     dump_fd = end.settings["dump_fd"]
-    os.set_inheritable(dump_fd, False)
+    spec_fd = end.settings["spec_fd"]
+    for fd in (dump_fd, spec_fd):
+        os.set_inheritable(fd, False)
     faulthandler.enable(dump_fd, all_threads=False)
     faulthandler.register(_DUMP_SIGNAL, dump_fd, all_threads=False)
     packages.heard.set(True)  # should it end the process, what it prints is its last words
@@ -173,7 +196,11 @@ def main() -> None:
     try:
         family = catalog.environment_family(env)
         settings = {name: as_tuples(value) for name, value in end.settings["settings"].items()}
-        family.spec(env, family.config_type(**settings))
+        config = family.config_type(**settings)
+        spec = family.spec(env, config)
+        if isinstance(family, GymnasiumFamily):
+            with open(spec_fd, "wb", closefd=False) as file, contextlib.suppress(Exception):
+                file.write(pickle.dumps((spec, family.notices(env, config))))
     except (ConfigError, EnvironmentFault) as error:
         answer = {"refused": str(error)}
     end.status(answer)

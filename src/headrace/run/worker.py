@@ -175,14 +175,16 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
     )
     bounds = settings["groups"]
     first, end = bounds[0][0], bounds[-1][1]
+    seed = generation_seed(settings["seed"], settings["generation"])
     env = family.make(
         settings["env"],
         config,
         num_envs=end - first,
         batch_size=end - first,
         threads=1,
-        seed=generation_seed(settings["seed"], settings["generation"]),
+        seed=seed,
         first_env=settings.get("first_env", 0) + first,
+        **(own_draws_of(seed) if settings.get("draws_apart") else {}),
     )
     ensure_same_spec(env.spec, settings.get("spec"))
     plan = layout(env.spec, settings["num_envs"])
@@ -204,6 +206,14 @@ def generation_seed(seed: int, generation: int) -> int:
     return derived_seed(seed, Use.RESTART, generation)
 
 
+def own_draws_of(seed: int) -> dict[str, int]:
+    """Returns what has Gymnasium environments of a pool draw apart, in whatever process they are.
+
+    For `make`; that of another family does not know it.
+    """
+    return {"draws_seed": derived_seed(seed, Use.ENVIRONMENT_DRAWS)}
+
+
 def as_tuples(value: Any) -> Any:
     """JSON has made lists of tuples; configs are frozen and have no lists."""
     if isinstance(value, list):
@@ -215,11 +225,9 @@ def main() -> None:
     """Takes the settings from the parent and works until it leaves."""
     end = WorkerEnd.open()
     settings = end.settings
+    streams = sys.stdout, sys.stderr  # which environments may exchange
     hosted = make_hosted(settings)
-    sys.stdout, sys.stderr = (
-        NamedOutput(sys.stdout, [hosted.env]),
-        NamedOutput(sys.stderr, [hosted.env]),
-    )
+    sys.stdout, sys.stderr = (NamedOutput(stream, [hosted.env]) for stream in streams)
     run_worker(
         end,
         hosted,

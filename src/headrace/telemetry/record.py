@@ -37,6 +37,10 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         """Names only; use `create` for a new run and `open` for one that exists."""
+        self.typed = path
+        """As the user said it."""
+        # From here on the folder that it is relative to may change: environments do so.
+        path = path.absolute()
         self.path = path
         self.lock_path = path / "lock"
         self.config_path = path / "config.toml"
