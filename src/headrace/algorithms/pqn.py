@@ -54,28 +54,28 @@ class PqnConfig:
     """The learning rule's settings."""
 
     unroll_steps: int = 32
-    """T: agent steps per unroll."""
+    """Makes unrolls of so many agent steps (T)."""
     batch_unrolls: int = 128
-    """B: unrolls per update; as many as there are environments, for the published algorithm."""
+    """Makes an update of so many unrolls (B): of all environments, as published."""
     epochs: int = 2
-    """Passes over a batch."""
+    """Takes so many passes over each batch."""
     minibatches: int = 32
-    """Gradient steps per pass; each takes an equal share of the samples."""
+    """Takes so many gradient steps per pass, each on an equal share of the samples."""
     discount: float = 0.99
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     q_lambda: float = 0.65
-    """Decay of the return over more steps: 0 trusts values, 1 rewards."""
+    """Sets the decay of returns over more steps: 0 trusts values, 1 rewards."""
     initial_epsilon: float = 1.0
-    """Share of random actions at the start."""
+    """Takes this share of random actions at the start."""
     final_epsilon: float = 0.001
-    """Share of random actions that it falls to, in a straight line."""
+    """Takes this share of random actions in the end; the share falls to it in a straight line."""
     epsilon_decay: float = 0.1
-    """Share of the run, its first part, in which it falls."""
+    """Lets the share of random actions fall in this share of the run, its first part."""
     reward_transform: RewardTransform = "none"
-    """none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30 code of the IMPALA authors), or
-    normalize (by the running deviation of the discounted return)."""
+    """Changes rewards before learning: none, clip (to [-1, 1]), soft_asymmetric (the DMLab-30
+    code of the IMPALA authors), or normalize (by the deviation of the discounted return)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             optimizer="radam", learning_rate=2.5e-4, optimizer_eps=1e-8, max_gradient_norm=10.0

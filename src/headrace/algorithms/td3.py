@@ -54,23 +54,23 @@ class Td3Config:
     """The learning rule's settings."""
 
     batch_unrolls: int = 256
-    """B: transitions per update. Updates per agent step are replay.samples_per_insert / B."""
+    """Makes an update of so many transitions (B): samples_per_insert / B for an agent step."""
     discount: float = 0.99
-    """gamma, per agent step."""
+    """Multiplies rewards one agent step later by this (gamma)."""
     target_tau: float = 0.005
-    """Share of the weights that learn in what the targets move to, whenever the actor learns."""
+    """Moves the targets by this share towards what learns, whenever the actor learns."""
     policy_delay: int = 2
-    """Updates of the critics for one of actor and targets."""
+    """Updates the critics so many times for one update of actor and targets."""
     exploration_noise: float = 0.1
-    """Deviation of the noise on actions of environments that train."""
+    """Sets the deviation of the noise on actions (in [-1, 1]) of environments that train."""
     target_noise: float = 0.2
-    """Deviation of the noise on the target actor's actions."""
+    """Sets the deviation of the noise on the target actor's actions (in [-1, 1])."""
     target_noise_clip: float = 0.5
-    """Largest such noise."""
+    """Clips the noise on the target actor's actions to this size."""
     reward_transform: Literal["none", "clip", "soft_asymmetric"] = "none"
-    """none, clip (to [-1, 1]), or soft_asymmetric (the DMLab-30 code of the IMPALA authors)."""
+    """Changes rewards: none, clip (to [-1, 1]), or soft_asymmetric (of the IMPALA authors)."""
     reward_scale: float = 1.0
-    """Factor on raw rewards, before `reward_transform`: a clip bites on what it makes."""
+    """Multiplies raw rewards, before `reward_transform`: a clip bites on what it makes."""
     optimizer: OptimizerConfig = field(default_factory=plain_adam)
     """How gradients become steps: for critics and actor, each on its own."""
     replay: ReplayConfig = field(default_factory=uniform_replay)

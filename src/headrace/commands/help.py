@@ -36,6 +36,7 @@ GROUPS = {
         *("entropy_cost_adjustment_speed", "temperature", "initial_temperature"),
         *("reward_transform", "reward_scale", "n_steps", "full_returns", "rescale_values"),
         *("value_scale_epsilon", "double_q", "target_update_interval", "target_tau"),
+        *("policy_delay", "target_noise", "target_noise_clip", "q_lambda"),
         *("vtrace_lambda", "vtrace_lambda_form", "vtrace_rho_max", "vtrace_c_max"),
         *("vtrace_pg_rho_max", "max_policy_lag", "turns", "update_order", "updates_per_call"),
     ),
@@ -46,8 +47,8 @@ GROUPS = {
         "initial_mean_square",
     ),
     "network": (
-        *("network", "lstm_size", "pictures", "hidden_sizes", "activation", "heads"),
-        "separate_value",
+        *("network", "lstm_size", "pictures", "hidden_sizes", "activation", "layer_norm"),
+        *("heads", "separate_value"),
         *("normalize_observations", "normalize_values", "popart_step", "initial_log_std"),
         *("state_dependent_std", "num_critics", "critic_dropout", "critic_layer_norm"),
     ),
@@ -58,7 +59,8 @@ GROUPS = {
         *("truncate_after", "episode_steps", "delay_steps", "num_cues"),
     ),
     "exploration and replay": (
-        *("epsilon_base", "epsilon_power", "epsilon_schedule", "initial_epsilon", "epsilon_decay"),
+        *("epsilon_base", "epsilon_power", "epsilon_schedule", "initial_epsilon", "final_epsilon"),
+        *("epsilon_decay", "exploration_noise"),
         *("replay_capacity", "replay_gib", "replay_min", "samples_per_insert"),
         *("priority_exponent", "priority_eta", "importance_exponent"),
         *("importance_exponent_schedule", "final_importance_exponent"),
