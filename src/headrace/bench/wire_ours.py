@@ -18,7 +18,7 @@ from headrace.steps import EnvStep
 from headrace.transport.grpc_client import HostClient
 from headrace.transport.messages import encode_action, encode_step
 from headrace.transport.settings import LinkConfig, RemoteConfig
-from headrace.transport.wire import Kind, encode
+from headrace.transport.wire import VERSION, Kind, encode
 
 NUM_ACTIONS = 4
 
@@ -56,7 +56,7 @@ def make_pool(
 def hello(*, envs: int, name: str) -> dict[str, object]:
     """Returns what a host says first."""
     return {
-        "protocol": 1,
+        "protocol": VERSION,
         "headrace": __version__,
         "name": name,
         "pid": os.getpid(),
