@@ -226,7 +226,7 @@ ASPECTS = {
         gc.isenabled, lambda value: gc.enable() if value else gc.disable(), again=False
     ),
 }
-_CHEAP = ("dtype", "gradients", "threads", "device")
+_CHEAP = ("dtype", "gradients", "threads", "device", "folder", "signals")
 
 
 class Apart:
@@ -242,8 +242,9 @@ class Apart:
         self._theirs: dict[str, Any] = dict(theirs or {})
         self._ours: dict[str, Any] = {}
         self.light = _Light(self)
-        """The same in a microsecond, for what is called often: it looks at torch's default dtype
-        and device, its gradients and threads, and at what was changed before."""
+        """The same in some microseconds, for what is called often: it looks at torch's default
+        dtype and device, its gradients and threads, the folder, signals, and what was changed
+        before. What was changed holds again in the main thread alone."""
 
     def __enter__(self) -> Self:
         self._begin(ASPECTS)
@@ -285,10 +286,12 @@ class _Light:
         self._before: tuple[Any, ...] | None = None
 
     def __enter__(self) -> None:
-        theirs = self._apart._theirs
+        # What holds for the whole process again would hold for the learner too, in its own thread.
+        in_turn = threading.current_thread() is threading.main_thread()
+        theirs = self._apart._theirs if in_turn else None
         self._before = None if theirs else _cheap()
         if self._before is None:
-            self._apart._begin({*_CHEAP, *theirs})
+            self._apart._begin({*_CHEAP, *(theirs or ())})
 
     def __exit__(
         self,
@@ -312,6 +315,8 @@ def _cheap() -> tuple[Any, ...] | None:
             torch.is_grad_enabled(),
             torch.get_num_threads(),
             _device(torch),
+            _folder(),
+            _signals(),
         )
     except AttributeError:
         return None

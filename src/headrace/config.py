@@ -52,7 +52,7 @@ class RunConfig:
     env: str
     """Names the environment to train in, such as ALE/Pong-v5, catch, or my_module:FAMILY."""
     algorithm: str = setting("impala")
-    """Names the learning rule: impala, ppo, r2d2, sac, or my_module:MyAlgorithm."""
+    """Names the learning rule: impala, ppo, pqn, r2d2, sac, td3, or my_module:MyAlgorithm."""
     preset: str = setting("")
     """Names the settings that all others are laid over; `headrace presets` lists them. Empty takes
     those that are made for the environment and the algorithm, or else those for observations and

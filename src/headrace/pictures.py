@@ -14,6 +14,7 @@ or frames that a wrapper has stacked, in the order in which they lie.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -92,7 +93,7 @@ def picture_of(leaf: tree.Leaf, kinds: Kinds = "any") -> Picture | None:
 
 def looks_like_one(shape: tuple[int, ...]) -> bool:
     """Whether a shape alone suggests a picture, whatever dtype and bounds say."""
-    return len(shape) in _PAIRS and Picture(shape, _first_row_axis(shape), 1.0).has(_MANY_PIXELS)
+    return any(min(pair) >= _MANY_PIXELS for pair in pairwise(shape))
 
 
 def parts_of(spec: EnvSpec) -> tuple[tree.Leaf, ...]:

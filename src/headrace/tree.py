@@ -139,9 +139,11 @@ def as_dtype(value: Any, dtype: np.dtype[Any], named: str) -> NDArray[Any]:
     """Returns an array of `dtype`; floats may be rounded, whole numbers must stay what they are.
 
     Raises:
-        ValueError: `named` has a number that an integer of `dtype` cannot hold.
+        ValueError: `named` is no numbers, or has one that an integer of `dtype` cannot hold.
     """
     given = np.asarray(value)
+    if given.dtype.kind not in "fiub":
+        raise ValueError(f"{named} must be numbers, not {given.dtype}")
     if given.dtype == dtype or dtype.kind == "f":
         return given.astype(dtype, copy=False)
     with np.errstate(invalid="ignore"):

@@ -155,3 +155,9 @@ def test_copies_are_the_same_in_worker_processes(
 def seed_of(seed: int) -> int:
     """The seed of the draws in a pool of that seed."""
     return own_draws_of(seed)["draws_seed"]
+
+
+def test_a_normal_number_that_python_holds_back_is_given_once() -> None:
+    for looks in play(make("gauss")):
+        drawn = looks[:, 1].tolist()
+        assert len(set(drawn)) == len(drawn)

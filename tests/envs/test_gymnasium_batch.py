@@ -366,3 +366,47 @@ def test_whose_code_runs_is_known_while_it_runs() -> None:
     batches[0].step(ids(0, 2), actions(0, 0))
     assert seen[2:] == [10, 12, 10, 12]
     assert batches[0].current_env is None
+
+
+class Bounded(gym.Env[Any, Any]):
+    """Has actions of any size."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, size: float, *, grows: bool = False) -> None:
+        self.action_space = gym.spaces.Box(-size, size, (1,), np.float32)
+        self.grows = grows
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if self.grows:
+            self.action_space = gym.spaces.Box(-9.0, 9.0, (1,), np.float32)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return (
+            np.zeros(1, np.float32),
+            0.0,
+            False,
+            False,
+            {"huge": 10**400, "lasts": np.timedelta64(1, "s")},
+        )
+
+
+@pytest.mark.parametrize(
+    ("envs", "whose"),
+    [
+        ([Bounded(1.0), Bounded(1.0), Bounded(2.0)], "environment 2"),
+        ([Bounded(1.0, grows=True)], "environment 0"),
+    ],
+)
+def test_all_copies_have_the_spaces_that_the_first_was_made_with(
+    envs: list[Bounded], whose: str
+) -> None:
+    with pytest.raises(EnvironmentFault, match=f"{whose}.*all copies must have the same"):
+        GymnasiumBatch(envs, name="bounded", seed=1)
+
+
+def test_numbers_of_an_info_that_are_none_of_float64_are_left_out() -> None:
+    batch = GymnasiumBatch([gym.wrappers.TimeLimit(Bounded(1.0), 1)], name="bounded", seed=1)
+    first = batch.reset()
+    assert batch.step(first.env_id, np.zeros((1, 1), np.float32)).episode_info is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.envs.gymnasium_batch import GymnasiumBatch
-from headrace.errors import EnvironmentFault
+from headrace.errors import ConfigError, EnvironmentFault
 from headrace.steps import EnvStep
 
 ACTIONS = 3
@@ -19,8 +19,8 @@ ACTIONS = 3
 class Masked(gym.Env[Any, Any]):
     """Allows another action after every step; an episode has four."""
 
-    def __init__(self, where: str, mask: Any = None, *, silent_at_end: bool = False) -> None:
-        self.where, self.given, self.silent_at_end = where, mask, silent_at_end
+    def __init__(self, where: str, mask: Any = None, *, at_end: str = "as ever") -> None:
+        self.where, self.given, self.at_end = where, mask, at_end
         self.action_space = gym.spaces.Discrete(ACTIONS)
         box: gym.Space[Any] = gym.spaces.Box(0.0, 9.0, (1,), np.float32)
         if where == "observation":
@@ -33,6 +33,10 @@ class Masked(gym.Env[Any, Any]):
     def mask(self) -> Any:
         if self.given is not None:
             return self.given
+        if self.steps == 2 and self.at_end == "nothing":
+            return np.zeros(ACTIONS, np.int8)
+        if self.steps == 2 and self.at_end == "raises":
+            raise RuntimeError("the game is over")
         return (np.arange(ACTIONS) == (self.start + self.steps) % ACTIONS).astype(np.int8)
 
     def shown(self) -> Any:
@@ -43,7 +47,7 @@ class Masked(gym.Env[Any, Any]):
 
     def info(self, *, reset: bool) -> dict[str, Any]:
         puts = self.where == "info" or (self.where == "step" and not reset)
-        puts &= not (self.silent_at_end and self.steps == 2)
+        puts &= not (self.at_end == "silent" and self.steps == 2)
         return {"action_mask": self.mask()} if puts else {}
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -143,11 +147,40 @@ def test_the_final_observation_of_a_cut_episode_has_its_own_mask(where: str) -> 
     assert others > 5
 
 
-def test_a_cut_episode_without_a_mask_at_its_end_allows_everything_and_says_so() -> None:
-    envs = [gym.wrappers.TimeLimit(Masked("info", silent_at_end=True), 2)]
+@pytest.mark.parametrize(
+    ("where", "at_end"),
+    [("info", "silent"), ("info", "nothing"), ("observation", "nothing"), ("method", "raises")],
+)
+def test_a_cut_episode_without_a_mask_at_its_end_allows_everything_and_says_so(
+    where: str, at_end: str
+) -> None:
+    envs = [gym.wrappers.TimeLimit(Masked(where, at_end=at_end), 2)]
     batch = GymnasiumBatch(envs, name="masked", seed=1)
     for step in played(batch, 6):
         if step.truncated.any():
             assert step.final_action_mask is not None
             assert step.final_action_mask.all()
     assert len([notice for notice in batch.notices if "every action counts" in notice]) == 1
+
+
+def test_nobody_asks_for_a_mask_where_the_episode_is_over() -> None:
+    class Over(Masked):
+        def mask(self) -> Any:
+            assert self.steps < 4, "the game is over"
+            return super().mask()
+
+    batch = GymnasiumBatch([Over("method") for _ in range(2)], name="masked", seed=1)
+    assert sum(int(step.terminated.sum()) for step in played(batch, 8)) == 4
+
+
+def test_a_mask_and_repeated_actions_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="leave out --frame-skip"):
+        GymnasiumBatch([Masked("info")], name="masked", seed=1, action_repeat=2)
+
+
+def test_masks_that_are_no_method_are_refused() -> None:
+    class Listed(Masked):
+        action_masks = np.ones(ACTIONS, np.bool_)
+
+    with pytest.raises(EnvironmentFault, match="make it a method"):
+        GymnasiumBatch([Listed("nowhere")], name="masked", seed=1)

@@ -186,3 +186,18 @@ def test_pixels_need_pictures(setting: dict[str, Any], space: gym.Space[Any]) ->
 def test_wrong_settings_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         GymnasiumConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("reward", "total"),
+    [(np.bool_(True), 4.0), (np.uint8(200), 800.0), (np.int8(100), 400.0), (0.5, 2.0)],
+)
+def test_repeated_rewards_add_up_whatever_their_dtype(reward: Any, total: float) -> None:
+    class Paid(Pictures):
+        def step(self, action: Any) -> Any:
+            observation, _, *rest = super().step(action)
+            return observation, reward, *rest
+
+    env = wrapped(Paid(), GymnasiumConfig(frame_skip=4), "Paid")
+    env.reset(seed=0)
+    assert env.step(0)[1] == total

@@ -435,3 +435,68 @@ def test_the_command_line_does_not_trust_either(
 def test_the_command_line_trusts_when_told(strange_run: Path) -> None:
     main(["eval", str(strange_run), "--episodes", "2", "--trust-code"])
     assert strange_run.with_name("imported").exists()
+
+
+def test_what_may_be_done_must_be_said_and_is_looked_at(guarded: Policy) -> None:
+    own = importlib.import_module("nested_env").Guarded
+    observation, info = own().reset(seed=1)
+    state = guarded.initial_state(1)
+    with pytest.raises(ValueError, match=r'hand on info\["action_mask"\]'):
+        guarded.act(observation, state, reset=True)
+    flags = info["action_mask"].astype(np.float64)
+    for wrong in (
+        np.where(flags > 0, 0.0, -1e9),
+        flags * 0.5,
+        flags * np.nan,
+        flags * 0,
+        flags[:3],
+    ):
+        with pytest.raises(ValueError, match="action_mask"):
+            guarded.act(observation, state, reset=True, action_mask=wrong)
+    with pytest.raises(ValueError, match="1 action masks for a state of 3"):
+        guarded.act([observation] * 3, guarded.initial_state(3), action_mask=[flags], reset=True)
+    for wrong in ({"reward": np.nan}, {"reward": np.inf}, {"mode": "best"}):
+        with pytest.raises(ValueError, match=r"reward|mode must be"):
+            guarded.act(observation, state, action_mask=flags, **wrong)
+
+
+def test_a_seed_of_reset_says_how_later_episodes_go(guarded: Policy) -> None:
+    env = guarded.make_env(7)
+    played = []
+    for _ in range(2):
+        info = env.reset(seed=5)[1]
+        env.step(int(info["action_mask"].argmax()))
+        played.append(env.reset()[0]["camera"])
+    np.testing.assert_array_equal(*played)
+    with pytest.raises(ValueError, match="options of reset do not reach"):
+        env.reset(options={"level": 3})
+    for action in (1.7, "1"):
+        with pytest.raises(ValueError, match="the action"):
+            env.step(action)
+
+
+def test_an_environment_that_has_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a class with other bounds than when it was trained."""
+    module = types.ModuleType("grown")
+    monkeypatch.setitem(sys.modules, "grown", module)
+    owned = importlib.import_module("tests.run.nested_env").Owned
+    module.Env = functools.partial(owned, 3)  # type: ignore[attr-defined]
+    config = make_config("grown:Env", lockstep=True, total_frames=600, num_envs=4)
+    run = train(dataclasses.replace(config, out=str(tmp_path / "run"))).run
+    load(run, trust_code=True)
+    assert "learned in" not in caplog.text
+
+    class Wider(owned):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(3)
+            space = self.observation_space
+            self.observation_space = gym.spaces.Box(
+                space.low - 1, space.high + 1, dtype=space.dtype
+            )
+
+    module.Env = Wider  # type: ignore[attr-defined]
+    load(run, trust_code=True)
+    assert "is not what" in caplog.text
+    assert "has learned in: " in caplog.text

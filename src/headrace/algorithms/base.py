@@ -367,15 +367,18 @@ class Algorithm(ABC):
         """Whether a run of so many steps gains by `compile` on a CPU; on a GPU all do."""
         return False
 
+    def compiled(self) -> Sequence[nn.Module]:
+        """Returns the networks that updates call, which `compile` has compiled one by one."""
+        return [net for net in (self.model, self.target_model) if net is not None]
+
     def compile(self, capture: Capture | None = None, *, graphs: bool = True) -> None:
         """Compiles what updates call, or without `graphs` takes that back.
 
         Here it is the networks, one by one. Where `compiles_whole` it is the update; on a GPU
         `capture` records it.
         """
-        for network in (self.model, self.target_model):
-            if network is not None:
-                compile_network(network, graphs=graphs)
+        for network in self.compiled():
+            compile_network(network, graphs=graphs)
 
     def place(self, actor: torch.device, critics: torch.device) -> None:
         """Moves its two sides to devices of their own.

@@ -21,7 +21,13 @@ class AnnealedEpsilon:
     """Epsilon that comes from one share for all environments down to a share of each."""
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, initial: float, decay: float
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        initial: float,
+        decay: float,
+        fix: str = "make yours by it, or say --network mlp",
     ) -> None:
         """Begins at the start of a run.
 
@@ -30,6 +36,7 @@ class AnnealedEpsilon:
             schedule: How epsilon comes down; constant: it is there from the start.
             initial: Where it begins.
             decay: Share of the run, its first part, in which it comes down.
+            fix: What a user can say where the network has no buffer for it.
 
         Raises:
             ConfigError: there is a schedule, and the network has no buffer for it.
@@ -42,8 +49,8 @@ class AnnealedEpsilon:
         self.left = dict(model.named_buffers()).get("exploration_left")
         if self.left is None:
             raise ConfigError(
-                "epsilon_schedule needs a network with a buffer exploration_left, as "
-                "headrace.networks.models.assemble makes it: say --epsilon-schedule constant"
+                "exploration that falls needs a network with a buffer exploration_left, as "
+                f"headrace.networks.assemble makes it: {fix}"
             )
         self.advance(0.0)
 

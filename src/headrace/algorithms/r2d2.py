@@ -143,6 +143,7 @@ class R2d2(Algorithm):
             config.epsilon_schedule,
             initial=config.initial_epsilon,
             decay=config.epsilon_decay,
+            fix="say --epsilon-schedule constant",
         )
         self._updates = 0
 

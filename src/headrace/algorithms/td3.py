@@ -108,10 +108,7 @@ class Td3(Algorithm):
     def __init__(
         self, model: nn.Module, config: Td3Config, *, spec: EnvSpec, precision: torch.dtype
     ) -> None:
-        """Takes the networks that learn, and makes the targets of them; see `sides_of`.
-
-        `precision` is of the products between hidden layers, in updates.
-        """
+        """Takes the networks that learn; `precision` is of products between their hidden layers."""
         model, self._policy = sides_of("td3", model, spec)
         model.set_products(precision)
         super().__init__(model, experience_of(config, steps=1))
@@ -122,10 +119,13 @@ class Td3(Algorithm):
             for name, side in (("critics", model.critics), ("actor", model.actor))
         }
         device = next(model.parameters()).device
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(0)
-        self._updates = 0
-        self._actor_loss = torch.zeros((), device=device)
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._updates, self._actor_loss = 0, torch.zeros((), device=device)
+
+    def compiled(self) -> list[nn.Module]:
+        """Returns what updates call: actor and critics, of the targets too."""
+        networks = self.model, self.target_model
+        return [side for one in networks for side in (one.actor, one.critics)]
 
     def draw_apart(self, seed: int) -> None:
         """Draws its noise by this seed."""
@@ -204,7 +204,6 @@ class Td3(Algorithm):
             "loss/actor": self._actor_loss,
             "loss/td_error_mean": td_error_B.mean(),
             "value_mean": q_NB.mean(),
-            "target_mean": target_B.mean(),
             "truncated_skipped": (~transition.known).sum().float(),
             "gradient_norm": norm,
             "learning_rate": torch.tensor(learning_rate),

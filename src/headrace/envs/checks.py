@@ -116,7 +116,7 @@ class Checks:
             values = self._at(leaf, values, envs, call)
         try:
             array = np.array(values)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):
             array = np.empty(0, np.object_)
         if array.shape[1:] != leaf.shape or array.dtype.kind not in "fiub":
             raise self._wrong_form(part, values, envs, call)
@@ -192,28 +192,12 @@ class Checks:
             EnvironmentFault: one is missing, has another size, is no mask of 0 and 1, or allows no
                 choice.
         """
-        size = sum(choices)
-        found = np.empty((len(envs), size), np.bool_)
+        found = np.empty((len(envs), sum(choices)), np.bool_)
         for row, (env, given) in enumerate(zip(envs, masks, strict=True)):
-            mask = given
-            if isinstance(mask, tuple | list) and mask and np.ndim(mask[0]):
-                mask = np.concatenate(mask)
-            mask = np.asarray(mask)
-            if mask.size != size or mask.dtype.kind not in "fiub":
-                text = f"the action_mask must have {size} flags, not {show(given)}"
-                raise self.fault(env, text)
-            if mask.dtype.kind != "b" and not ((mask == 0) | (mask == 1)).all():
-                text = (
-                    f"the action_mask must be 1 where an action is allowed, else 0, not "
-                    f"{show(given)}: of one that is added to logits, give mask > -1"
-                )
-                raise self.fault(env, text)
-            found[row] = mask.reshape(size)
-        starts = np.cumsum([0, *choices[:-1]])
-        allowed = np.logical_or.reduceat(found, starts, axis=1)
-        if not allowed.all():
-            row = int(np.flatnonzero(~allowed.all(axis=1))[0])
-            raise self.fault(envs[row], f"the action_mask allows no action: {show(found[row])}")
+            try:
+                found[row] = mask_flags(given, choices)
+            except ValueError as error:
+                raise self.fault(env, str(error)) from error
         return found
 
     def _at(
@@ -394,11 +378,42 @@ def _what(leaf: tree.Leaf) -> str:
     return f"an observation part {leaf.path!r}" if leaf.path else "an observation"
 
 
+def mask_flags(given: Any, choices: Sequence[int]) -> NDArray[np.bool_]:
+    """Returns an action mask as bool [A], A = the sum of `choices`.
+
+    Args:
+        given: Flags of 0 and 1 of any kind, in one array or in one for each choice.
+        choices: How many there are, of each number of an action.
+
+    Raises:
+        ValueError: it has another size, other values, or allows nothing of some choice.
+    """
+    size, mask = sum(choices), given
+    try:
+        if isinstance(mask, tuple | list) and mask and np.ndim(mask[0]):
+            mask = np.concatenate(mask)
+        mask = np.asarray(mask)
+    except (ValueError, TypeError, RuntimeError):
+        mask = np.empty(0, np.object_)
+    if mask.size != size or mask.dtype.kind not in "fiub":
+        raise ValueError(f"the action_mask must have {size} flags, not {show(given)}")
+    if mask.dtype.kind != "b" and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"the action_mask must be 1 where an action is allowed, else 0, not {show(given)}: of "
+            "one that is added to logits, give mask > -1"
+        )
+    flags: NDArray[np.bool_] = mask.reshape(size).astype(np.bool_)
+    starts = [0] if len(choices) == 1 else np.cumsum([0, *choices[:-1]])
+    if not np.logical_or.reduceat(flags, starts).all():
+        raise ValueError(f"the action_mask allows no action: {show(flags)}")
+    return flags
+
+
 def _scalars(values: Sequence[Any]) -> NDArray[Any] | None:
     """Returns numbers or bools as an array [N]; None if there is anything else among them."""
     try:
         array = np.array(values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):
         return None
     return array if array.ndim == 1 and array.dtype.kind in "fiub" else None
 
@@ -409,7 +424,7 @@ def _scalar(value: Any) -> NDArray[Any] | None:
         return None
     try:
         array = np.array(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):  # such as a tensor with a gradient
         return None
     return array.reshape(()) if array.size == 1 and array.dtype.kind in "fiub" else None
 

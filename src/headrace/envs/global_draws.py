@@ -60,7 +60,8 @@ class GlobalDraws:
 
     def _end(self) -> None:
         # To read the state takes as long as two steps of a small environment; one draw does not.
-        if random.getrandbits(32) != self._next_bits:
+        # A normal number that `random.gauss` holds back is given without a draw.
+        if random.getrandbits(32) != self._next_bits or self._python[2] is not None:
             self._python = random.getstate()
             self._next_bits = random.getrandbits(32)
         self._numpy = _numpy.get_bit_generator()  # another one if it was set by the environment
@@ -80,6 +81,8 @@ def seed_spaces(envs: Sequence[gym.Env[Any, Any]], seeds: Sequence[int]) -> None
             with suppress(AttributeError):  # a property that makes one
                 setattr(bare, name, copy.deepcopy(getattr(bare, name)))
             getattr(bare, name).seed(seed)
+        with suppress(AttributeError):  # for those that pass no seed on in `reset`
+            bare.np_random = np.random.Generator(np.random.PCG64(seed))
 
 
 @contextmanager

@@ -27,9 +27,12 @@ from headrace.steps import EnvStep, EpisodeInfo
 FindMask = Callable[[Any, Mapping[str, Any]], Any]
 """From the observation and the info of a copy to its action mask."""
 
+_GOES_ON = (False, False)  # terminated, truncated
+
 _NO_FINAL_MASK = (
-    "the info of a step that truncates an episode has no action_mask: every action counts as "
-    "allowed in the value of that last observation; put the mask there too"
+    "a step that truncates an episode has no action_mask, or one that allows nothing: every action "
+    "counts as allowed in the value of that last observation; say there what would be allowed, or "
+    "terminate where the game is over"
 )
 
 
@@ -98,6 +101,12 @@ class GymnasiumBatch:
             first[1][0] = self._first_info(first[1][0], methods[0])
         self._first: tuple[list[Any], list[Mapping[str, Any]]] | None = first
         has_mask = self._find_mask is not None
+        if has_mask and action_repeat > 1:
+            raise ConfigError(
+                f"{name}: frame_skip repeats actions that its action_mask may forbid in between: "
+                "leave out --frame-skip"
+            )
+        self._ensure_alike(space, own_actions)
         self.spec = EnvSpec(
             name=name,
             observation_space=observed,
@@ -189,6 +198,23 @@ class GymnasiumBatch:
         for env in self._envs:
             self._run(env.close)
 
+    def _ensure_alike(self, *spaces: gym.Space[Any]) -> None:
+        """Refuses copies with other spaces than the first had before it was reset.
+
+        Raises:
+            EnvironmentFault: names the copy.
+        """
+        names = ("observation_space", "action_space")
+        for place, env in enumerate(self._envs):
+            for name, space in zip(names, spaces, strict=True):
+                own = getattr(env, name)
+                if own is not space and (own != space or own.dtype != space.dtype):
+                    raise self._checks.fault(
+                        place,
+                        f"its {name} is {own}, and that of the first copy was {space} when it was "
+                        "made: all copies must have the same, from the start",
+                    )
+
     def _bind(self, masks: Sequence[Callable[[], Any]] | None) -> None:
         """Chooses what is called for a step and for a reset of each copy."""
         steps: list[Callable[..., Any]] = [env.step for env in self._envs]
@@ -202,7 +228,10 @@ class GymnasiumBatch:
         append, steps = self._results.append, self._steps
         if len(envs) == 1 or not self._sharing.possible:
             for env, own_action in zip(envs, actions, strict=True):
-                append(steps[env](own_action))
+                result = steps[env](own_action)
+                if type(result) is tuple and result[2:4] != _GOES_ON:
+                    result = kept(result)  # what ends rarely may share what it shows at its end
+                append(result)
             return
         shown = []
         for env, own_action in zip(envs, actions, strict=True):
@@ -261,7 +290,10 @@ class GymnasiumBatch:
             methods = [env.get_wrapper_attr("action_masks") for env in self._envs]
         except AttributeError:
             return None
-        return methods if all(map(callable, methods)) else None
+        if not all(map(callable, methods)):
+            text = f"action_masks is {show(methods[0])}: make it a method that returns the mask"
+            raise self._checks.fault(0, text)
+        return methods
 
     def _first_info(self, info: Mapping[str, Any], mask: Callable[[], Any]) -> Mapping[str, Any]:
         """Returns the info of the first reset with the mask, for which nobody had asked yet."""
@@ -288,14 +320,14 @@ class GymnasiumBatch:
     ) -> None:
         """Writes what could still be done in episodes that only the clock has ended.
 
-        An environment that leaves the mask out there allows everything, which is said.
+        An environment that has no mask there, or one of nothing, allows everything, which is said.
         """
         assert out.final_action_mask is not None
         assert self._find_mask is not None
         out.final_action_mask[rows] = True
         for row in (row for row in rows if out.truncated[row]):
             mask = self._find_mask(observations[row], infos[row])
-            if mask is not None:
+            if mask is not None and not _allows_nothing(mask):
                 choices = self.spec.action_choices
                 out.final_action_mask[row] = self._checks.masks([mask], choices, [envs[row]])[0]
             elif _NO_FINAL_MASK not in self.notices:
@@ -379,17 +411,18 @@ class GymnasiumBatch:
             numbers = {
                 name: float(value)
                 for name, value in infos[row].items()
-                if isinstance(value, int | float | np.number | np.bool_)
+                if isinstance(name, str)
                 and name != "TimeLimit.truncated"
-                and isinstance(name, str)
-                and math.isfinite(value)
+                and isinstance(value, int | float | np.number | np.bool_)
+                and _is_finite(value)
             }
             if numbers:
                 found[row] = numbers
         return found or None
 
     def _raised(self, call: Call, error: BaseException) -> EnvironmentFault:
-        return self._checks.raised(self._whose[len(self._results)], call, error)
+        place = min(len(self._results), len(self._whose) - 1)
+        return self._checks.raised(self._whose[place], call, error)
 
     def _wrong_result(self, results: Sequence[Any], envs: Sequence[int]) -> EnvironmentFault:
         for env, result in zip(envs, results, strict=True):
@@ -410,9 +443,39 @@ def _with_mask(call: Callable[..., Any], mask: Callable[[], Any]) -> Callable[..
         result = call(*arguments, **keywords)
         if not isinstance(result, tuple) or not isinstance(result[-1], Mapping):
             return result  # which is refused
-        return (*result[:-1], {**result[-1], "action_mask": mask()})
+        terminated, truncated = result[2:4] if len(result) == 5 else (False, False)
+        if _is_set(terminated):  # nothing follows, and a game that is over may know no mask
+            return result
+        try:
+            allowed = mask()
+        except Exception:
+            if _is_set(truncated):  # as above; what is not there is told
+                return result
+            raise
+        return (*result[:-1], {**result[-1], "action_mask": allowed})
 
     return masked
+
+
+def _is_finite(number: Any) -> bool:
+    """Whether a number of any kind is one of float64's."""
+    try:
+        return math.isfinite(number)
+    except (OverflowError, TypeError):  # 10**400; a complex number, a duration
+        return False
+
+
+def _allows_nothing(mask: Any) -> bool:
+    """Whether all flags of a mask are 0; what is no mask is for others to judge."""
+    try:
+        return not np.any(np.hstack(mask))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_set(flag: Any) -> bool:
+    """Whether a flag, as an environment gives it, is true; what is none is for others to judge."""
+    return isinstance(flag, bool | int | np.bool_ | np.integer) and bool(flag)
 
 
 def _all_false(values: tuple[Any, ...]) -> bool:

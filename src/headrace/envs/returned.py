@@ -95,7 +95,7 @@ def _parts(value: Any, depth: int) -> Iterator[Any]:
     """Yields arrays, and the dicts and lists that something is in."""
     if _array(value) is not None:
         yield value
-    elif depth and value and isinstance(value, Mapping | list | tuple):
+    elif depth and isinstance(value, Mapping | list | tuple) and value:
         if not isinstance(value, tuple):
             yield value
         for part in value.values() if isinstance(value, Mapping) else value:

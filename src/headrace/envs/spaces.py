@@ -63,9 +63,10 @@ def action_converter(space: gym.Space[Any]) -> Actions:
 def pool_action(space: gym.Space[Any], action: Any) -> NDArray[Any]:
     """Returns one action of the environment's own space as the policy has it, [] or [D]."""
     if isinstance(space, gym.spaces.Box):
-        return np.asarray(action, np.float32).flatten()
+        return tree.as_dtype(action, np.dtype(np.float32), "the action").flatten()
     start = getattr(space, "start", 0)  # a MultiBinary has none
-    counted: NDArray[Any] = np.asarray(action, np.int64) - np.asarray(start)
+    chosen = tree.as_dtype(action, np.dtype(np.int64), "the action")
+    counted: NDArray[Any] = chosen - np.asarray(start)
     return counted.reshape(() if isinstance(space, gym.spaces.Discrete) else -1)
 
 

@@ -105,14 +105,17 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         """Makes up to `times` steps; shows what the last one showed."""
+        reward: Any
         observation, reward, terminated, truncated, info = self.env.step(action)
-        total = kept(reward)  # the environment may write the next one into the same array
+        total: Any = kept(reward)  # the environment may write the next one into the same array
         for _ in range(self._times - 1):
             # What is no number cannot be added up; it is refused for what it is.
             if terminated or truncated or not hasattr(reward, "__float__"):
                 break
             observation, reward, terminated, truncated, info = self.env.step(action)
-            total = total + reward if hasattr(reward, "__float__") else reward
+            # In their own dtype bytes would overflow, and bools be one bool.
+            is_number = hasattr(reward, "__float__")
+            total = np.add(total, reward, dtype=np.float64) if is_number else reward
         return observation, total, terminated, truncated, info
 
 
@@ -151,6 +154,8 @@ class Resized(gym.ObservationWrapper[Any, Any, Any]):
             flat = image.shape[2] == 1
             image = image[:, :, 0] @ self._columns.T if flat else self._columns @ image
             image = np.moveaxis(image.reshape(*image.shape[:2], *channels), (0, 1), places)
+        if self._dtype.kind == "b":
+            return np.ascontiguousarray(image >= 0.5)
         if self._dtype.kind != "f":
             image = image + np.float32(0.5)
         return np.ascontiguousarray(image, self._dtype)

@@ -64,9 +64,12 @@ class PoolEnv(gym.Env[Any, Any]):
         A seed, or the middle of an episode, has the environment made anew, where that can be.
 
         Raises:
-            ValueError: a seed was given, which belongs to the pool.
+            ValueError: a seed was given, which belongs to the pool; or options, which do not come
+                through one.
             RuntimeError: the episode has not ended, and the pool cannot leave one.
         """
+        if options:
+            raise ValueError(f"options of reset do not reach the environment: {options}")
         under_way = self._started and self._held is None
         if self._again is not None and (seed is not None or under_way):
             self._pool.close()
@@ -94,7 +97,8 @@ class PoolEnv(gym.Env[Any, Any]):
         spec = self._pool.spec
         if self._own_actions is not None:
             action = pool_action(self._own_actions, action)
-        self._pool.reply(np.asarray(action, spec.action_dtype).reshape(1, *spec.action_shape))
+        numbers = tree.as_dtype(action, np.dtype(spec.action_dtype), "the action")
+        self._pool.reply(numbers.reshape(1, *spec.action_shape))
         row = self._receive()
         terminated, truncated = bool(row.terminated[0]), bool(row.truncated[0])
         observation, info = self._shown(row.observation[0]), _mask_of(row)

@@ -104,6 +104,7 @@ BY_STRUCTURE = {
     ("sac", "vector", "continuous"): "sac-continuous",
     ("sac", "image", "continuous"): "sac-images",
     ("td3", "vector", "continuous"): "td3-continuous",
+    ("td3", "image", "continuous"): "td3-images",
     ("pqn", "vector", "discrete"): "pqn-control",
     ("pqn", "image", "discrete"): "pqn-images",
 }

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +23,7 @@ from headrace.algorithms.base import ActionMode, Algorithm
 from headrace.apart import Apart, known
 from headrace.config import RunConfig, from_dict, of_a_run, parse_toml
 from headrace.envs import gymnasium
+from headrace.envs.checks import mask_flags
 from headrace.envs.spaces import action_converter
 from headrace.errors import ConfigError
 from headrace.networks.models import lower_precision
@@ -70,12 +71,14 @@ class Policy:
         Where not every action is always allowed, the info of `reset` and `step` has
         "action_mask", to be handed on to `act`.
         """
-        resets = itertools.count(1)
+        base, resets = self.config.seed if seed is None else seed, itertools.count(1)
 
         def again(wanted: int | None) -> Pool:
+            nonlocal base, resets
             if wanted is None:
-                base = self.config.seed if seed is None else seed
                 wanted = derived_seed(base, Use.POLICY_RESET, next(resets))
+            else:
+                base, resets = wanted, itertools.count(1)
             return self.make_pool(num_envs=1, batch_size=1, seed=wanted, in_process=True)
 
         first = self.make_pool(num_envs=1, batch_size=1, seed=seed, in_process=True)
@@ -156,8 +159,8 @@ class Policy:
                 is greedy but for a share of random ones; so is sample where Q-values act.
             epsilon: That share.
             action_mask: [N, A], or [A] for one, which actions are allowed here. Where the
-                environment says so, hand on the `info["action_mask"]` that came with the
-                observation: without it the policy may choose what is forbidden.
+                environment says so in its info, hand on the `info["action_mask"]` that came with
+                the observation; a mask that is a part of the observation is found there.
 
         Returns:
             The actions, in the environment's own space (its start, shape, dtype and bounds), and
@@ -165,18 +168,20 @@ class Policy:
 
         Raises:
             ValueError: the observations are not as the environment's, or not as many as the state;
-                or there is NaN among them, or a number that their dtype cannot hold, such as 0.5
-                where the environment has bytes.
+                or there is NaN or infinity among them, or a number that their dtype cannot hold,
+                such as 0.5 where the environment has bytes; a mask is lacking, or is none of 0
+                and 1; there is no such mode.
         """
+        if mode not in get_args(ActionMode):
+            raise ValueError(f"mode must be {', '.join(get_args(ActionMode))}, not {mode!r}")
         count = len(state.previous_action)
         frames, single = self._frames(observation, count)
         began = torch.from_numpy(np.broadcast_to(np.asarray(reset, np.bool_), count).copy())
+        _ensure_numbers(np.asarray(reward, np.float32), "the reward")
         earned = torch.from_numpy(np.broadcast_to(np.asarray(reward, np.float32), count).copy())
         began, earned = began.to(self.device), earned.to(self.device)
-        mask = None
-        if action_mask is not None:
-            mask = torch.from_numpy(np.array(action_mask, np.bool_).reshape(count, -1))
-            mask = mask.to(self.device)
+        allowed = self._allowed(action_mask, frames)
+        mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
         step, after = self.actor(mode, epsilon).act(
             cleared(state, began),
             torch.from_numpy(frames.copy()).to(self.device),
@@ -191,6 +196,26 @@ class Policy:
         if single:
             return (int(actions[0]) if one_choice else actions[0]), after
         return actions, after
+
+    def _allowed(self, action_mask: Any, frames: NDArray[np.generic]) -> NDArray[np.bool_] | None:
+        """Returns masks [N, A], given or found in the observations; None where there are none."""
+        choices, count = self.spec.action_choices, len(frames)
+        if action_mask is None and self.spec.has_action_mask:
+            parts = tree.unpack(self._leaves, frames.view(np.uint8)) if self._leaves else {}
+            action_mask = parts.get("action_mask")
+            if action_mask is None:
+                raise ValueError(
+                    f"not every action of {self.spec.name} is always allowed: hand on "
+                    'info["action_mask"] as action_mask'
+                )
+        if action_mask is None:
+            return None
+        if not choices:
+            raise ValueError("actions are numbers, not choices: there is no action_mask")
+        rows = [action_mask] if count == 1 else list(action_mask)
+        if len(rows) != count:
+            raise ValueError(f"there are {len(rows)} action masks for a state of {count}")
+        return np.stack([mask_flags(row, choices) for row in rows])
 
     def _frames(self, observation: Any, count: int) -> tuple[NDArray[Any], bool]:
         """Returns observations as they travel, [count, ...], and whether it was one without N."""
@@ -228,10 +253,11 @@ class Policy:
         return rows, single
 
 
-def _ensure_numbers(observation: NDArray[Any]) -> None:
-    """Raises ValueError for NaN, which a policy would answer with an action as good as any."""
-    if observation.dtype.kind == "f" and np.isnan(observation).any():
-        raise ValueError("the observation has NaN, of which a policy can say nothing")
+def _ensure_numbers(values: NDArray[Any], named: str = "the observation") -> None:
+    """Raises ValueError for NaN and infinity, which a policy would answer as it does any other."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        what = "NaN" if np.isnan(values).any() else "an infinite number, or one beyond float32"
+        raise ValueError(f"{named} has {what}, of which a policy can say nothing")
 
 
 def _is_packed(observation: Any, count: int, shape: tuple[int, ...]) -> bool:
@@ -273,6 +299,8 @@ def _load(run: str | Path, *, trust_code: bool, device: str, precision: str) -> 
     spec = catalog.environment_family(config.env, trust_code=trust_code).spec(
         config.env, config.environment
     )
+    if difference := saving.difference_of_spec(spec, saved):
+        logger.warning("%s", difference)
     model = frozen(make_model(config, spec, where, trust_code=trust_code))
     if anew := saving.load_weights(model, saved):
         logger.warning("%s lacks, and so the agent is without, %s", saved.path, ", ".join(anew))

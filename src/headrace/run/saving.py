@@ -34,7 +34,9 @@ from headrace.run.draws import global_states, set_global_states
 from headrace.run.report import Reporter
 from headrace.run.share import learner_devices
 from headrace.server.acting import Actor
+from headrace.specs import EnvSpec
 from headrace.telemetry.record import RunDirectory
+from headrace.transport.messages import describe, spec_difference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +151,7 @@ def save(
             **reporter.episode_counters(),
         },
         "resume_count": before.resume_count,
+        "spec": describe(parts.spec),
         "unfinished_unrolls": parts.unfinished_unrolls,
         "training": training_skeleton,
         "system": None,
@@ -214,9 +217,23 @@ def _naming(saved: Checkpoint) -> Iterator[None]:
         ) from error
 
 
+def difference_of_spec(spec: EnvSpec, saved: Checkpoint) -> str:
+    """Says in a sentence how an environment differs from what a checkpoint learned in; or "".
+
+    One of before there was this knows nothing of it.
+    """
+    known = saved.meta.get("spec")
+    if not isinstance(known, dict) or not (found := spec_difference(describe(spec), known)):
+        return ""
+    found = found.replace(" here", " now").replace(" at the other end", " in the checkpoint")
+    return f"{spec.name} is not what {saved.path} has learned in: {found}"
+
+
 def _restore(
     parts: Parts, saved: Checkpoint, on_message: Callable[[str], None], alone: bool
 ) -> bool:
+    if difference := difference_of_spec(parts.spec, saved):
+        on_message(difference)
     anew = load_weights(parts.algorithm.model, saved)
     training = unflatten(saved.tensors["training"], saved.meta["training"])
     if anew := [*anew, *_load_training(parts.algorithm, training)]:

@@ -12,6 +12,11 @@ from headrace.networks.structured import image_of
 from headrace.pictures import looks_like_one, parts_of, picture_of, plain_picture
 from headrace.specs import EnvSpec
 
+_DECLARE = (
+    "is given to the network as a row of numbers: if it is a picture, declare it as uint8, or with "
+    "0 and 1 (floats) or 0 and 255 as its bounds, in at most 4 axes, and it is convolved"
+)
+
 
 def seen_as(spec: EnvSpec, config: NetworkConfig) -> str:
     """Says what an observation is, and where the channels of its pictures lie."""
@@ -32,9 +37,12 @@ def seen_as(spec: EnvSpec, config: NetworkConfig) -> str:
 def flattened(spec: EnvSpec, config: NetworkConfig, name: str) -> Iterator[str]:
     """Yields a line if the network `name` takes as numbers what another would see as a picture."""
     kinds, shape = config.pictures, spec.observation_space.shape
-    if name != "mlp" and not (name == "r2d2" and default_network(spec, kinds) == "mlp"):
-        return
     if spec.structure is not None:
+        for part in parts_of(spec) if name == "structured" else ():
+            if image_of(part, kinds) is None and part.kind == "box" and looks_like_one(part.shape):
+                yield f"{part.path} {part.shape} {_DECLARE}"
+        return
+    if name != "mlp" and not (name == "r2d2" and default_network(spec, kinds) == "mlp"):
         return
     picture = plain_picture(spec, kinds)
     other = convolving(picture) if picture is not None else None
@@ -45,7 +53,4 @@ def flattened(spec: EnvSpec, config: NetworkConfig, name: str) -> Iterator[str]:
             f"--network {other}{core}"
         )
     elif picture is None and kinds == "any" and len(shape) > 2 and looks_like_one(shape):
-        yield (
-            f"{shape} is given to the network as a row of numbers: if it is a picture, declare it "
-            "as uint8, or with 0 and 1 (floats) or 0 and 255 as its bounds, and it is convolved"
-        )
+        yield f"{shape} {_DECLARE}"

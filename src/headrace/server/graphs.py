@@ -75,6 +75,8 @@ class GraphedActor:
         graph.reset.copy_(reset)
         if graph.action_mask is not None and action_mask is not None:
             graph.action_mask.copy_(action_mask)
+        elif graph.action_mask is not None:
+            graph.action_mask.fill_(True)  # what stands there is of another step
         if graph.epsilon is not None and epsilon is not None:
             graph.epsilon.copy_(epsilon)
         graph.replay()
