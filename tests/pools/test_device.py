@@ -44,7 +44,7 @@ def play(pool: DevicePool | InlinePool, rounds: int, seed: int = 0) -> list[EnvS
 
 def assert_same(one: list[EnvStep], other: list[EnvStep]) -> None:
     for ours, theirs in zip(one, other, strict=True):
-        for name in EnvStep._fields[:-3]:
+        for name in EnvStep._fields[:-4]:
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), name)
         assert (ours.final_observation is None) == (theirs.final_observation is None)
         if ours.final_observation is not None and theirs.final_observation is not None:

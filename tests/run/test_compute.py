@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from headrace import catalog
 from headrace.algorithms.ppo import Ppo, PpoConfig
 from headrace.config import RunConfig, completed
 from headrace.networks.models import NetworkConfig, PolicyValueNet, impala_deep, mlp, nature
@@ -56,17 +57,22 @@ def test_what_torch_starts_to_look_at_the_cpu_finds_no_module_in_this_folder(
             raise fault
 
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", pick)
-    algorithm: Any = SimpleNamespace(model=nn.Linear(2, 2))
+    algorithm = compilable(nn.Linear(2, 2))
     compute.compile_update(algorithm, nn.Linear(2, 2), CPU)
     assert seen == ["1"]
     assert os.environ.get("PYTHONSAFEPATH") == before
     compute.compile_update(algorithm, nn.Linear(2, 2), CPU, graphs=False)
     elsewhere = torch.device("meta")
-    there: Any = SimpleNamespace(model=nn.Linear(2, 2, device=elsewhere))
+    there = compilable(nn.Linear(2, 2, device=elsewhere))
     compute.compile_update(there, nn.Linear(2, 2, device=elsewhere), elsewhere)
     assert seen == ["1"]
     monkeypatch.delattr(cpu_vec_isa, "pick_vec_isa")
     compute.compile_update(algorithm, nn.Linear(2, 2), CPU)  # a torch that has it elsewhere
+
+
+def compilable(model: nn.Module) -> Any:
+    """What is compiled of an algorithm, and nothing else of it."""
+    return SimpleNamespace(model=model, compiles_whole=False, compile=lambda *_, **__: None)
 
 
 def rule(model: nn.Module, spec: EnvSpec = IMAGES) -> Ppo:
@@ -80,7 +86,7 @@ def a_config(**settings: Any) -> RunConfig:
 def threads(spec: EnvSpec | None = None, *, learners: int = 1, **settings: Any) -> int:
     config = a_config(**{"algorithm": "ppo", **settings})
     if spec is None:
-        spec = compute.catalog.environment_family("catch").spec("catch", config.environment)
+        spec = catalog.environment_family("catch").spec("catch", config.environment)
     return make_learning(config, spec, learners=learners)[0].threads
 
 

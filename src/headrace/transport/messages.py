@@ -33,12 +33,15 @@ _MAX_INT = 1 << 63  # longer ones are no float
 
 def describe(spec: EnvSpec) -> dict[str, Any]:
     """Returns a spec as JSON can say it: the same text on every machine where it is the same."""
+    mask: int | str = spec.action_mask_size
+    if mask:  # a host of before there were masks of final observations sends none
+        mask = f"{mask}, also of final observations"
     return {
         "environment": spec.name,
         "observation": _space(spec.observation_space),
         "observation structure": None if spec.structure is None else _space(spec.structure),
         "action": _space(spec.action_space),
-        "action mask": spec.action_mask_size,
+        "action mask": mask,
         "action_repeat": spec.action_repeat,
         "frame_stack": spec.frame_stack,
     }

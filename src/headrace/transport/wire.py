@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import ConfigError, TransportError
 
-VERSION = 2
+VERSION = 1
 """Of the format; both ends must speak the same."""
 MAX_NBYTES = 64 << 20
 """Bytes of a message, and of its arrays when they are decompressed."""
