@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -107,3 +108,20 @@ def test_leftovers_go_whatever_they_are_and_nothing_outside(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="is a link"):
         remove_partial(ours)
     assert [path.name for path in theirs.iterdir()] == [".x.1.partial.mp4"]
+
+
+def test_no_film_forks_this_process(tmp_path: Path) -> None:
+    """What a library does in the child of a fork, as gRPC does, is not the film's to survive."""
+    code = f"""
+import os
+os.register_at_fork(before=lambda: print("forked", flush=True))
+from pathlib import Path
+import numpy as np
+from headrace.telemetry.video import VideoWriter
+with VideoWriter(Path({str(tmp_path / "film.mp4")!r}), 15.0) as video:
+    for _ in range(3):
+        video.write(np.zeros((32, 32), np.uint8))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (tmp_path / "film.mp4").exists()
+    assert done.stdout == ""

@@ -81,6 +81,9 @@ class VideoWriter:
             )
         if self._encoder is None:
             self._encoder = self._open()
+            # The encoder starts with the first frame. imageio would fork for it, to run a line of
+            # Python in the child, where gRPC's own handlers may close its pipe.
+            os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
         self._encoder.append_data(_enlarge(frame))
 
     def close(self) -> None:
