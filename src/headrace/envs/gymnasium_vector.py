@@ -34,6 +34,7 @@ from headrace.steps import EnvStep, EpisodeInfo
 Vector = VectorEnv[Any, Any, Any]
 Info = Mapping[str, Any]
 
+_NO_NUMBERS = {"action_mask", "_action_mask", "final_obs", "_final_obs", "final_info", "_final_info"}
 _DESCRIBED = "https://gymnasium.farama.org/api/vector/#gymnasium.vector.AutoresetMode"
 
 
@@ -250,17 +251,19 @@ class VectorBatch:
             )
         ends = _cut(self._ends, first, stretch.end)
         _copy_ends(ends, out, begin)
-        told = {row: self._infos.pop(first + row) for row in begin.tolist()}
+        told = {}
+        if self._infos:
+            told = {row: self._infos.pop(first + row, {}) for row in begin.tolist()}
         _copy_ends(out, ends, ended, finals=False)
         infos = self._write_ends(stretch, observation, info, ended, out, into=ends)
-        self._infos |= {first + row: infos[row] for row in ended.tolist()}
+        self._infos |= {first + row: numbers for row, numbers in infos.items()}
         out.reset.fill(False)
         out.reset[begin] = True
         out.terminated[ended] = out.truncated[ended] = True  # absent
         held.fill(False)
         held[ended] = True
         self._write_masks(stretch, observation, info, np.flatnonzero(~held), out)
-        return told if told else None
+        return told if len(begin) else None
 
     def _write_ends(
         self,
@@ -300,6 +303,8 @@ class VectorBatch:
                     )[0]
                 elif NO_FINAL_MASK not in self.notices:
                     self.notices.append(NO_FINAL_MASK)
+        if isinstance(info, Mapping) and not info.keys() - _NO_NUMBERS:
+            return {}
         return {row: numbers_of(_of_row(info, row)) for row in rows.tolist()}
 
     def _restart(self, stretch: Stretch, rows: NDArray[np.intp], out: EnvStep) -> tuple[Any, Info]:

@@ -83,17 +83,27 @@ class InlinePool:
             rows = np.concatenate([self._groups[group] for group in self._taken])
             absent = self._table["terminated"][rows] & self._table["truncated"][rows]
             self._lent = rows[~absent].astype(np.int32)
-        columns: dict[str, Any] = {name: column[self._lent] for name, column in self._table.items()}
+        columns: dict[str, Any] = {
+            name: column[self._lent]
+            for name, column in self._table.items()
+            if not name.startswith("final")
+        }
         infos = {
             row: self._infos[env_id]
             for row, env_id in enumerate(self._lent.tolist())
             if env_id in self._infos
         }
-        step = EnvStep(env_id=self._lent.copy(), **columns, episode_info=infos or None)
-        ended = step.reset & (step.terminated | step.truncated)
-        if ended.any():
+        step = EnvStep(
+            env_id=self._lent.copy(), **columns, final_observation=None, episode_info=infos or None
+        )
+        if not (step.reset & (step.terminated | step.truncated)).any():
             return step
-        return step._replace(final_observation=None, final_action_mask=None)
+        finals = {
+            name: column[self._lent]
+            for name, column in self._table.items()
+            if name.startswith("final")
+        }
+        return step._replace(**finals)
 
     def reply(self, action: NDArray[Any]) -> None:
         """Steps the environments received last.
