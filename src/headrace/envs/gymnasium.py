@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -74,36 +75,20 @@ class GymnasiumFamily:
         vectors is asked for as few as have at most `batch_size` environments, if it can be asked.
         """
         own = Own.of(num_envs, first_env=first_env, draws_seed=draws_seed)
-        sized = _takes_num_envs(name, config)
-
-        def make(count: int = 0) -> Any:
-            return _make(name, config, **({"num_envs": count} if count else {}))
-
-        makers = own.around([make] * num_envs)
+        makers = own.around([partial(_make, name, config)] * num_envs)
         spans = vectors_of(num_envs, most=batch_size)
-        made = own.run(makers[0], spans[0][1] if sized else 0)
+        made = own.run(makers[0], spans[0][1])
         if isinstance(made, VectorEnv):
-            if not sized:
+            fixed = not _takes_num_envs(name, config)
+            if fixed:
                 size = made.num_envs
                 spans = [(first, first + size) for first in range(0, num_envs, size)]
-            vectors = [made]
-            for first, end in spans[1:]:
-                vectors.append(own.run(makers[first], end - first if sized else 0))
+            vectors = [made, *(own.run(makers[first], end - first) for first, end in spans[1:])]
             own = own._replace(draws=[own.draws[first] for first, _ in spans] if own.draws else ())
             batch = _vectors(
-                name,
-                config,
-                vectors,
-                spans,
-                fixed=not sized,
-                seed=seed,
-                first_env=first_env,
-                own=own,
+                name, config, vectors, spans, fixed=fixed, seed=seed, first_env=first_env, own=own
             )
             return FirstOf(batch, num_envs) if num_envs < batch.num_envs else batch
-        if sized:  # an environment with a setting of that name
-            own.run(made.close)
-            made = own.run(makers[0])
         envs: list[Env] = own.run(lambda: [made, *(make() for make in makers[1:])])
         envs = own.run(lambda: [wrapped(env, config, name) for env in envs])
         if own.draws:
@@ -274,8 +259,8 @@ def random_action(
     return np.array(choices, np.int64).reshape(1, *spec.action_shape)
 
 
-def _make(name: str, config: GymnasiumConfig, **more: Any) -> Any:
-    """Makes one environment, or a vector of them.
+def _make(name: str, config: GymnasiumConfig, count: int = 1, **more: Any) -> Any:
+    """Makes one environment, or a vector of them: of `count`, where a factory takes their number.
 
     Raises:
         ConfigError: no such environment, or it cannot be made.
@@ -296,7 +281,11 @@ def _make(name: str, config: GymnasiumConfig, **more: Any) -> Any:
             return gym.make(spec, **keywords)
 
     with Translated(lambda error: _not_made(name, error)):
-        env = make(**keywords)
+        sized = _takes_num_envs(name, config)
+        env = make(**keywords, **({"num_envs": count} if sized else {}))
+        if sized and isinstance(env, gym.Env):  # which has a setting of that name
+            env.close()
+            env = make(**keywords)
     if not isinstance(env, gym.Env | VectorEnv):
         raise ConfigError(
             f"{name} gave a {type(env).__module__}.{type(env).__name__}, which is not a "

@@ -34,7 +34,14 @@ from headrace.steps import EnvStep, EpisodeInfo
 Vector = VectorEnv[Any, Any, Any]
 Info = Mapping[str, Any]
 
-_NO_NUMBERS = {"action_mask", "_action_mask", "final_obs", "_final_obs", "final_info", "_final_info"}
+_NO_NUMBERS = {
+    "action_mask",
+    "_action_mask",
+    "final_obs",
+    "_final_obs",
+    "final_info",
+    "_final_info",
+}
 _DESCRIBED = "https://gymnasium.farama.org/api/vector/#gymnasium.vector.AutoresetMode"
 
 

@@ -98,7 +98,7 @@ class InlinePool:
         )
         if not (step.reset & (step.terminated | step.truncated)).any():
             return step
-        finals = {
+        finals: dict[str, Any] = {
             name: column[self._lent]
             for name, column in self._table.items()
             if name.startswith("final")
