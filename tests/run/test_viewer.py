@@ -69,6 +69,7 @@ class FakeFollower(Follower):
 
     def rest(self, seconds: float) -> None:
         self.rested.append(seconds)
+        assert len(self.rested) < 100_000, f"it does not end; it said {self.told}"
         self.on_rest()
         if self.over():
             raise PeerLost("the run is over")
