@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,9 @@ class EnvSpec:
     """Whether every step says which actions are allowed."""
     own_action_space: gym.Space[object] | None = None
     """The environment's own action space, if `action_space` is another; see `envs.spaces`."""
+    vector_envs: int | None = None
+    """Environments that a user's own vector has, which only step together: pools never cut it. 0
+    where it is made with as many as a pool wants; None where each environment steps by itself."""
 
     def __post_init__(self) -> None:
         space = self.action_space
@@ -61,6 +65,15 @@ class EnvSpec:
         if isinstance(space, gym.spaces.MultiDiscrete):
             return tuple(int(count) for count in space.nvec)
         return ()
+
+    @property
+    def envs_together(self) -> int:
+        """Environments in whose multiples a pool cuts."""
+        return self.vector_envs or 1
+
+    def whole_vectors(self, count: int) -> int:
+        """Returns at least `count` environments, the fewest that are whole vectors."""
+        return -(-count // self.envs_together) * self.envs_together
 
     @property
     def env_action_space(self) -> gym.Space[object]:
@@ -102,6 +115,23 @@ class EnvSpec:
         picture has its height, width and channels.
         """
         return (self.frame_stack, *self.observation_space.shape)
+
+
+def vectors_of(num_envs: int, *, most: int, unit: int = 1) -> list[tuple[int, int]]:
+    """Cuts environments into vectors, or whole vectors into groups, as even as possible.
+
+    Args:
+        num_envs: Of all, a multiple of `unit`.
+        most: Of one, at least `unit`.
+        unit: Environments that are not cut.
+
+    Returns:
+        The first of each and the one behind its last.
+    """
+    units = num_envs // unit
+    count = -(-units // (most // unit))
+    bounds = [unit * (units * number // count) for number in range(count + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def check_action(action: NDArray[Any], rows: int, space: ActionSpace) -> None:

@@ -42,3 +42,12 @@ class EnvStep(NamedTuple):
         None  # [N, A] the same at the final observation; valid where truncated
     )
     episode_info: EpisodeInfo | None = None  # of the episodes that ended with this step
+
+    @property
+    def absent(self) -> NDArray[np.bool_]:
+        """[N] rows that a vector of a user's holds back, which no pool hands out.
+
+        They say terminated and truncated at once. Their episode has ended, and with the next step
+        of their vector, which ignores their action, they come with that end and the next episode.
+        """
+        return self.terminated & self.truncated

@@ -180,6 +180,24 @@ def test_what_no_environment_can_have_shown_is_refused(
         decode_step(message_of(change), spec_of(), E)
 
 
+def test_only_vectors_hold_rows_back() -> None:
+    def hold(rows: slice) -> Callable[[list[Any], dict[str, Any]], None]:
+        def change(arrays: list[Any], text: dict[str, Any]) -> None:
+            arrays[FLAGS][:] = False
+            arrays[FLAGS][1:, rows] = True
+            del arrays[FINAL:]
+            text.clear()
+
+        return change
+
+    some, vector = message_of(hold(slice(2))), spec_of(vector_envs=0)
+    assert not decode_step(some, vector, E).ended.any()
+    with pytest.raises(WireError, match="hold none back"):
+        decode_step(some, spec_of(), E)
+    with pytest.raises(WireError, match="hold none back"):
+        decode_step(message_of(hold(slice(None))), vector, E)
+
+
 def test_final_observations_of_nobody_are_refused() -> None:
     def change(arrays: list[Any], text: dict[str, Any]) -> None:
         arrays[FLAGS][:] = False

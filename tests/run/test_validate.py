@@ -159,6 +159,10 @@ class Passed(Exception):
             ["catch", "--algorithm", "r2d2", "--replay-capacity", "20", "--replay-min", "20"],
             "batch_unrolls=32 sequences are more than replay_capacity=20",
         ),
+        (
+            ["counters:of_three", "--num-envs", "10"],
+            "num_envs=10 is no multiple of the 3 environments that a vector of counters:of_three",
+        ),
     ],
 )
 def test_the_fix_that_a_refusal_names_is_one(
@@ -171,6 +175,7 @@ def test_the_fix_that_a_refusal_names_is_one(
     def create(*_: object) -> None:
         raise Passed
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "pools"))
     monkeypatch.setattr(api.RunDirectory, "create", create)
     monkeypatch.chdir(tmp_path)
     argv = ["train", *argv, "--device", "cpu", "--pool", "inline"]

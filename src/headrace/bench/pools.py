@@ -167,7 +167,8 @@ def _ours(
             pool="auto" if pool == own else pool,
         )
         assert pool_name(config, own) == pool
-        batch = arguments.batch_size or (num_envs + 1) // 2
+        spec = catalog.environment_family(config.env).spec(config.env, config.environment)
+        batch = spec.whole_vectors(arguments.batch_size or (num_envs + 1) // 2)
         made = make_pool(config, num_envs=num_envs, batch_size=batch, seed=config.seed)
     except ConfigError as missing:
         print(f"{pool}, {env} left out: {missing}", file=sys.stderr)

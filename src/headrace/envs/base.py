@@ -21,7 +21,11 @@ class BatchEnv(Protocol):
         """Starts every copy; all rows have `reset`."""
 
     def step(self, env_id: NDArray[np.int32], action: NDArray[Any]) -> EnvStep:
-        """Steps the named copies and returns their rows in the same order."""
+        """Steps the named copies and returns their rows in the same order.
+
+        Where copies only step together (`spec.vector_envs`), those that are named are all of some
+        vectors, less the rows that were `absent`; the rows are all of the same vectors.
+        """
 
 
 @runtime_checkable

@@ -111,9 +111,20 @@ class Checks:
         Raises:
             EnvironmentFault: what cannot be used, or in the strict setting is not as declared.
         """
+        if part.leaf.keys:
+            values = self._at(part.leaf, values, envs, call)
+        self.column(part, values, envs, call, out)
+
+    def column(
+        self,
+        part: Part,
+        values: Any,
+        envs: Sequence[int],
+        call: Call,
+        out: NDArray[Any],
+    ) -> None:
+        """Does the same for values [N, *shape] of the part alone."""
         leaf = part.leaf
-        if leaf.keys:
-            values = self._at(leaf, values, envs, call)
         try:
             array = np.array(values)
         except (ValueError, TypeError, RuntimeError):
@@ -183,9 +194,7 @@ class Checks:
             flags[row] = one
         return flags
 
-    def masks(
-        self, masks: Sequence[Any], choices: Sequence[int], envs: Sequence[int]
-    ) -> NDArray[np.bool_]:
+    def masks(self, masks: Any, choices: Sequence[int], envs: Sequence[int]) -> NDArray[np.bool_]:
         """Returns action masks as bool [N, A], A = the sum of `choices`.
 
         Raises:
@@ -193,6 +202,9 @@ class Checks:
                 choice.
         """
         found = np.empty((len(envs), sum(choices)), np.bool_)
+        if isinstance(masks, np.ndarray) and _are_masks(masks, choices):
+            found[...] = masks
+            return found
         for row, (env, given) in enumerate(zip(envs, masks, strict=True)):
             try:
                 found[row] = mask_flags(given, choices)
@@ -407,6 +419,15 @@ def mask_flags(given: Any, choices: Sequence[int]) -> NDArray[np.bool_]:
     if not np.logical_or.reduceat(flags, starts).all():
         raise ValueError(f"the action_mask allows no action: {show(flags)}")
     return flags
+
+
+def _are_masks(masks: NDArray[Any], choices: Sequence[int]) -> bool:
+    """Whether there is nothing to say of masks [N, A]."""
+    if masks.ndim != 2 or masks.shape[1] != sum(choices) or masks.dtype.kind not in "iub":
+        return False
+    starts = np.cumsum([0, *choices[:-1]])
+    is_binary = masks.dtype.kind == "b" or ((masks == 0) | (masks == 1)).all()
+    return bool(is_binary and np.logical_or.reduceat(masks, starts, axis=1).all())
 
 
 def _scalars(values: Sequence[Any]) -> NDArray[Any] | None:

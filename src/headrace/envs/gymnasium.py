@@ -9,10 +9,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from headrace.apart import Apart
@@ -20,10 +22,11 @@ from headrace.envs import packages
 from headrace.envs.checks import Translated, error_text
 from headrace.envs.global_draws import Own, seed_spaces
 from headrace.envs.gymnasium_batch import GymnasiumBatch
+from headrace.envs.gymnasium_vector import FirstOf, VectorBatch
 from headrace.envs.wrappers import Env, GymnasiumConfig, Rendered, wrapped
 from headrace.errors import ConfigError, EnvironmentFault
 from headrace.imports import has_no, import_named
-from headrace.specs import EnvSpec
+from headrace.specs import EnvSpec, vectors_of
 
 _TRIED_STEPS = 8  # random ones, before a run starts
 
@@ -65,18 +68,29 @@ class GymnasiumFamily:
         seed: int,
         first_env: int = 0,
         draws_seed: int | None = None,
-    ) -> GymnasiumBatch:
+    ) -> GymnasiumBatch | VectorBatch | FirstOf:
         """Makes `num_envs` copies, which are stepped one after the other in the caller's thread.
 
-        With `draws_seed` each has global random states of its own, which begin there.
+        With `draws_seed` each has global random states of its own, which begin there. A factory of
+        vectors is asked for as few as have at most `batch_size` environments, if it can be asked.
         """
         own = Own.of(num_envs, first_env=first_env, draws_seed=draws_seed)
-
-        def make() -> Env:
-            return wrapped(_make(name, config), config, name)
-
-        makers = own.around([make] * num_envs)
-        envs: list[Env] = own.run(lambda: [make() for make in makers])
+        makers = own.around([partial(_make, name, config)] * num_envs)
+        spans = vectors_of(num_envs, most=batch_size)
+        made = own.run(makers[0], spans[0][1])
+        if isinstance(made, VectorEnv):
+            fixed = not _takes_num_envs(name, config)
+            if fixed:
+                size = made.num_envs
+                spans = [(first, first + size) for first in range(0, num_envs, size)]
+            vectors = [made, *(own.run(makers[first], end - first) for first, end in spans[1:])]
+            own = own._replace(draws=[own.draws[first] for first, _ in spans] if own.draws else ())
+            batch = _vectors(
+                name, config, vectors, spans, fixed=fixed, seed=seed, first_env=first_env, own=own
+            )
+            return FirstOf(batch, num_envs) if num_envs < batch.num_envs else batch
+        envs: list[Env] = own.run(lambda: [made, *(make() for make in makers[1:])])
+        envs = own.run(lambda: [wrapped(env, config, name) for env in envs])
         if own.draws:
             seed_spaces(envs, [draws.seed for draws in own.draws])
         return _batch(name, config, envs, seed=seed, first_env=first_env, own=own)
@@ -101,9 +115,10 @@ def _drawing(name: str, config: GymnasiumConfig) -> Env | None:
     with packages.quietly():
         env = _make(name, config)
         modes = env.metadata.get("render_modes") or ()
-        if env.render_mode != "rgb_array":
+        is_vector = isinstance(env, VectorEnv)  # whose frames are several
+        if env.render_mode != "rgb_array" or is_vector:
             env.close()
-            if "rgb_array" not in modes or not _takes_render_mode(name):
+            if "rgb_array" not in modes or is_vector or not _takes_render_mode(name):
                 return None
             env = _make(name, config, render_mode="rgb_array")
     with Translated(lambda error: _failed(name, "be drawn here", error)), packages.quietly():
@@ -151,6 +166,43 @@ def _batch(
         frame_stack=config.frame_stack,
         action_repeat=config.frame_skip,
         own=own,
+    )
+
+
+def _vectors(
+    name: str,
+    config: GymnasiumConfig,
+    vectors: Sequence[Any],
+    spans: Sequence[tuple[int, int]],
+    **of_batch: Any,
+) -> VectorBatch:
+    """Takes vectors whose environments are to be `spans`.
+
+    Raises:
+        ConfigError: they have others, or there are settings that they cannot have.
+    """
+    plain = GymnasiumConfig()
+    for setting in ("frame_skip", "resize", "grey", "time_limit"):
+        if getattr(config, setting) != getattr(plain, setting):
+            raise ConfigError(
+                f"{name} gives a vector, around whose environments {setting} cannot be put: leave "
+                f"out --{setting.replace('_', '-')}, and have the vector do it"
+            )
+    for vector, (first, end) in zip(vectors, spans, strict=True):
+        if vector.num_envs != end - first:
+            raise ConfigError(
+                f"{name} gave a vector of {vector.num_envs} environments where one of {end - first}"
+                " is needed: make as many as num_envs says, or always equally many"
+            )
+    own: Own = of_batch["own"]
+    if own.draws:
+        seed_spaces(vectors, [draws.seed for draws in own.draws])
+    return VectorBatch(
+        vectors,
+        name=name,
+        strictness=config.strictness,
+        frame_stack=config.frame_stack,
+        **of_batch,
     )
 
 
@@ -207,8 +259,8 @@ def random_action(
     return np.array(choices, np.int64).reshape(1, *spec.action_shape)
 
 
-def _make(name: str, config: GymnasiumConfig, **more: Any) -> Env:
-    """Makes one environment.
+def _make(name: str, config: GymnasiumConfig, count: int = 1, **more: Any) -> Any:
+    """Makes one environment, or a vector of them: of `count`, where a factory takes their number.
 
     Raises:
         ConfigError: no such environment, or it cannot be made.
@@ -229,13 +281,18 @@ def _make(name: str, config: GymnasiumConfig, **more: Any) -> Env:
             return gym.make(spec, **keywords)
 
     with Translated(lambda error: _not_made(name, error)):
-        env = make(**keywords)
-    if not isinstance(env, gym.Env):
+        sized = _takes_num_envs(name, config)
+        env = make(**keywords, **({"num_envs": count} if sized else {}))
+        if sized and isinstance(env, gym.Env):  # which has a setting of that name
+            env.close()
+            env = make(**keywords)
+    if not isinstance(env, gym.Env | VectorEnv):
         raise ConfigError(
             f"{name} gave a {type(env).__module__}.{type(env).__name__}, which is not a "
             "gymnasium.Env"
         )
-    for space in ("observation_space", "action_space"):
+    of_one = "single_" if isinstance(env, VectorEnv) else ""
+    for space in (f"{of_one}observation_space", f"{of_one}action_space"):
         if not isinstance(getattr(env, space, None), gym.Space):
             raise ConfigError(
                 f"{name} has no {space}: set it in __init__, to a gymnasium.spaces one"
@@ -279,6 +336,13 @@ def _factory(name: str) -> Callable[..., Any]:
     if not callable(factory):
         raise ConfigError(f"{name} is not a function or class that makes a gymnasium.Env")
     return factory  # type: ignore[no-any-return]
+
+
+def _takes_num_envs(name: str, config: GymnasiumConfig) -> bool:
+    """Whether a factory is asked for vectors of as many environments as are wanted."""
+    if not _is_factory(name) or "num_envs" in config.keywords():
+        return False
+    return "num_envs" in inspect.signature(_factory(name)).parameters
 
 
 def _takes_render_mode(name: str) -> bool:

@@ -29,7 +29,7 @@ FindMask = Callable[[Any, Mapping[str, Any]], Any]
 
 _GOES_ON = (False, False)  # terminated, truncated
 
-_NO_FINAL_MASK = (
+NO_FINAL_MASK = (
     "a step that truncates an episode has no action_mask, or one that allows nothing: every action "
     "counts as allowed in the value of that last observation; say there what would be allowed, or "
     "terminate where the game is over"
@@ -327,11 +327,11 @@ class GymnasiumBatch:
         out.final_action_mask[rows] = True
         for row in (row for row in rows if out.truncated[row]):
             mask = self._find_mask(observations[row], infos[row])
-            if mask is not None and not _allows_nothing(mask):
+            if mask is not None and not allows_nothing(mask):
                 choices = self.spec.action_choices
                 out.final_action_mask[row] = self._checks.masks([mask], choices, [envs[row]])[0]
-            elif _NO_FINAL_MASK not in self.notices:
-                self.notices.append(_NO_FINAL_MASK)
+            elif NO_FINAL_MASK not in self.notices:
+                self.notices.append(NO_FINAL_MASK)
 
     def _ensure_seen(self, info: Any, env: int) -> None:
         """Refuses a mask that comes too late for the first step of an episode.
@@ -408,15 +408,7 @@ class GymnasiumBatch:
             if not isinstance(infos[row], Mapping):
                 text = f"step returned the info {show(infos[row])}, which is not a dictionary"
                 raise self._checks.fault(envs[row], text)
-            numbers = {
-                name: float(value)
-                for name, value in infos[row].items()
-                if isinstance(name, str)
-                and name != "TimeLimit.truncated"
-                and isinstance(value, int | float | np.number | np.bool_)
-                and _is_finite(value)
-            }
-            if numbers:
+            if numbers := numbers_of(infos[row]):
                 found[row] = numbers
         return found or None
 
@@ -430,6 +422,18 @@ class GymnasiumBatch:
                 what = "observation, reward, terminated, truncated, info"
                 return self._checks.fault(env, f"step must return ({what}), not {show(result)}")
         return self._checks.fault(envs[0], "step returned what cannot be read")
+
+
+def numbers_of(info: Mapping[Any, Any]) -> dict[str, float]:
+    """Returns the numbers of a final info."""
+    return {
+        name: float(value)
+        for name, value in info.items()
+        if isinstance(name, str)
+        and name != "TimeLimit.truncated"
+        and isinstance(value, int | float | np.number | np.bool_)
+        and _is_finite(value)
+    }
 
 
 def _mask_in_info(_: Any, info: Mapping[str, Any]) -> Any:
@@ -465,7 +469,7 @@ def _is_finite(number: Any) -> bool:
         return False
 
 
-def _allows_nothing(mask: Any) -> bool:
+def allows_nothing(mask: Any) -> bool:
     """Whether all flags of a mask are 0; what is no mask is for others to judge."""
     try:
         return not np.any(np.hstack(mask))

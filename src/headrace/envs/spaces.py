@@ -18,7 +18,7 @@ from headrace import tree
 from headrace.errors import ConfigError
 from headrace.specs import ActionSpace
 
-Actions = Callable[[NDArray[Any]], list[Any]]
+Actions = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def action_space(space: gym.Space[Any]) -> ActionSpace:
@@ -41,23 +41,32 @@ def action_space(space: gym.Space[Any]) -> ActionSpace:
     )
 
 
-def action_converter(space: gym.Space[Any]) -> Actions:
+def action_converter(space: gym.Space[Any]) -> Callable[[NDArray[Any]], list[Any]]:
     """Returns what makes one action for each environment of the policy's [N] or [N, D].
 
     The actions are new: an environment may keep or change them.
+    """
+    convert = actions_converter(space)
+    return lambda action: list(convert(action))
+
+
+def actions_converter(space: gym.Space[Any]) -> Actions:
+    """Returns what makes the policy's [N] or [N, D] actions of the space in one array.
+
+    It is new, but for choices that are as the policy has them.
     """
     shape, dtype = (space.shape or ()), space.dtype
     if isinstance(space, gym.spaces.Discrete):
         start = int(space.start)
         if start == 0 and dtype == np.int64:
-            return list
-        return lambda action: list((action + start).astype(dtype, copy=False))
+            return lambda action: action
+        return lambda action: (action + start).astype(dtype, copy=False)
     if isinstance(space, gym.spaces.MultiDiscrete):
         first = np.asarray(space.start)
-        return lambda action: list((action.reshape(-1, *shape) + first).astype(dtype, copy=False))
+        return lambda action: (action.reshape(-1, *shape) + first).astype(dtype, copy=False)
     if isinstance(space, gym.spaces.Box) and dtype != np.float32:
-        return lambda action: list(_into(space, action.reshape(-1, *shape)))
-    return lambda action: list(action.reshape(-1, *shape).astype(dtype))
+        return lambda action: _into(space, action.reshape(-1, *shape))
+    return lambda action: action.reshape(-1, *shape).astype(dtype)
 
 
 def pool_action(space: gym.Space[Any], action: Any) -> NDArray[Any]:

@@ -58,7 +58,9 @@ class Share(NamedTuple):
     num_slots: int
 
 
-def shares(num_envs: int, *, workers: int, capacity: int, groups: int) -> list[Share]:
+def shares(
+    num_envs: int, *, workers: int, capacity: int, groups: int, unit: int = 1
+) -> list[Share]:
     """Divides environments and slots among workers, as evenly as they go.
 
     Args:
@@ -67,11 +69,12 @@ def shares(num_envs: int, *, workers: int, capacity: int, groups: int) -> list[S
         capacity: Full slots that may wait, at least a batch of the learner's.
         groups: Batches in which a worker's environments are answered: 1 where the worker steps them
             itself, 2 where threads step some while it answers others.
+        unit: Environments that stay with one worker.
     """
     result: list[Share] = []
     env = slot = 0
     for worker in range(workers):
-        count = num_envs * (worker + 1) // workers - env
+        count = unit * (num_envs // unit * (worker + 1) // workers) - env
         batch = -(-count // groups)
         num_slots = count + capacity * count // num_envs + batch
         result.append(Share(env, count, batch, slot, num_slots))

@@ -10,12 +10,12 @@ For one thread at a time: whoever has it holds a lock.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.errors import ConfigError
+from headrace.specs import vectors_of
 from headrace.transport.connections import HostConnection, Refused
 from headrace.transport.messages import HostStep
 from headrace.transport.wire import WireError
@@ -72,7 +72,13 @@ class Assignment:
 
     @classmethod
     def of(
-        cls, num_envs: int, *, batch_size: int, envs_per_message: int, max_envs_per_host: int
+        cls,
+        num_envs: int,
+        *,
+        batch_size: int,
+        envs_per_message: int,
+        max_envs_per_host: int,
+        unit: int = 1,
     ) -> Assignment:
         """Cuts environments into blocks as even as possible.
 
@@ -81,6 +87,7 @@ class Assignment:
             batch_size: Most of them that are answered at once.
             envs_per_message: Most of a block; 0 for the batch, at most `MAX_ENVS_PER_MESSAGE`.
             max_envs_per_host: Most of a host.
+            unit: Environments that no block cuts.
 
         Raises:
             ConfigError: a block is larger than a batch, or than what a host may take.
@@ -92,9 +99,8 @@ class Assignment:
                 f"envs_per_message must be at most the environments answered at once, {batch_size}"
                 f", not {envs_per_message}"
             )
-        count = -(-num_envs // (envs_per_message or own))
-        bounds = [num_envs * block // count for block in range(count + 1)]
-        blocks = [EnvGroup(first, end) for first, end in itertools.pairwise(bounds)]
+        most = max(unit, envs_per_message or own)
+        blocks = [EnvGroup(*span) for span in vectors_of(num_envs, most=most, unit=unit)]
         largest = max(block.size for block in blocks)
         if largest > max_envs_per_host:
             raise ConfigError(

@@ -36,9 +36,7 @@ from headrace.pools.shm import WorkerEnvs
 from headrace.pools.shm_layout import (
     Table,
     layout,
-    read_rows,
-    read_step,
-    with_ends,
+    lend,
     write_host_step,
 )
 from headrace.run_files import escaped_lines
@@ -94,7 +92,8 @@ class GrpcPool:
             ConfigError: the sizes do not fit, the address cannot be had, or a package is missing.
         """
         num_envs = recipe.num_envs
-        check_batch(batch_size, num_envs, full=full_batches)
+        unit = recipe.spec.envs_together
+        check_batch(batch_size, num_envs, full=full_batches, unit=unit)
         self.spec = recipe.spec
         self.num_envs = num_envs
         self.max_batch = batch_size
@@ -108,6 +107,7 @@ class GrpcPool:
             batch_size=batch_size,
             envs_per_message=remote.envs_per_message,
             max_envs_per_host=remote.max_envs_per_host,
+            unit=unit,
         )
         self._line = Batcher(
             [block.size for block in self._assignment.blocks],
@@ -117,11 +117,12 @@ class GrpcPool:
             now_s=now_s,
         )
         self._in_use: list[tuple[EnvGroup, int, Host | None]] = []  # block, its number and its host
+        self._lent: slice | NDArray[np.int32] = slice(0, 0)  # rows of these,
+        self._lent_count = 0  # and how many
         self._looked_s: float | None = None
         self._alone_since_s = now_s()
         self._last_loss = ""
         self._deaths = 0  # but those that the listener counts
-        self._env_id = np.arange(num_envs, dtype=np.int32)
         plan = layout(recipe.spec, num_envs)
         self._table: Table | None = Table(bytearray(plan.nbytes), plan)
         self._stretches: dict[tuple[int, int], EnvStep] = {}  # views of rows, made once
@@ -180,15 +181,13 @@ class GrpcPool:
         table = self._open_table()
         if not self._in_use:
             raise RuntimeError("reply came twice: receive a batch first")
-        rows = sum(block.size for block, _, _ in self._in_use)
-        check_action(action, rows, self.spec.action_space)
-        first = 0
+        check_action(action, self._lent_count, self.spec.action_space)
+        table.all.action[self._lent] = action
         answers = []
         with self._changed:
             now_s = self._now_s()
             for block, number, host in self._in_use:
-                own = action[first : first + block.size]
-                first += block.size
+                own = table.all.action[block.first : block.end]
                 block.in_use = False
                 if host is not None and block.host is host:
                     self._assignment.asked(block, host, now_s)
@@ -331,18 +330,10 @@ class GrpcPool:
 
     def _lend(self, table: Table) -> EnvStep:
         spans = [(block.first, block.end) for block, _, _ in self._in_use]
-        first, end = spans[0][0], spans[-1][1]
-        rows = sum(end - first for first, end in spans)
-        self.rows_received += rows
-        if rows == end - first:
-            where = slice(first, end)
-            views = self._stretches.get((first, end))
-            if views is None:
-                views = read_rows(table.all, where, self._env_id[where])
-                self._stretches[first, end] = views
-            return with_ends(views, table.all, where)
-        ids = np.concatenate([self._env_id[slice(*span)] for span in spans])
-        return read_step(table.all, ids, ids)
+        self._lent, step = lend(table.all, spans, self._stretches, self.spec)
+        self._lent_count = len(step.env_id)
+        self.rows_received += self._lent_count
+        return step
 
     def _look(self) -> None:
         """Gives up hosts that are silent.

@@ -33,10 +33,12 @@ class InlinePool:
         *,
         batch_size: int,
         apart: Apart | None = None,
+        groups: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Starts the environments, and gives `batch_size` rows of them at a time.
 
         What they change of this process stays theirs, within `apart` if they were made there.
+        `groups` only step together: each first row and the row behind the last.
         """
         check_batch(batch_size, env.num_envs)
         self.spec = env.spec
@@ -60,6 +62,8 @@ class InlinePool:
             for name in ("action_mask", "final_action_mask"):
                 self._table[name] = np.ones_like(first.action_mask, dtype=np.bool_)
         self._infos: dict[int, dict[str, float]] = {}  # of the rows, by environment
+        self._groups = None if groups is None else [np.arange(*span) for span in groups]
+        self._taken: list[int] = []  # blocks of the line that the lent rows are of
         self._waiting = self._line(first.env_id)
         self._store(first)
 
@@ -73,18 +77,33 @@ class InlinePool:
         self._open_env()
         if len(self._lent):
             raise RuntimeError("receive came twice: reply to the last batch first")
-        self._lent = np.array(self._waiting.take(), dtype=np.int32)
-        rows: dict[str, Any] = {name: column[self._lent] for name, column in self._table.items()}
+        self._taken = self._waiting.take()
+        self._lent = np.array(self._taken, dtype=np.int32)
+        if self._groups is not None:
+            rows = np.concatenate([self._groups[group] for group in self._taken])
+            absent = self._table["terminated"][rows] & self._table["truncated"][rows]
+            self._lent = rows[~absent].astype(np.int32)
+        columns: dict[str, Any] = {
+            name: column[self._lent]
+            for name, column in self._table.items()
+            if not name.startswith("final")
+        }
         infos = {
             row: self._infos[env_id]
             for row, env_id in enumerate(self._lent.tolist())
             if env_id in self._infos
         }
-        step = EnvStep(env_id=self._lent.copy(), **rows, episode_info=infos or None)
-        ended = step.reset & (step.terminated | step.truncated)
-        if ended.any():
+        step = EnvStep(
+            env_id=self._lent.copy(), **columns, final_observation=None, episode_info=infos or None
+        )
+        if not (step.reset & (step.terminated | step.truncated)).any():
             return step
-        return step._replace(final_observation=None, final_action_mask=None)
+        finals: dict[str, Any] = {
+            name: column[self._lent]
+            for name, column in self._table.items()
+            if name.startswith("final")
+        }
+        return step._replace(**finals)
 
     def reply(self, action: NDArray[Any]) -> None:
         """Steps the environments received last.
@@ -104,7 +123,7 @@ class InlinePool:
         for notice in self._notices[self._told :]:
             self.on_message(notice)
             self._told += 1
-        self._waiting.add(self._lent.tolist())
+        self._waiting.add(self._taken)
         self._lent = np.empty(0, dtype=np.int32)
 
     def close(self) -> None:
@@ -137,8 +156,9 @@ class InlinePool:
 
     def _line(self, env_id: NDArray[np.generic]) -> Batcher:
         # At every `receive` all have stepped, so a batch is full and age never decides.
-        line = Batcher([1] * self.num_envs, max_envs=self.max_batch, max_wait_s=0.0)
-        line.add(env_id.tolist())
+        sizes = [1] * self.num_envs if self._groups is None else list(map(len, self._groups))
+        line = Batcher(sizes, max_envs=self.max_batch, max_wait_s=0.0)
+        line.add(env_id.tolist() if self._groups is None else range(len(self._groups)))
         return line
 
     def _store(self, step: EnvStep) -> None:

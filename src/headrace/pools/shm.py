@@ -39,12 +39,10 @@ from headrace.pools.shm_layout import (
     RECORD,
     Table,
     layout,
-    read_rows,
-    read_step,
-    with_ends,
+    lend,
 )
 from headrace.resources import usable_cores
-from headrace.specs import EnvSpec, check_action
+from headrace.specs import EnvSpec, check_action, vectors_of
 from headrace.steps import EnvStep
 from headrace.transport.messages import describe
 
@@ -122,18 +120,33 @@ class ShmPool:
             ConfigError: the sizes do not fit, or there is too little memory.
         """
         num_envs = recipe.num_envs
-        check_batch(batch_size, num_envs, full=full_batches)
-        self.spec = recipe.spec
+        spec = recipe.spec
+        unit = spec.envs_together
+        check_batch(batch_size, num_envs, full=full_batches, unit=unit)
+        self.spec = spec
         self.num_envs = num_envs
         self.max_batch = batch_size
         self._recipe = recipe
-        self._workers = min(workers.num_workers or usable_cores(), num_envs)
-        self._groups = blocks_of(
-            num_envs,
-            workers=self._workers,
-            groups=workers.groups_per_worker,
-            max_envs=batch_size,
-        )
+        self._workers = min(workers.num_workers or usable_cores(), num_envs // unit)
+        if spec.vector_envs is None:
+            self._groups = blocks_of(
+                num_envs,
+                workers=self._workers,
+                groups=workers.groups_per_worker,
+                max_envs=batch_size,
+            )
+        else:  # what a worker's vectors are: one, where a batch holds it
+            units = num_envs // unit
+            shares = [
+                unit * (units * worker // self._workers) for worker in range(self._workers + 1)
+            ]
+            self._groups = [
+                [
+                    (first + low, first + high)
+                    for low, high in vectors_of(end - first, most=batch_size, unit=unit)
+                ]
+                for first, end in itertools.pairwise(shares)
+            ]
         self._blocks = [block for groups in self._groups for block in groups]
         whose = [(w, g) for w, groups in enumerate(self._groups) for g in range(len(groups))]
         self._whose = whose  # worker and group of each block
@@ -148,7 +161,7 @@ class ShmPool:
         self._now_s = now_s
         self._lent: list[int] = []  # blocks received and not replied to
         self._lent_rows: slice | NDArray[np.int32] = slice(0, 0)
-        self._env_id = np.arange(num_envs, dtype=np.int32)
+        self._lent_count = 0  # of these rows
         plan = layout(recipe.spec, num_envs)
         self._block_fd, memory = anonymous_block(plan.nbytes)
         self._table: Table | None = Table(memory, plan)
@@ -218,8 +231,7 @@ class ShmPool:
         table = self._open_table()
         if not self._lent:
             raise RuntimeError("reply came twice: receive a batch first")
-        rows = sum(self._blocks[block][1] - self._blocks[block][0] for block in self._lent)
-        check_action(action, rows, self.spec.action_space)
+        check_action(action, self._lent_count, self.spec.action_space)
         table.all.action[self._lent_rows] = action
         asked: dict[int, list[bytes]] = {}
         for block in self._lent:
@@ -254,17 +266,10 @@ class ShmPool:
         self._line.add(blocks)
 
     def _lend(self, table: Table) -> EnvStep:
-        first, end = self._blocks[self._lent[0]][0], self._blocks[self._lent[-1]][1]
-        if len(self._lent) == self._lent[-1] - self._lent[0] + 1:
-            self._lent_rows = where = slice(first, end)
-            views = self._stretches.get((first, end))
-            if views is None:
-                views = read_rows(table.all, where, self._env_id[where])
-                self._stretches[first, end] = views
-            return with_ends(views, table.all, where)
-        ids = np.concatenate([self._env_id[slice(*self._blocks[block])] for block in self._lent])
-        self._lent_rows = ids
-        return read_step(table.all, ids, ids)
+        spans = [self._blocks[block] for block in self._lent]
+        self._lent_rows, step = lend(table.all, spans, self._stretches, self.spec)
+        self._lent_count = len(step.env_id)
+        return step
 
     def _start_worker(self, worker: int, generation: int) -> WorkerProcess:
         settings = {
@@ -273,6 +278,7 @@ class ShmPool:
             "seed": self._recipe.seed,
             "first_env": self._recipe.first_env,
             "draws_apart": self._recipe.draws_apart,
+            "batch_size": self.max_batch,
             "num_envs": self.num_envs,
             "groups": self._groups[worker],
             "worker": worker,

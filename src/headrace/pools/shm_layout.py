@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -234,6 +235,35 @@ def read_rows(table: Rows, where: slice | NDArray[np.int32], env_id: NDArray[np.
         final_observation=None,
         action_mask=None if table.action_mask is None else table.action_mask[where],
     )
+
+
+def lend(
+    table: Rows,
+    spans: Sequence[tuple[int, int]],
+    stretches: dict[tuple[int, int], EnvStep],
+    spec: EnvSpec,
+) -> tuple[slice | NDArray[np.int32], EnvStep]:
+    """Returns which rows blocks have, less those that are absent, and these rows as a step.
+
+    Args:
+        table: all rows.
+        spans: first row and the row behind the last of each block, in their order.
+        stretches: views of rows that stand side by side, made once; filled here.
+        spec: of the environments.
+    """
+    first, end = spans[0][0], spans[-1][1]
+    if sum(end - first for first, end in spans) == end - first:
+        where = slice(first, end)
+        views = stretches.get((first, end))
+        if views is None:
+            views = read_rows(table, where, np.arange(first, end, dtype=np.int32))
+            stretches[first, end] = views
+        if spec.vector_envs is None or not views.absent.any():
+            return where, with_ends(views, table, where)
+    ids = np.concatenate([np.arange(*span, dtype=np.int32) for span in spans])
+    if spec.vector_envs is not None:
+        ids = ids[~(table.terminated[ids] & table.truncated[ids])]
+    return ids, read_step(table, ids, ids)
 
 
 def with_ends(step: EnvStep, table: Rows, where: slice | NDArray[np.int32]) -> EnvStep:

@@ -134,13 +134,15 @@ class ActingWorkers:
         Raises:
             ConfigError: there is too little memory.
         """
-        num_envs = config.server.num_envs
-        workers = min(config.workers.num_workers or usable_cores(), num_envs)
+        num_envs, unit = config.server.num_envs, spec.envs_together
+        workers = min(config.workers.num_workers or usable_cores(), num_envs // unit)
         threads = config.env_threads or max(1, usable_cores() // workers)
         self._config = dataclasses.replace(config, env_threads=threads)
         self._spec = spec
         self._resume_count = resume_count
-        self._shares = shares(num_envs, workers=workers, capacity=capacity, groups=groups)
+        self._shares = shares(
+            num_envs, workers=workers, capacity=capacity, groups=groups, unit=unit
+        )
         self._num_slots = sum(share.num_slots for share in self._shares)
         self._crew: Crew | None = None
         full_fd, self._full_end = os.pipe()

@@ -34,7 +34,7 @@ from headrace.run.device_pool import make_device_pool
 from headrace.run.device_seat import make_device_seat
 from headrace.run.draws import own_draws
 from headrace.run.experience import make_feed, make_unrolls, place_replay, queue_capacity
-from headrace.run.pools import make_pool
+from headrace.run.pools import inference_batch, make_pool
 from headrace.run.seeds import Use, derived_seed
 from headrace.run.seen import flattened, seen_as
 from headrace.run.share import WHOLE, Share
@@ -303,10 +303,7 @@ def build(
         )
         queue, unrolls = source.unrolls.queue, source.unrolls
     else:
-        # Half of them step while the other half is answered. In turns all are answered at once, or
-        # one half would run ahead into unrolls that the next update makes old.
-        batch = config.server.inference_batch or (num_envs + 1) // 2
-        batch = num_envs if takes_turns(config) else batch
+        batch = inference_batch(config, spec.envs_together)
         queue, unrolls = make_unrolls(config, algorithm, spec, server_model, batch, where)
         source = Seat(
             make_pool(config, batch_size=batch, on_message=on_message, **ours),
@@ -365,7 +362,7 @@ def _evaluation(
     on_message: Callable[[str], None],
 ) -> Seat | None:
     """Starts the environments that play greedily beside training, if any are wanted."""
-    count = config.server.eval_envs
+    count = spec.whole_vectors(config.server.eval_envs)
     if not count:
         return None
     device = next(server_model.parameters()).device

@@ -72,7 +72,7 @@ def evaluate(
     """
     if episodes < 1:
         raise ConfigError(f"episodes must be at least 1, not {episodes}")
-    num_envs = min(_MOST_ENVS, episodes)
+    num_envs = policy.spec.whole_vectors(min(_MOST_ENVS, episodes))
     quota = np.full(num_envs, episodes // num_envs)
     quota[: episodes % num_envs] += 1
     returns: list[float] = []

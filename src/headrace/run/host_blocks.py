@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from headrace.pools.base import Pool
 from headrace.run.pools import make_pool
 from headrace.run.worker import generation_seed
 from headrace.specs import EnvSpec
+from headrace.steps import EnvStep
 from headrace.transport.messages import decode_action, encode_step
 from headrace.transport.wire import Compression, Message, WireError
 
@@ -117,7 +118,7 @@ class BlockThread:
                     return
                 step = pool.receive(POLL_S)
             data, left_out = encode_step(
-                step._replace(run_id=run_ids.of(step.env_id, step.run_id)),
+                with_absent(step._replace(run_id=run_ids.of(step.env_id, step.run_id)), rows),
                 block=number,
                 sequence=sequence,
                 compression=self._task.compression,
@@ -137,6 +138,26 @@ class BlockThread:
             # Messages are in the order of the environments, and pools want that of their rows.
             pool.reply(decode_action(message, spec, rows)[step.env_id])
             self.steps += rows
+
+
+def with_absent(step: EnvStep, rows: int) -> EnvStep:
+    """Returns a step of a block with all of its rows, where the pool gave those that are due."""
+    if len(step.env_id) == rows:
+        return step
+
+    def whole(column: NDArray[Any] | None) -> Any:
+        if column is None:
+            return None
+        out = np.zeros((rows, *column.shape[1:]), column.dtype)
+        out[step.env_id] = column
+        return out
+
+    full = EnvStep(*map(whole, step[:-1]))
+    absent = np.ones(rows, np.bool_)
+    absent[step.env_id] = False
+    full.terminated[absent] = full.truncated[absent] = True
+    infos = {int(step.env_id[row]): info for row, info in (step.episode_info or {}).items()}
+    return full._replace(env_id=np.arange(rows, dtype=np.int32), episode_info=infos or None)
 
 
 class RunIds:

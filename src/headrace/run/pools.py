@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from headrace.pools.shm import WorkerEnvs
 from headrace.resources import usable_cores
 from headrace.run.device_pool import make_device_pool
 from headrace.run.worker import own_draws_of
+from headrace.specs import vectors_of
 
 
 def make_pool(
@@ -80,6 +82,14 @@ def make_pool(
         )
         return pool
     threads = 1 if config.lockstep else min(config.env_threads or usable_cores(), num_envs)
+    own: dict[str, Any] = {"first_env": first_env} if first_env else {}
+    of_pool: dict[str, Any] = {}
+    if isinstance(family, GymnasiumFamily):
+        own |= own_draws_of(seed) if draws_apart else {}
+        spec = family.spec(config.env, settings)
+        if spec.vector_envs is not None:
+            unit = min(spec.envs_together, num_envs)
+            of_pool["groups"] = vectors_of(num_envs, most=batch_size, unit=unit)
     with Apart() as apart:
         envs = family.make(
             config.env,
@@ -88,23 +98,27 @@ def make_pool(
             batch_size=batch_size,
             threads=threads,
             seed=seed,
-            **({"first_env": first_env} if first_env else {}),  # a user's family may not know it
-            **(own_draws_of(seed) if draws_apart else {}),
+            **own,  # a user's family may know none of it
         )
     kind = "inline" if kind == "shm" else kind
-    pool = catalog.resolve("pool", catalog.POOLS, kind)(
-        envs, batch_size=batch_size, **({"apart": apart} if kind == "inline" else {})
-    )
+    of_pool |= {"apart": apart} if kind == "inline" else {}
+    pool = catalog.resolve("pool", catalog.POOLS, kind)(envs, batch_size=batch_size, **of_pool)
     if isinstance(pool, InlinePool):
         pool.on_message = on_message
     return pool
 
 
-def inference_batch(config: RunConfig) -> int:
-    """Returns how many environments of a run are answered at once, at most."""
+def inference_batch(config: RunConfig, unit: int = 1) -> int:
+    """Returns how many environments of a run are answered at once, at most.
+
+    Half of them step while the other half is answered. In turns all are answered at once, or one
+    half would run ahead into unrolls that the next update makes old. It is whole `unit`s, the
+    environments of a vector of the user's.
+    """
     if takes_turns(config):
         return config.server.num_envs
-    return config.server.inference_batch or (config.server.num_envs + 1) // 2
+    batch = config.server.inference_batch or (config.server.num_envs + 1) // 2
+    return -(-batch // unit) * unit
 
 
 def pool_name(config: RunConfig, own: str) -> str:

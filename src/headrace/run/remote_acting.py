@@ -253,6 +253,7 @@ class ActingHosts:
         if type(envs) is not int or type(cores) is not int or envs < 0 or cores < 1:
             raise Refused(f"{envs!r} environments on {cores!r} cores make no sense")
         most = min(envs or ENVS_PER_CORE * cores, self._config.remote.max_envs_per_host)
+        most = max(1, most // self._spec.envs_together) * self._spec.envs_together
         with self._hosts_lock:
             if not self._is_open:
                 raise Refused("the run is over", over=True)
@@ -263,7 +264,7 @@ class ActingHosts:
             self._hosts[peer], self._peers[host.number] = host, peer
             self._owner[first : first + count] = host.number
             missing = int((self._owner < 0).sum())
-        batch = -(-count // self._groups(cores))
+        batch = self._spec.whole_vectors(-(-count // self._groups(cores)))
         self.queue.join(host.number, num_envs=count, max_batch=batch)
         left = f"; {missing} have no host yet" if missing else ""
         self._on_message(f"worker host {peer.name} acts in environments {host.span}{left}")

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     experience: ExperienceSpec
     action_repeat: int
     learners: int = 1
+    envs_together: int = 1
 
     @property
     def num_envs(self) -> int:
@@ -175,7 +176,25 @@ def _replay_is_small(case: Case) -> bool:
     return case.replay_capacity is not None and case.batch_unrolls > case.replay_capacity
 
 
+def _cuts_vectors(case: Case) -> bool:
+    return case.config.server.num_envs % case.envs_together != 0
+
+
+def _whole_vectors(case: Case) -> str:
+    unit = case.envs_together * case.learners
+    return f"--num-envs {-(-case.num_envs // unit) * unit}"
+
+
 RULES = (
+    Rule(
+        _cuts_vectors,
+        lambda case: (
+            f"num_envs={case.num_envs} is no multiple of the {case.envs_together} environments "
+            f"that a vector of {case.config.env} has"
+            + (f", for each of {case.learners} learners" if case.learners > 1 else "")
+        ),
+        _whole_vectors,
+    ),
     Rule(
         _returns_are_cut,
         lambda case: (
@@ -281,6 +300,6 @@ def check(config: RunConfig, *, trust_code: bool = True, elsewhere: bool = False
     pool_name(config, family.pool)
     if config.pool == "device":
         check_device_pool(config, family)
-    refuse(Case(config, algorithm.experience, spec.action_repeat, share.size))
+    refuse(Case(config, algorithm.experience, spec.action_repeat, share.size, spec.envs_together))
     if not elsewhere:
         place_replay(config, algorithm, spec, model, compute.device, learners=share.size)

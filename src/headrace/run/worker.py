@@ -180,7 +180,7 @@ def make_hosted(settings: Mapping[str, Any]) -> Hosted:
         settings["env"],
         config,
         num_envs=end - first,
-        batch_size=end - first,
+        batch_size=min(end - first, settings.get("batch_size", end - first)),
         threads=1,
         seed=seed,
         first_env=settings.get("first_env", 0) + first,

@@ -178,7 +178,11 @@ def decode_step(message: Message, spec: EnvSpec, rows: int) -> HostStep:
         raise WireError(f"run ids outside 0..{RUN_IDS - 1}")
     if not (flags.any() or len(arrays) > len(wanted) or message.text):  # nearly always
         return HostStep(shown, reward, reset, terminated, truncated, run_id, mask, None, {})
-    if (truncated & (terminated | ~reset)).any():
+    absent = terminated & truncated & ~reset
+    if absent.any() and (spec.vector_envs is None or absent.all()):
+        raise WireError("a step that holds rows back, of environments that hold none back")
+    truncated_now = truncated & ~absent
+    if (truncated_now & (terminated | ~reset)).any():
         raise WireError("a step that met the clock and did not end by it")
     ended = np.flatnonzero(reset & (terminated | truncated))
     final = final_mask = None
@@ -192,7 +196,7 @@ def decode_step(message: Message, spec: EnvSpec, rows: int) -> HostStep:
         final_mask = finals[1] if spec.action_mask_size else None
     elif len(arrays) > len(wanted):
         raise WireError("final observations of episodes that did not end")
-    elif truncated.any():
+    elif truncated_now.any():
         raise WireError("a step was truncated and has no final observation")
     infos = _infos(message.text, ended.tolist())
     return HostStep(
